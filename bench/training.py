@@ -29,7 +29,8 @@ from peft import LoraConfig, get_peft_model
 from turret.server.build import build_backend
 from turret.server.config import AdapterConfig, CacheConfig, Config, ModelConfig
 from turret.server.metrics import Metrics
-from turret.server.training.trainer import AdamParams, Datum, LearnerConfig, Training
+from turret.server.training.service import TrainingService
+from turret.server.training.trainer import AdamParams, Datum, LearnerConfig
 from turret.training.base_model import _load_nf4, find_base
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -41,7 +42,7 @@ def texts(rows: int, length: int, seed: int) -> list[list[int]]:
     return torch.randint(0, 40000, (rows, length + 1), generator=generator).tolist()
 
 
-async def train(training: Training, learner: int, data: Sequence[Datum], steps: int) -> None:
+async def train(training: TrainingService, learner: int, data: Sequence[Datum], steps: int) -> None:
     for _ in range(steps):
         await training.pass_over(learner, data, "cross_entropy", {})
         await training.step(learner, AdamParams(learning_rate=RATE))
@@ -150,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         }
         for name, rate in rates.items()
     ]
-    print_rows(make_console(), "Training", rows)
+    print_rows(make_console(), "training", rows)
     return 0
 
 

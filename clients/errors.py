@@ -38,23 +38,17 @@ HINTS: Mapping[str, str] = {
     "ADAPTER_NOT_FOUND": "adapters.list() returns the registered adapters",
     "ADAPTER_EXISTS": "replace it with adapters.replace(), or remove it with adapters.unload()",
     "ADAPTER_CLASSIFIES": "call classify()",
-    "HEAD_MISSING": "call generate() or score() for text",
     "ADAPTER_PINNED": "call adapters.unpin() first",
     "ADAPTER_BUSY": 'mode="force" ends these requests',
-    "ADAPTER_MERGED": "adapters.unmerge() restores the base model",
     "MERGE_ACTIVE": "call adapters.unmerge() first",
     "UNAUTHENTICATED": "pass a token of the server's --token-file as token=",
     "SERVICE_ELSEWHERE": "pass both address= and admin_address= to the client",
     "SERVER_STARTING": "pass a larger max_retries= to the client to wait for the server",
     "DEADLINE_EXCEEDED": "raise timeout=, which was {timeout}",
-    "UNIMPLEMENTED": "check that address= is that of a turret server of this version",
     "NOT_REACHED": "start one with `turret serve`",
     "NOT_GRPC": "use the address of `turret serve --address` (port 50051 by default), not that of"
     " --http-address",
-    "TLS_FAILED": "check tls=, and the ca, certificate, key and server_name in it",
-    "CONNECTION_CLOSED": "a server with TLS needs tls=Tls(...), and one with --tls-client-ca a"
-    " certificate= and key= that its roots signed; otherwise see the server's log",
-    "CONNECTION_LOST": "call again; if this repeats, see the server's log",
+    "CONNECTION_CLOSED": "pass tls=Tls(...) if the server has TLS",
     "REQUEST_TOO_LARGE": "shorten the prompt, or spread several inputs over several calls",
     "ANSWER_TOO_LARGE": "lower top_n or logprobs, or pass fewer inputs in a call",
 }
@@ -65,34 +59,23 @@ COMMAND_HINTS: Mapping[str, str] = {
     "ADAPTER_EXISTS": "replace it with `turret adapters replace` or `upload --replace`, or remove"
     " it with `turret adapters unload {adapter}`",
     "ADAPTER_CLASSIFIES": "use `turret classify` or `turret eval --classify`",
-    "HEAD_MISSING": "use `turret generate` or `turret score` for text",
     "ADAPTER_PINNED": "run `turret adapters unpin {adapter}` first",
     "ADAPTER_BUSY": "--force ends these requests",
-    "ADAPTER_MERGED": "`turret adapters unmerge` restores the base model",
     "MERGE_ACTIVE": "run `turret adapters unmerge` first",
     "UNAUTHENTICATED": "pass a token of the server's --token-file with --token, --token-from or"
     " TURRET_TOKEN",
     "SERVICE_ELSEWHERE": "pass that address with --address or TURRET_ADDRESS",
     "SERVER_STARTING": "`turret health --wait 600` returns when the server is ready",
     "DEADLINE_EXCEEDED": "raise --timeout, which was {timeout}",
-    "UNIMPLEMENTED": "check that {address} is a turret server of this version, and not a proxy",
-    "NOT_REACHED": "start one with `turret serve`, or pass the address of another with --address",
+    "NOT_REACHED": "start one with `turret serve`",
     "NOT_GRPC": "pass the address of `turret serve --address` (port 50051 by default), not that of"
     " --http-address",
-    "TLS_FAILED": "check --tls, --tls-ca, --tls-server-name, --tls-cert and --tls-key",
-    "CONNECTION_CLOSED": "a server with TLS needs --tls or --tls-ca, and one with --tls-client-ca a"
-    " --tls-cert and --tls-key that its roots signed; otherwise see the server's log",
-    "CONNECTION_LOST": "run it again; if this repeats, see the server's log",
+    "CONNECTION_CLOSED": "pass --tls or --tls-ca if the server has TLS",
     "REQUEST_TOO_LARGE": "shorten the prompt, or spread several texts over several calls",
     "ANSWER_TOO_LARGE": "lower --top-n or --logprobs, or pass fewer texts in a call",
 }
-# The same for `turret train --server`.
-TRAIN_HINTS: Mapping[str, str] = {
-    **COMMAND_HINTS,
-    "NOT_REACHED": "start one with `turret serve --training --state-dir DIR`",
-}
 # The message of an error with one of these keys already says what to do.
-_ANSWERS = ("closest", "current_generation")
+_ANSWERS = ("closest", "current_generation", "alias")
 
 
 def hint_for(key: str, metadata: Mapping[str, str], hints: Mapping[str, str], **known: Any) -> str:
@@ -168,7 +151,7 @@ def cause_of(code: grpc.StatusCode, said: str) -> tuple[grpc.StatusCode, str, st
     if is_lost and failed is None:
         return status.UNAVAILABLE, "CONNECTION_LOST", say("CONNECTION_LOST", why=said)
     if code is not status.UNAVAILABLE:
-        return code, "", said
+        return code, "", say("NOT_OFFERED") if code is status.UNIMPLEMENTED else said
     if failed is not None:
         place = failed["place"].replace("%5B", "[").replace("%5D", "]")
         for pattern, reason in _ANSWERED.items():

@@ -45,7 +45,7 @@ class MergePlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Base:
+class FleetBase:
     """The base's generation, and the merge that led to it, or None."""
 
     generation: int = 1
@@ -78,7 +78,7 @@ class AliasEntry:
 class BaseEntry:
     """The base from a revision on, and the merge that is being prepared, if any."""
 
-    base: Base
+    base: FleetBase
     preparing: MergePlan | None = None
 
 
@@ -101,7 +101,7 @@ class FleetState:
     aliases: dict[str, Alias] = field(default_factory=dict)
     closed: dict[str, bool] = field(default_factory=dict)
     preparing: MergePlan | None = None
-    base: Base = Base()
+    base: FleetBase = FleetBase()
 
     def copy(self) -> FleetState:
         return FleetState(
@@ -323,7 +323,7 @@ class Outcome:
 
     saved: SavedRegistration | None = None
     alias: Alias | None = None
-    base: Base | None = None
+    base: FleetBase | None = None
 
 
 # The state of the replicas, for an operator.
@@ -348,5 +348,5 @@ class FleetStatus:
 
     revision: int
     num_adapters: int
-    base: Base
+    base: FleetBase
     replicas: tuple[ReplicaStatus, ...]

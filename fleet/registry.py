@@ -19,8 +19,8 @@ from typing import Literal, Protocol, assert_never
 from turret.fleet import protocol as p
 from turret.fleet.protocol import (
     AliasEntry,
-    Base,
     BaseEntry,
+    FleetBase,
     FleetState,
     NameEntry,
     generations_of,
@@ -65,7 +65,7 @@ _KEPT = 4096
 
 _log = logging.getLogger(__name__)
 
-Stage = Literal["applying", "draining", "preparing", "done"]
+ProposalStage = Literal["applying", "draining", "preparing", "done"]
 
 
 class Store(Protocol):
@@ -73,13 +73,13 @@ class Store(Protocol):
 
     def bind(self, base_name: str, base_digest: str) -> None: ...
     def read(self, *, sweeps: bool) -> list[SavedRegistration]: ...
-    def read_base(self) -> Base: ...
+    def read_base(self) -> FleetBase: ...
     def write(self, saved: SavedRegistration) -> None: ...
     def remove(self, name: str) -> None: ...
     def read_aliases(self) -> list[Alias]: ...
     def save_alias(self, alias: Alias) -> None: ...
     def remove_alias(self, name: str) -> None: ...
-    def write_base(self, base: Base) -> None: ...
+    def write_base(self, base: FleetBase) -> None: ...
     def keep(self, source: Source, key: str) -> Source: ...
     def discard(self, source: Source) -> None: ...
 
@@ -123,7 +123,7 @@ class Operation:
     """
 
     id: str
-    stage: Stage
+    stage: ProposalStage
     revision: int
     outcome: p.Outcome = field(default_factory=p.Outcome)
     error: TurretError | None = None
@@ -344,7 +344,7 @@ class FleetRegistry:
             raise UnavailableError(say("REGISTRY_RESTARTED"))
         return self._operations[operation]
 
-    def _in_stage(self, stage: Stage) -> Iterator[Operation]:
+    def _in_stage(self, stage: ProposalStage) -> Iterator[Operation]:
         return (o for o in list(self._operations.values()) if o.stage == stage)
 
     def _publish(self, entry: p.Entry) -> None:
@@ -465,7 +465,7 @@ class FleetRegistry:
 
     def _delete_alias(self, name: str) -> Operation:
         if name not in self.state.aliases:
-            raise AdapterNotFoundError(say("NOT_AN_ALIAS", adapters=name))
+            raise AdapterNotFoundError(say("NOT_AN_ALIAS", alias=name))
         before = self.state.aliases[name]
         self._store.remove_alias(name)
         self._publish(AliasEntry(name))
@@ -581,7 +581,7 @@ class FleetRegistry:
         if failed is not None:
             self._abandon(operation, failed)
         elif made and len(made) == len(prepared) and self._is_applied(operation.revision, now):
-            base = Base(generation=self.state.base.generation + 1, merge=plan)
+            base = FleetBase(generation=self.state.base.generation + 1, merge=plan)
             try:
                 self._change_base(base)
             except TurretError as error:
@@ -599,11 +599,11 @@ class FleetRegistry:
             self._check_no_merge()
         if self.state.base.merge is None:
             raise NotMergedError(say("NOT_MERGED"))
-        base = Base(generation=self.state.base.generation + 1)
+        base = FleetBase(generation=self.state.base.generation + 1)
         self._change_base(base)
         return self._applying(p.Outcome(base=base))
 
-    def _change_base(self, base: Base) -> None:
+    def _change_base(self, base: FleetBase) -> None:
         self._store.write_base(base)
         self._publish(BaseEntry(base))
 
@@ -732,10 +732,10 @@ def _usable_aliases(
             yield alias
 
 
-def _usable_base(base: Base, names: Mapping[str, SavedRegistration]) -> Base:
+def _usable_base(base: FleetBase, names: Mapping[str, SavedRegistration]) -> FleetBase:
     """The saved base, without a merge whose members another server has changed since."""
     for member in () if base.merge is None else base.merge.members:
         saved = names.get(member.name)
         if saved is None or not _is_kept(saved, member):
-            return Base(generation=base.generation + 1)
+            return FleetBase(generation=base.generation + 1)
     return base

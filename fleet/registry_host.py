@@ -51,17 +51,17 @@ class FleetStore(StateDir):
         super().__init__(path, 0)
         self._merge = self.path / "merge.json"
 
-    def read_base(self) -> p.Base:
+    def read_base(self) -> p.FleetBase:
         """The saved base, or the model's own if reading fails; logs the failure."""
         if not self._merge.exists():
-            return p.Base()
+            return p.FleetBase()
         try:
             return _base_from(json.loads(self._merge.read_bytes()))
         except (OSError, ValueError, KeyError, TypeError) as error:
             _log.error("cannot restore", extra=log.fields(file=self._merge, reason=error))
-            return p.Base()
+            return p.FleetBase()
 
-    def write_base(self, base: p.Base) -> None:
+    def write_base(self, base: p.FleetBase) -> None:
         """Saves the base for the next start.
 
         Raises:
@@ -82,14 +82,14 @@ class FleetStore(StateDir):
         return dataclasses.replace(source, path=str(target.relative_to(self.path)))
 
 
-def _base_from(fields: dict[str, Any]) -> p.Base:
+def _base_from(fields: dict[str, Any]) -> p.FleetBase:
     if fields["version"] != 1:
         raise ValueError("unsupported version")
     merge = fields["merge"]
     if merge is not None:
         members = tuple(p.MergeMember(**member) for member in merge.pop("members"))
         merge = p.MergePlan(members=members, **merge)
-    return p.Base(generation=int(fields["generation"]), merge=merge)
+    return p.FleetBase(generation=int(fields["generation"]), merge=merge)
 
 
 class RegistryHost(Channel):
@@ -117,10 +117,10 @@ class RegistryHost(Channel):
 
     def call(self, wait_seconds: float, method: str, *arguments: Any) -> Any:
         """Calls a method of ``FleetRegistry``, which gets the time as its last argument."""
-        end = time.monotonic() + wait_seconds
+        end, called = time.monotonic() + wait_seconds, getattr(self._registry, method)
         with self._changed:
             try:
-                result = getattr(self._registry, method)(*arguments, time.monotonic())
+                result = called(*arguments, time.monotonic())
             finally:
                 # Other callers may be waiting for what this call has changed.
                 self._changed.notify_all()
@@ -128,7 +128,7 @@ class RegistryHost(Channel):
                 return self._news(arguments[0], result, end)
             while method == "outcome" and result is None and not self._is_over(end):
                 self._changed.wait(end - time.monotonic())
-                result = self._registry.outcome(*arguments, time.monotonic())
+                result = called(*arguments, time.monotonic())
             return result
 
     def _news(self, report: p.Report, news: p.News, end: float) -> p.News:

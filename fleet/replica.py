@@ -458,7 +458,7 @@ class ReplicaMerger(Merger):
         if preparation.made.exception() is None:
             self._registry.release(preparation.made.result().mix)
 
-    def follow(self, base: p.Base) -> None:
+    def follow(self, base: p.FleetBase) -> None:
         """Switches to this base; blocks until the engine has exchanged the weights.
 
         Raises:

@@ -11,7 +11,7 @@ TEXTS = {
         "the fleet's registry was restarted during the call; check whether the change was made"
     ),
     "FLEET_ELSEWHERE": "this Ray cluster already has a fleet, with --state-dir {state_dir}",
-    "ADAPTER_IN_BASE": "adapter {adapter!q} is merged into the base",
+    "ADAPTER_IN_BASE": "adapter {adapter!q} is merged into the base; unmerge it first",
     "ADAPTER_LOADED_AGAIN": "adapter {adapter!q} was unloaded and loaded again in the meantime",
     "COMPONENT_MISSING": (
         "the component with digest {digest} is not registered, or is being unloaded"
@@ -27,13 +27,9 @@ TEXTS = {
     " belongs to another user",
     "HAPROXY_MISSING": "HAProxy is not installed; {fix}",
     "RAY_FAILED": "Ray: {cause}",
-    "RAY_DEAF": (
-        "--ray-address: no Ray cluster listens at {address} ({cause}); `ray start --head` starts"
-        " one and prints its address"
-    ),
     "RAY_NOT_JOINED": (
-        "--ray-address: no Ray cluster can be joined at {address}; `ray start --head` starts one"
-        " and prints its address"
+        "--ray-address: no Ray cluster can be joined at {address} ({cause}); `ray start --head`"
+        " starts one and prints its address"
     ),
     "SOCKET_FOLDER": (
         "TMPDIR: cannot create a directory for the fleet's sockets ({cause}); choose a short path"

@@ -11,7 +11,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import turret
@@ -54,12 +53,6 @@ _DEAD_SECONDS = 1.0
 
 Build = Callable[[Config, Metrics, NoStateDir], Backend]
 _T = TypeVar("_T")
-
-
-def _training_dir(config: Config) -> Path | None:
-    """The directory of checkpoints of adapters in training; None if nobody can train."""
-    state_dir = config.adapters.state_dir
-    return state_dir / "training" if config.adapters.training and state_dir is not None else None
 
 
 def _build(config: Config, metrics: Metrics, state: NoStateDir) -> Backend:
@@ -170,13 +163,16 @@ class App:
         token_file = config.security.token_file
         tokens = TokenTable.parse(token_file) if token_file is not None else None
         self._warn_if_exposed()
+        training = None
+        if limits.training and limits.state_dir is not None:
+            training = limits.state_dir / "training"
         self._services = services = Services(
             gate=self.gate,
             metrics=self.metrics,
             tokens=tokens,
             shares=Shares.of(config),
             most_connections=most_connections(len(config.listen.call_addresses)),
-            training=_training_dir(config),
+            training=training,
         )
         rpc = RpcServer(config.listen, config.security, services)
         if token_file is not None and tokens is not None:

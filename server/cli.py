@@ -6,6 +6,7 @@ Imports are lazy: a verb loads only its own modules, and help loads none.
 from __future__ import annotations
 
 import argparse
+import errno
 import faulthandler
 import gc
 import logging
@@ -13,7 +14,7 @@ import os
 import pkgutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +24,7 @@ from turret.server.command.interrupts import EXIT_INTERRUPTED
 from turret.server.command.parser import EXIT_USAGE, CommandParser
 
 EXIT_FAILED = 1
+EXIT_BROKEN_PIPE = 141
 # If only these TURRET variables are set, the check for misspelt ones need not be loaded.
 _CLIENT_VARIABLES = ("TURRET_ADDRESS", "TURRET_TOKEN", "TURRET_TLS_CA")
 # The order is that of the help.
@@ -30,14 +32,14 @@ _OWN_VERBS = {
     "serve": "run the server",
     "config": "show the settings of a server, and where each comes from",
     "model": "show how a base model is served, or make an adapter that corrects its rounding",
-    "compile": "compile the kernels of a start on a GPU, on a machine without one",
+    "compile": "compile the kernels for a GPU ahead of time, on any machine",
     "cluster": "run many replicas as one server, or show them",
     "demo": "serve the example adapters and send them one mixed batch",
     "completion": "print a script that completes this command in a shell",
 }
 _TRAINING = {
     "train": "train an adapter",
-    "convert": "convert an adapter of an unsupported form to a supported one",
+    "convert": "convert an adapter of an unsupported method to a supported form",
     "verify": "check that a server answers with adapters as PEFT does",
 }
 # Functions that add the verbs of the fleet and the trainer. The server imports neither package, so
@@ -126,13 +128,14 @@ def _compile(args: argparse.Namespace) -> int:
 def _capability(text: str) -> int:
     """A compute capability such as 9.0, as Triton writes it: 90."""
     from turret.server.basics.triton_needs import LEAST_CAPABILITY
+    from turret.server.words import say
 
     major, _, minor = text.partition(".")
     if not (major.isdecimal() and minor.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 9.0")
+        raise argparse.ArgumentTypeError(say("NOT_A_CAPABILITY", value=text))
     if (int(major), int(minor)) < LEAST_CAPABILITY:
         least = ".".join(map(str, LEAST_CAPABILITY))
-        raise argparse.ArgumentTypeError(f"{text} is below {least}, the lowest that is supported")
+        raise argparse.ArgumentTypeError(say("TOO_SMALL", least=least, value=text))
     return 10 * int(major) + int(minor)
 
 
@@ -346,12 +349,43 @@ def main(argv: Sequence[str] | None = None, *, catches_interrupts: bool = False)
     if argv is not None:
         # Another program called this function.
         return _run(argv, catches_interrupts)
-    from turret.server.command.streams import with_streams
-
-    code = with_streams(lambda: _run(sys.argv[1:], catches_interrupts))
+    code = _with_streams(lambda: _run(sys.argv[1:], catches_interrupts))
     if sys.argv[1:2] == ["serve"] or "torch" in sys.modules or code == EXIT_INTERRUPTED:
         _leave(code)
     return code
+
+
+def _with_streams(run: Callable[[], int]) -> int:
+    """Run a command, and write the rest of its output.
+
+    Args:
+        run: The command.
+
+    Returns:
+        The exit code of the command or of its SystemExit, or 1 if output was lost.
+    """
+    code = 0
+    try:
+        try:
+            code = run()
+        except SystemExit as end:
+            # The parser has already printed the reason.
+            if isinstance(end.code, str):
+                raise
+            code = end.code or 0
+        print(end="", flush=True)
+        return code
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        # The interpreter writes the rest again when it ends, and would print a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:
+            # The reader of the output has closed it, which is not an error.
+            return code or EXIT_BROKEN_PIPE
+        if code == 0:
+            print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        return EXIT_FAILED
 
 
 def _interrupt(*_: object) -> None:

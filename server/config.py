@@ -16,7 +16,6 @@ from pydantic.dataclasses import dataclass
 from turret.server.basics.names import (
     HUB_SCHEME,
     HubId,
-    closest,
     is_below_remote,
     is_remote,
     is_remote_path,
@@ -359,8 +358,7 @@ class ListenConfig(Checked):
                 yield Violation(f"listen.{name}", say("NEEDS_FIELD", other="--http-address"))
             for value in values:
                 if value != "*" and not form.fullmatch(value):
-                    text = say("NOT_OF_FORM", value=value, form=shown)
-                    yield Violation(f"listen.{name}", text)
+                    yield Violation(f"listen.{name}", say("NOT_OF_FORM", value=value, form=shown))
 
     @property
     def call_addresses(self) -> tuple[str, ...]:
@@ -468,6 +466,5 @@ class Config(Checked):
         for name in ("address", "admin_address", "http_address"):
             address: str | None = getattr(self.listen, name)
             if address is not None and not is_local_address(address):
-                meant = closest(split_address(address)[0], ("localhost",))
-                text = say("ADDRESS_EXPOSED", value=address, closest=meant)
+                text = say("ADDRESS_EXPOSED", value=address)
                 yield Violation(f"listen.{name}", text)

@@ -86,8 +86,8 @@ def find_examples(given: Path | None) -> Path:
             return folder.resolve()
     looked = ", ".join(str(folder) for folder in candidates)
     raise ExamplesNotFoundError(
-        f"no examples (adapters/ and prompts.jsonl) in {looked}; they come with the source "
-        "checkout, not with the package: pass --examples DIR"
+        f"no directory with adapters/ and prompts.jsonl at {looked}; pass that of a source checkout"
+        " with --examples"
     )
 
 

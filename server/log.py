@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from turret.words import printable
+
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
 
 # Values of these characters need no quotes. All others are quoted, so that no value breaks the
@@ -56,8 +58,7 @@ class LineFormatter(logging.Formatter):
     """Renders a record, its fields and its traceback as exactly one line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        message = record.getMessage().replace("\r", "\\r").replace("\n", "\\n")
-        head = f"{_stamp(record)} {record.levelname} {record.name} {message}"
+        head = f"{_stamp(record)} {record.levelname} {record.name} {printable(record.getMessage())}"
         values = _fields_of(self, record)
         return " ".join([head, *(f"{key}={_quoted(value)}" for key, value in values.items())])
 
@@ -132,7 +133,8 @@ def taken_by(take: Callable[[str], None]) -> Iterator[None]:
 # Progress of long steps: a bar on the terminal, otherwise an occasional log line.
 
 
-Report = Callable[[str, int, int], None]
+# Called with a description, the number of finished parts, and the number of all parts.
+OnProgress = Callable[[str, int, int], None]
 
 _log = logging.getLogger(__name__)
 # Bars currently shown.
@@ -143,7 +145,7 @@ _EVERY_SECONDS = 10.0
 
 
 @contextmanager
-def progress_bar() -> Iterator[Report]:
+def progress_bar() -> Iterator[OnProgress]:
     """Yield ``report(description, done, total)``; draws on stderr if that is a terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -190,7 +192,7 @@ def end_bars() -> None:
         bar.stop()
 
 
-def _lines(now: Callable[[], float]) -> Report:
+def _lines(now: Callable[[], float]) -> OnProgress:
     """Log steps that take longer than ``_FIRST_SECONDS``, and again every ``_EVERY_SECONDS``."""
     due: dict[str, float] = {}
 

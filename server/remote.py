@@ -46,7 +46,7 @@ _MAX_PROCESS_BYTES = 1 << 30
 _PROGRAM = Path(__file__).with_name("remote_program.py")
 _NAMES = (CONFIG_FILE, TENSORS_FILE, PROVENANCE_FILE, *TOKENIZER_FILES)
 
-Stage = Callable[[Sequence[UploadedFile]], StagedUpload]
+StageFiles = Callable[[Sequence[UploadedFile]], StagedUpload]
 
 
 class _Downloads:
@@ -83,7 +83,7 @@ class _Downloads:
 class RemoteAdapters(_Downloads):
     """Fetches adapters whose paths have a scheme, below the prefixes that are allowed."""
 
-    def fetch(self, path: str, stage: Stage) -> StagedUpload:
+    def fetch(self, path: str, stage: StageFiles) -> StagedUpload:
         """Downloads an adapter's files; blocks.
 
         Args:
@@ -112,7 +112,7 @@ class RemoteAdapters(_Downloads):
         finally:
             self._places.release()
 
-    def _download(self, path: str, stage: Stage) -> StagedUpload:
+    def _download(self, path: str, stage: StageFiles) -> StagedUpload:
         """Downloads in a child process, which has limits of time and memory."""
         limits = map(str, (LEAST_SECONDS, LEAST_BYTES_PER_SECOND, _MAX_PROCESS_BYTES))
         with subprocess.Popen(
@@ -128,7 +128,7 @@ class RemoteAdapters(_Downloads):
             finally:
                 process.kill()
 
-    def _receive(self, output: _DownloadOutput, stage: Stage) -> StagedUpload:
+    def _receive(self, output: _DownloadOutput, stage: StageFiles) -> StagedUpload:
         listed = output.line()
         files = [UploadedFile(*file) for file in listed["files"]]
         for name in (CONFIG_FILE, TENSORS_FILE):

@@ -74,7 +74,7 @@ def missing_packages() -> bool:
 
 
 def operation_of(method: str) -> str:
-    """The conventions' name for the operation of a method."""
+    """The name of a method's operation in OpenTelemetry's conventions."""
     found = (name for pattern, name in _OPERATIONS if pattern.search(method))
     return next(found, TEXT_COMPLETION)
 
@@ -269,7 +269,16 @@ def _exporter(signal: Literal["trace", "metric"], variable: str) -> Any:
     """The exporter of a signal; ``variable`` may choose another protocol for it."""
     protocol = os.environ.get(variable) or os.environ.get(_PROTOCOL) or PROTOCOLS[0]
     module = importlib.import_module(f"{_EXPORTERS[protocol]}.{signal}_exporter")
-    return module.OTLPSpanExporter() if signal == "trace" else module.OTLPMetricExporter()
+    options = {}
+    # A program that provides credentials also provides the session.
+    if protocol == PROTOCOLS[0] and not any("CREDENTIAL_PROVIDER" in name for name in os.environ):
+        import requests
+
+        options["session"] = session = requests.Session()
+        # The bodies of answers are not needed, and could be endless.
+        session.stream = True
+    kind = module.OTLPSpanExporter if signal == "trace" else module.OTLPMetricExporter
+    return kind(**options)
 
 
 # OpenTelemetry's own providers are one per process, too.

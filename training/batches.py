@@ -47,8 +47,8 @@ class Dataset:
         is_multi_label: Whether an example may have any number of labels, not exactly one.
     """
 
-    train: tuple[Row, ...]
-    validation: tuple[Row, ...]
+    train: tuple[BatchRow, ...]
+    validation: tuple[BatchRow, ...]
     digest: str
     num_examples: int
     num_tokens: int
@@ -104,7 +104,7 @@ def load_dataset(
     )
 
 
-def make_rows(examples: tuple[Encoded, ...], config: DataConfig) -> list[Row]:
+def make_rows(examples: tuple[Encoded, ...], config: DataConfig) -> list[BatchRow]:
     """Rows of one example each, or packed rows."""
     return pack_rows(examples, config.max_length) if config.packing else single_rows(examples)
 
@@ -120,7 +120,7 @@ def split(
 
 
 # A row holds one example, or several if they are packed.
-Row = tuple[Encoded, ...]
+BatchRow = tuple[Encoded, ...]
 IGNORED = -100
 
 
@@ -148,7 +148,7 @@ class TrainingBatch:
     labels: tuple[tuple[int, ...], ...] = ()
 
 
-def pack_rows(examples: Sequence[Encoded], max_length: int) -> list[Row]:
+def pack_rows(examples: Sequence[Encoded], max_length: int) -> list[BatchRow]:
     """Fill rows of at most ``max_length`` tokens, the longest examples first (best fit)."""
     rows: list[list[Encoded]] = []
     free: list[int] = []
@@ -165,7 +165,7 @@ def pack_rows(examples: Sequence[Encoded], max_length: int) -> list[Row]:
     return [tuple(row) for row in rows]
 
 
-def single_rows(examples: Sequence[Encoded]) -> list[Row]:
+def single_rows(examples: Sequence[Encoded]) -> list[BatchRow]:
     """Rows with one example each."""
     return [(example,) for example in examples]
 
@@ -179,18 +179,18 @@ class BatchStream:
         seed: The seed of the orders.
     """
 
-    def __init__(self, rows: Sequence[Row], *, batch_size: int, seed: int) -> None:
+    def __init__(self, rows: Sequence[BatchRow], *, batch_size: int, seed: int) -> None:
         self._rows = rows
         self._batch_size = batch_size
         self._seed = seed
         self._order: tuple[int, list[int]] = (-1, [])
 
-    def rows(self, index: int) -> list[Row]:
+    def rows(self, index: int) -> list[BatchRow]:
         """The rows of the batch at a position, from 0."""
         start = index * self._batch_size
         return [self._row(place) for place in range(start, start + self._batch_size)]
 
-    def _row(self, place: int) -> Row:
+    def _row(self, place: int) -> BatchRow:
         epoch, offset = divmod(place, len(self._rows))
         if self._order[0] != epoch:
             rng = random.Random(f"{self._seed}/{epoch}")
@@ -198,7 +198,7 @@ class BatchStream:
         return self._rows[self._order[1][offset]]
 
 
-def make_batch(rows: Sequence[Row], *, pad: int, is_packed: bool) -> TrainingBatch:
+def make_batch(rows: Sequence[BatchRow], *, pad: int, is_packed: bool) -> TrainingBatch:
     """Arrange rows as tensors.
 
     Args:

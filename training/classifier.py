@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from turret.clients.evaluation.answer_metrics import (
+from turret.clients.evaluation.evaluate import (
     LabelPair,
     label_figures,
     macro_f1_of_sets,
@@ -25,7 +25,7 @@ from turret.clients.evaluation.answer_metrics import (
 from turret.server.adapters.adapter import CONFIG_FILE, MULTI_LABEL, SINGLE_LABEL, TENSORS_FILE
 from turret.server.adapters.peft_format.classifier_checkpoint import HEAD_NAMES, TASK_TYPE
 from turret.training.adapter_folder import write_adapter
-from turret.training.batches import Dataset, Row, TrainingBatch, make_batch
+from turret.training.batches import BatchRow, Dataset, TrainingBatch, make_batch
 from turret.training.examples import Encoded
 from turret.training.loss import LossFunction
 from turret.training.settings.resolve import Resolved
@@ -34,7 +34,7 @@ _NAME = "score"
 # A multi-label model predicts a label if its probability exceeds this.
 _THRESHOLD = 0.5
 # Predicted and correct label indices of one example.
-Judged = tuple[tuple[int, ...], tuple[int, ...]]
+Prediction = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def add_head(model: Any, num_labels: int) -> None:
@@ -66,9 +66,9 @@ class ClassifierLoss(LossFunction):
         return cross_entropy(self._score(states.float()), targets, reduction=reduction)
 
     @torch.no_grad()
-    def labels(self, batch: TrainingBatch) -> list[Judged]:
+    def labels(self, batch: TrainingBatch) -> list[Prediction]:
         """The predicted and the right label numbers of each example."""
-        found: list[Judged] = []
+        found: list[Prediction] = []
         for states, targets in self._parts(batch):
             numbers = self._score(states.float()).argmax(-1)
             pairs = zip(numbers.tolist(), targets.tolist(), strict=True)
@@ -99,7 +99,7 @@ class MultiLabelLoss(ClassifierLoss):
         return losses.sum() if reduction == "sum" else losses
 
     @torch.no_grad()
-    def labels(self, batch: TrainingBatch) -> list[Judged]:
+    def labels(self, batch: TrainingBatch) -> list[Prediction]:
         found: list[torch.Tensor] = []
         for states, _ in self._parts(batch):
             found += self._score(states.float()).sigmoid() > _THRESHOLD
@@ -123,7 +123,7 @@ def make_loss(resolved: Resolved, model: Any) -> LossFunction:
 
 
 def label_scores(
-    loss: ClassifierLoss, rows: Sequence[Row], labels: Sequence[str], batch_size: int, pad: int
+    loss: ClassifierLoss, rows: Sequence[BatchRow], labels: Sequence[str], batch_size: int, pad: int
 ) -> dict[str, Any]:
     """The figures of ``turret eval --classify`` over rows, each in [0, 1].
 

@@ -16,7 +16,7 @@ from turret.training.base_model import (
     peak_memory_bytes,
     without_backward,
 )
-from turret.training.batches import Row, make_batch
+from turret.training.batches import BatchRow, make_batch
 from turret.training.classifier import (
     ClassifierLoss,
     add_head,
@@ -99,7 +99,7 @@ class LocalEngine:
         self._pad = pad_token(resolved.base.tokenizer)
         self.num_parameters = sum(p.numel() for p in self._parameters.values())
 
-    def backward(self, parts: Sequence[Sequence[Row]]) -> float:
+    def backward(self, parts: Sequence[Sequence[BatchRow]]) -> float:
         """Compute the gradients of a step.
 
         Args:
@@ -130,12 +130,12 @@ class LocalEngine:
         return norm.item()
 
     @torch.no_grad()
-    def loss(self, rows: Sequence[Row]) -> float:
+    def loss(self, rows: Sequence[BatchRow]) -> float:
         """The sum of the loss over rows, without gradients (nats)."""
         with without_backward(self._model):
             return self._loss(make_batch(rows, pad=self._pad, is_packed=False)).item()
 
-    def scores(self, rows: Sequence[Row]) -> dict[str, Any]:
+    def scores(self, rows: Sequence[BatchRow]) -> dict[str, Any]:
         """Other figures of a validation."""
         if not isinstance(self._loss, ClassifierLoss):
             return {}
@@ -169,7 +169,7 @@ class LocalEngine:
     def end(self, checkpoints: Sequence[Path]) -> None:
         """Remove what the checkpoints of a finished run hold outside its directory."""
 
-    def samples(self, rows: Sequence[Row], on_progress: Progress) -> list[dict[str, Any]]:
+    def samples(self, rows: Sequence[BatchRow], on_progress: Progress) -> list[dict[str, Any]]:
         """Answers to the examples of rows; see ``run/samples.py``."""
         examples = [example for row in rows for example in row]
         tokenizer, labels = self._resolved.base.tokenizer, self._resolved.dataset.labels

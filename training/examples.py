@@ -25,6 +25,7 @@ from typing import Any
 
 from turret.clients.evaluation.rows import Row, RowError, read_rows
 from turret.server.adapters.adapter import MAX_LABEL_CHARS, MAX_LABELS
+from turret.server.basics.files import unreadable
 from turret.server.engine.scheduling.sequence import last_occurrence
 from turret.training.errors import ConfigError, DataError
 from turret.training.settings.config import DataConfig
@@ -162,8 +163,7 @@ def read_examples(path: Path) -> list[Example]:
     try:
         return [_example(row) for row in read_rows(path, is_training=True)]
     except OSError as error:
-        why = error.strerror or error
-        raise DataError(say("FILE_UNREADABLE", path=path, why=why)) from error
+        raise DataError(unreadable(path, error)) from error
     except RowError as error:
         raise DataError(error.problem, error.place) from error
 

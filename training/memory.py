@@ -25,7 +25,7 @@ from turret.server.models.sources.model_directory import weight_files
 from turret.server.training.learner import BYTES_PER_PARAMETER
 from turret.server.training.service import CHUNK_TOKENS, PASS_TOKENS
 from turret.training.base_model import DTYPES, empty_model, resident_bytes
-from turret.training.batches import Row, make_batch
+from turret.training.batches import BatchRow, make_batch
 from turret.training.classifier import classifier_loss
 from turret.training.engine import attach_to, pad_token, trainable
 from turret.training.errors import RunError
@@ -196,7 +196,7 @@ def _estimate_shared(resolved: Resolved) -> MemoryEstimate:
     )
 
 
-def largest_rows(resolved: Resolved) -> tuple[Sequence[Row], Sequence[Row]]:
+def largest_rows(resolved: Resolved) -> tuple[Sequence[BatchRow], Sequence[BatchRow]]:
     """The rows of the training batch and the validation batch that take the most memory.
 
     Without validation examples, the latter is empty.
@@ -211,7 +211,7 @@ def largest_rows(resolved: Resolved) -> tuple[Sequence[Row], Sequence[Row]]:
     return train, max(validation, key=_room, default=())
 
 
-def _room(rows: Sequence[Row]) -> tuple[int, int]:
+def _room(rows: Sequence[BatchRow]) -> tuple[int, int]:
     """The tokens of a batch, with padding, and those that are learned."""
     longest = max(sum(len(example.tokens) for example in row) for row in rows)
     return len(rows) * longest, sum(sum(each.learned[1:]) for row in rows for each in row)

@@ -23,7 +23,7 @@ from turret.server.basics.files import replace_file
 from turret.server.training.trainer import AdamParams, LearnerConfig
 from turret.training.adapter_folder import write_adapter
 from turret.training.base_model import DTYPES, empty_model, peak_memory_bytes
-from turret.training.batches import Row
+from turret.training.batches import BatchRow
 from turret.training.engine import attach_to, trainable
 from turret.training.examples import Encoded
 from turret.training.run.folder import SERVER_SUFFIX, checkpoint_path
@@ -83,7 +83,7 @@ class SharedEngine(ABC):
     def _export(self, folder: Path) -> None:
         """Write the adapter in PEFT's layout to a new directory."""
 
-    def backward(self, parts: Sequence[Sequence[Row]]) -> float:
+    def backward(self, parts: Sequence[Sequence[BatchRow]]) -> float:
         examples = [example for rows in parts for row in rows for example in row]
         weight = 1.0 / sum(sum(example.learned[1:]) for example in examples)
         return self._pass([_datum(example, weight) for example in examples], has_grad=True)
@@ -101,7 +101,7 @@ class SharedEngine(ABC):
             )
         )
 
-    def loss(self, rows: Sequence[Row]) -> float:
+    def loss(self, rows: Sequence[BatchRow]) -> float:
         data = [_datum(example, 1.0) for row in rows for example in row]
         return self._pass(data, has_grad=False)
 
@@ -113,10 +113,10 @@ class SharedEngine(ABC):
             dtype = DTYPES[self._config.run.adapter_dtype]
             write_adapter(folder, config, load_file(made / TENSORS_FILE), dtype)
 
-    def scores(self, rows: Sequence[Row]) -> dict[str, Any]:
+    def scores(self, rows: Sequence[BatchRow]) -> dict[str, Any]:
         return {}
 
-    def samples(self, rows: Sequence[Row], on_progress: Progress) -> list[dict[str, Any]]:
+    def samples(self, rows: Sequence[BatchRow], on_progress: Progress) -> list[dict[str, Any]]:
         adapter = self._publish()
         longest = self._resolved.base.arch.max_model_len
 

@@ -26,7 +26,7 @@ from turret.training.serving_cost import serving_cost
 from turret.training.settings.checks import base_place, check_method
 from turret.training.settings.resolve import Resolved, resolve
 from turret.training.settings.variants import Variant
-from turret.training.trainer import FinishedRun, Listener, Trainer
+from turret.training.trainer import FinishedRun, Observer, Trainer
 from turret.training.words import say
 
 # ``stops_early`` keeps a third of the variants after a ninth and after a third of the steps.
@@ -35,7 +35,7 @@ OpenEngine: TypeAlias = Callable[[Resolved], Engine]
 
 
 # Shows the progress of one run of the sweep; called with the run's title.
-Announce: TypeAlias = Callable[[str], AbstractContextManager[Listener]]
+Announce: TypeAlias = Callable[[str], AbstractContextManager[Observer]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ class _Run:
     def is_together(self) -> bool:
         return self.is_served or is_shared(self.resolved)
 
-    def train(self, part: int, listen: Listener, open_engine: OpenEngine) -> FinishedRun:
+    def train(self, part: int, listen: Observer, open_engine: OpenEngine) -> FinishedRun:
         """Train the first of ``part`` parts of the steps, unless they are already finished."""
         folder, num_steps = RunFolder(Path(self.name)), self.resolved.config.run.steps
         assert num_steps is not None
@@ -191,7 +191,7 @@ def _train_all(
 
 
 def _together(
-    runs: Sequence[_Run], part: int, listen: Listener, open_engine: OpenEngine
+    runs: Sequence[_Run], part: int, listen: Observer, open_engine: OpenEngine
 ) -> list[FinishedRun]:
     """Train variants at the same time on one base; if one fails, the others stop."""
     engines: list[Any] = []
@@ -223,12 +223,12 @@ def _together(
     return [each.result() for each in waiting]
 
 
-def _shared_listeners(listen: Listener, num_runs: int) -> Callable[[str], Listener]:
+def _shared_listeners(listen: Observer, num_runs: int) -> Callable[[str], Observer]:
     """Makes listeners of runs, by title, whose events become those of one run with all steps."""
     lock = threading.Lock()
     steps: Counter[str] = Counter()
 
-    def listener(title: str) -> Listener:
+    def listener(title: str) -> Observer:
         def heard(row: dict[str, Any]) -> None:
             with lock:
                 if row["kind"] == "begin":

@@ -13,7 +13,7 @@ from typing import Any
 
 from turret.server.adapters.adapter import PROVENANCE_FILE
 from turret.training.base_model import DTYPES
-from turret.training.batches import BatchStream, Row
+from turret.training.batches import BatchRow, BatchStream
 from turret.training.engine import Engine, LocalEngine
 from turret.training.errors import RunError
 from turret.training.fusion import adapter_digest
@@ -35,7 +35,7 @@ from turret.words import counted
 
 # Called with every line of metrics.jsonl and with the events between them: ``kind`` is ``begin``
 # (with ``steps``), ``phase`` (``text`` is the current work) or ``note`` (``text`` for the reader).
-Listener = Callable[[dict[str, Any]], None]
+Observer = Callable[[dict[str, Any]], None]
 
 
 def _nobody(row: dict[str, Any]) -> None:
@@ -74,7 +74,7 @@ class Trainer:
     def __init__(
         self,
         resolved: Resolved,
-        listen: Listener = _nobody,
+        listen: Observer = _nobody,
         open_engine: Callable[[Resolved], Engine] = LocalEngine,
     ) -> None:
         config = resolved.config
@@ -234,7 +234,7 @@ class _Loop:
     """Steps, validations and checkpoints of one attempt."""
 
     def __init__(
-        self, resolved: Resolved, engine: Engine, log: MetricsLog, listen: Listener
+        self, resolved: Resolved, engine: Engine, log: MetricsLog, listen: Observer
     ) -> None:
         config = resolved.config
         assert config.run.steps is not None
@@ -316,8 +316,8 @@ class _Loop:
 
 
 def validation_loss(
-    loss: Callable[[Sequence[Row]], float],
-    rows: Sequence[Row],
+    loss: Callable[[Sequence[BatchRow]], float],
+    rows: Sequence[BatchRow],
     batch_size: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:

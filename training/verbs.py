@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import functools
 import importlib
 import importlib.util
@@ -32,7 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     parser = subparsers.add_parser("train", help=text)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     text = "write a commented config"
-    init = verbs.add_parser("init", help=text, description=text.capitalize())
+    init = verbs.add_parser("init", help=text, description=f"{text.capitalize()}.")
     init.add_argument(
         "file",
         type=Path,
@@ -55,7 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
         help="first remove an earlier run from the output directory",
     )
     text = "write a run's report.html again"
-    report = verbs.add_parser("report", help=text, description=text.capitalize())
+    report = verbs.add_parser("report", help=text, description=f"{text.capitalize()}.")
     report.add_argument("run", type=Path, metavar="DIR", help="directory of the run")
     report.set_defaults(func=with_errors(_report))
     text = "train with several values of settings and compare"
@@ -93,7 +92,7 @@ def _add(
     parents = [config_parser(*left_out)]
     usage = f"turret train {name} CONFIG [flags]"
     parser = verbs.add_parser(
-        name, help=text, description=text.capitalize(), parents=parents, usage=usage
+        name, help=text, description=f"{text.capitalize()}.", parents=parents, usage=usage
     )
     parser.set_defaults(func=with_errors(func), parser=parser, address=None)
     return parser
@@ -109,7 +108,7 @@ def with_errors(
     """
 
     def run(args: argparse.Namespace) -> int:
-        from turret.clients.errors import TRAIN_HINTS, TurretRpcError
+        from turret.clients.errors import TurretRpcError
         from turret.clients.messages.fields import ArgumentError
         from turret.clients.verbs.command import print_error
         from turret.server.command.interrupts import exit_code, raising_terminated
@@ -129,16 +128,15 @@ def with_errors(
             return 141
         except OSError as error:
             where = "" if error.filename is None else f"{error.filename}: "
-            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            step = f"; free some{_how_to_go_on(args)}" if is_full else ""
-            print(f"error: {where}{error.strerror or error}{step}", file=sys.stderr)
+            how = _how_to_go_on(args)
+            print(f"error: {where}{error.strerror or error}{how}", file=sys.stderr)
             return 1
         except (TrainingError, TurretError) as error:
             for line in described(args, error):
                 print(f"error: {line}", file=sys.stderr)
             return EXIT_USAGE if isinstance(error, ConfigFileError) else 1
         except (TurretRpcError, ArgumentError) as error:
-            print_error(error, args, TRAIN_HINTS)
+            print_error(error, args)
             if how := _how_to_go_on(args):
                 print(f"stopped{how}", file=sys.stderr)
             return 1
@@ -177,13 +175,10 @@ def _init(args: argparse.Namespace) -> None:
 
 
 def _ranks(text: str) -> tuple[int, ...]:
-    try:
-        ranks = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(say("NOT_RANKS", value=text)) from None
-    if min(ranks) < 1:
-        raise argparse.ArgumentTypeError(say("TOO_SMALL", least=1, value=min(ranks)))
-    return ranks
+    from turret.training.settings.flags import whole
+
+    ranks = (whole(part, 1, 1 << 16) for part in text.split(","))
+    return tuple(dict.fromkeys(ranks))
 
 
 def _read(args: argparse.Namespace) -> Any:

@@ -15,8 +15,8 @@ TEXTS = {
     "NOT_KEY_VALUE": "must be TABLE.KEY=VALUE, not {value!q}",
     "LABELS_ARE_LEARNED": 'must be "completion" for a classification, which learns only the labels',
     "ENTRIES_NOT_IN_RANGE": "must have {least} to {most} entries, not {found}",
-    "NOT_RANKS": "must be whole numbers separated by commas, not {value!q:.60}",
-    "ONE_VALUE_ONLY": "must be one value, because the variants of a sweep have directories in it",
+    "ONE_VALUE_ONLY": "must have one value, because a sweep writes each variant to a directory in"
+    " it",
     # Settings that do not go together.
     "VALUE_UNSUPPORTED_BY": "{value} is not supported by {method}",
     "KEY_UNSUPPORTED_BY": "is not supported by {method}, which has only {choices}",
@@ -78,8 +78,8 @@ TEXTS = {
     "DIFFERENCE": "{key} was {before} and is now {after}",
     "DIGEST_CHANGED": "{key} has changed",
     "EXAMPLES_CHANGED": "the examples have changed (data.digest)",
-    "NOT_A_RUN": "{path} is not a run of turret train: {why}",
-    "NO_RUN_FACTS": "{path} is not a run of turret train, because it has no {name}; pass the"
+    "NOT_A_RUN": "{path} is not a run of `turret train`: {why}",
+    "NO_RUN_FACTS": "{path} is not a run of `turret train`, because it has no {name}; pass the"
     " directory of run.output",
     "RUN_DISK_FULL": "the disk of {path} has {free!b} free, but the run needs {needed!b}; free some"
     " space or choose another --output",
@@ -92,7 +92,7 @@ TEXTS = {
     " base.model to the server's model",
     "SERVER_DOES_NOT_TRAIN": "{address} does not train; start it with `turret serve --training"
     " --state-dir DIR`",
-    "RUN_ELSEWHERE": "the run in {path} was begun elsewhere; `{command}` continues it",
+    "RUN_ELSEWHERE": "the run in {path} was started elsewhere; `{command}` continues it",
     "NO_VALIDATION_LOSS": "{path} has no validation loss",
     # Repair adapters.
     "NOTHING_TO_REPAIR": "the 4-bit weights in {path} are served as stored, so there is nothing to"
@@ -107,7 +107,8 @@ TEXTS = {
     " server's base with --model",
     # Conversions.
     "NOT_PEFT_FOLDER": "{path} has no {file}; pass the directory that PEFT's save_pretrained wrote",
-    "NOT_CONVERTED": "{path}: peft_type {value!q:.60} cannot be converted; supported are {choices}",
+    "NOT_CONVERTED": "{path}: peft_type {value!q:.60} cannot be converted; supported types are"
+    " {choices}",
     "NEEDS_BASE": "{method} requires --base, the model that the adapter was trained on",
     "BASE_IS_GGUF": "{path} is a GGUF file; pass the checkpoint that the adapter was trained on",
     "BASE_NOT_FOUND": "{path} does not exist; pass the directory of the base model or its hub id,"

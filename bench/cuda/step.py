@@ -28,7 +28,7 @@ from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
 from turret.server.engine.step.gpu import decode_graphs
-from turret.server.engine.step.gpu.decode_graphs import Body, Capture, Outputs, capture_for
+from turret.server.engine.step.gpu.decode_graphs import Capture, Outputs, StepBody, capture_for
 from turret.server.engine.step.gpu.executor import GpuExecutor
 from turret.server.engine.step.runner import Computed, Runner, StepResult
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
@@ -113,7 +113,7 @@ class _Captures:
         self._capture: Capture = capture_for(device) or FakeCapture()
         self.replay: Callable[[], None] | None = None
 
-    def __call__(self, body: Body) -> tuple[Callable[[], None], Outputs]:
+    def __call__(self, body: StepBody) -> tuple[Callable[[], None], Outputs]:
         replay, outputs = self._capture(body)
         self.replay = torch.inference_mode()(replay)
         return replay, outputs

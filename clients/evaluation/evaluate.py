@@ -203,7 +203,9 @@ _MOST_RETRIES = 30
 # Failures that do not depend on a line.
 _NOT_OF_A_LINE = (AuthenticationError, NotFoundError, PermissionDeniedError, UnavailableError)
 
-Mix = tuple[AdapterWeight, ...]
+NamedMix = tuple[AdapterWeight, ...]
+# The tokens of an example: those of the prompt, and those of the right answer.
+_Encoded = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,15 +267,7 @@ class MixReport:
         return counted(self.examples, "example")
 
 
-@dataclass(frozen=True, slots=True)
-class _Encoded:
-    """The tokens of an example: those of the prompt, and those of the right answer."""
-
-    prompt: tuple[int, ...]
-    reference: tuple[int, ...]
-
-
-def mix_name(mix: Mix) -> str:
+def mix_name(mix: NamedMix) -> str:
     """A mix in the command line's notation; ``base`` if it is empty."""
     return "+".join(map(str, mix)) or "base"
 
@@ -281,7 +275,7 @@ def mix_name(mix: Mix) -> str:
 def evaluate(
     client: TurretClient,
     examples: Sequence[EvalExample],
-    mixes: Sequence[Mix],
+    mixes: Sequence[NamedMix],
     options: EvalOptions,
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -376,7 +370,7 @@ def _encode_one(client: TurretClient, example: EvalExample, before: int, after: 
         reference = reference[before : len(reference) - after]
         if not reference:
             raise ValueError(say("ANSWER_WITHOUT_TOKENS", line=example.line))
-        return _Encoded(prompt, reference)
+        return prompt, reference
 
     return _called(f"line {example.line}", ask)
 
@@ -385,16 +379,16 @@ def _judge(
     client: TurretClient,
     example: EvalExample,
     encoded: _Encoded | None,
-    mix: Mix,
+    mix: NamedMix,
     options: EvalOptions,
 ) -> Judged:
     place = f"line {example.line}, {mix_name(mix)}"
-    logprob, answer = None, None
+    logprob, answer, count = None, None, 0
     if encoded is not None:
-        tokens = (*encoded.prompt, *encoded.reference)
-        score = _called(place, partial(client.score, tokens, adapters=mix))
-        asked = score.tokens[len(encoded.prompt) :]
-        logprob = sum(token.logprob for token in asked if token.logprob is not None)
+        prompt, reference = encoded
+        score = _called(place, partial(client.score, (*prompt, *reference), adapters=mix))
+        scored, count = score.tokens[len(prompt) :], len(reference)
+        logprob = sum(token.logprob for token in scored if token.logprob is not None)
     if not {*METRICS[1:]}.isdisjoint(options.metrics):
         length = options.max_tokens
         generate = partial(client.generate, adapters=mix, temperature=0.0, max_tokens=length)
@@ -410,8 +404,7 @@ def _judge(
         else:
             labels = _held(found, place), example.labels
             scores = {"accuracy": float({*labels[0]} == {*labels[1]})}
-    tokens = 0 if encoded is None else len(encoded.reference)
-    return Judged(example.line, answer, logprob, tokens, scores, example.reference, labels)
+    return Judged(example.line, answer, logprob, count, scores, example.reference, labels)
 
 
 def _held(found: Classification, place: str) -> tuple[str, ...]:
@@ -445,7 +438,7 @@ def _called(place: str, call: Callable[[], _T]) -> _T:
     raise AssertionError("the last attempt returns or raises")
 
 
-def _report(mix: Mix, judged: Sequence[Judged], metrics: Sequence[str]) -> MixReport:
+def _report(mix: NamedMix, judged: Sequence[Judged], metrics: Sequence[str]) -> MixReport:
     figures: dict[str, Estimate] = {}
     for metric in metrics:
         part, statistic = _measure(metric, judged)

@@ -13,6 +13,7 @@ from typing import Any
 
 from turret.clients.words import Text, say
 from turret.closest import closest
+from turret.words import printable
 
 # A test set: a JSON Lines file of questions with the right answers.
 #
@@ -115,7 +116,7 @@ class RowError(ValueError):
     def __init__(self, path: Path, line: int | None, field: str | None, problem: Text) -> None:
         self.place = ":".join(map(str, (path, line))) if line is not None else str(path)
         if field is not None:
-            self.place = f"{self.place}: {field}"
+            self.place = f"{self.place}: {printable(field)}"
         super().__init__(f"{self.place}: {problem}")
         self.path = path
         self.line = line
@@ -170,11 +171,13 @@ class Row:
         labels = self.values["labels"]
         if not isinstance(labels, list):
             raise self.error("labels", say("NOT_A_LIST", value=_shown(labels)))
+        found: dict[str, None] = {}
         for index, label in enumerate(labels):
             self.text(f"labels[{index}]", label)
-            if label in labels[:index]:
+            if label in found:
                 raise self.error(f"labels[{index}]", say("DUPLICATE", value=label[:40]))
-        return tuple(labels)
+            found[label] = None
+        return tuple(found)
 
     def turns(self, *, is_answered: bool = True) -> tuple[dict[str, str], ...]:
         """The messages, with ``role`` and ``content``.
@@ -238,8 +241,7 @@ def read_rows(path: Path, *, is_training: bool) -> Iterator[Row]:
             is_empty = False
             yield Row(path, line, _json_object(path, line, text, is_training), is_training)
     if is_empty:
-        problem = say("NO_EXAMPLES", keys=_keys(is_training))
-        raise RowError(path, None, None, problem)
+        raise RowError(path, None, None, say("NO_EXAMPLES", keys=_keys(is_training)))
 
 
 def _json_object(path: Path, line: int, text: str, is_training: bool) -> dict[str, Any]:

@@ -38,9 +38,19 @@ class ArgumentValueError(ArgumentError, ValueError):
     """An argument whose value does not fit."""
 
 
+_NUMBERS = dict.fromkeys(
+    (FieldDescriptor.CPPTYPE_DOUBLE, FieldDescriptor.CPPTYPE_FLOAT), "a number"
+)
+
+
 @contextlib.contextmanager
-def named(argument: str, value: object) -> Iterator[None]:
+def named(argument: str, value: object, wanted: str = "") -> Iterator[None]:
     """Raise the errors of protobuf in the block with the argument, which they do not name.
+
+    Args:
+        argument: The name of the argument.
+        value: Its value.
+        wanted: The type that it must have; empty if protobuf's own words describe it.
 
     Raises:
         ArgumentTypeError, ArgumentValueError: The value does not fit its field.
@@ -50,6 +60,8 @@ def named(argument: str, value: object) -> Iterator[None]:
     except ArgumentError:
         raise
     except (TypeError, ValueError, OverflowError) as error:
+        if wanted and isinstance(error, TypeError):
+            raise not_of_type(argument, wanted, value) from None
         text = say("UNFIT", value=f"{value!r:.60}", problem=error)
         if isinstance(error, TypeError):
             raise ArgumentTypeError(argument, text) from None
@@ -79,7 +91,7 @@ def fill(message: Any, values: Mapping[str, Any], *, within: str = "") -> None:
             raise ArgumentTypeError(argument, say("NOT_TRUE_OR_FALSE", value=repr(value)))
         elif field.enum_type is not None:
             value = _enum_value(argument, value, field.enum_type)
-        with named(argument, value):
+        with named(argument, value, _NUMBERS.get(field.cpp_type, "an integer")):
             setattr(message, name, value)
 
 

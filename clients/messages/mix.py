@@ -57,7 +57,7 @@ class AdapterWeight:
 _FORMS = '"name", ("name", weight), {"name": weight} or an AdapterWeight'
 # "sql", ("json", -0.5), AdapterWeight("json", generation=2), or the message itself.
 AdapterLike = str | tuple[str, float] | AdapterWeight | adapters_pb2.AdapterWeight
-# One adapter, several, or a mapping from adapters to weights: {"sql": 0.5, "json": -0.5}.
+# An adapter, several adapters, or a mapping from adapters to weights: {"sql": 0.5, "json": -0.5}.
 AdaptersLike = AdapterLike | Sequence[AdapterLike] | Mapping[str, float]
 
 

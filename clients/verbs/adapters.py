@@ -15,71 +15,73 @@ _COUNT = {"type": int, "metavar": "N"}
 _SHARE = {"type": float, "metavar": "X"}
 # Destinations have the names of the arguments of the Python client.
 _FLAGS: command.Flags = {
-    "name": {"metavar": "NAME", "help": "how requests name the adapter"},
-    "path": {
-        "metavar": "PATH",
-        "help": "directory below the server's --adapter-root, or a path that starts with hub:,"
+    "name": command.flag("how requests name the adapter", metavar="NAME"),
+    "path": command.flag(
+        "directory below the server's --adapter-root, or a path that starts with hub:,"
         " s3:// or oci://",
-    },
-    "targets": {
-        "type": command.adapter_weight,
-        "nargs": "+",
-        "metavar": "NAME[@GENERATION][=WEIGHT]",
-        "help": "generations that the alias stands for; requests are split between them in"
+        metavar="PATH",
+    ),
+    "targets": command.flag(
+        "generations that the alias stands for; requests are split between them in"
         " proportion to the weights",
-    },
-    "--method": {"metavar": "METHOD", "help": "only adapters of this method"},
-    "--residency": {"choices": ("disk", "host", "device"), "help": "only adapters in this tier"},
-    "--pin": {"dest": "pinned", "action": "store_true", "help": "pin the adapter as well"},
-    "--replace": {"action": "store_true", "help": "make it the next generation of NAME"},
-    "--task": {**_COUNT, "help": "number of the task, from 0, if the files hold several"},
-    "--chat-template": {
-        "type": command.file_text,
-        "metavar": "FILE",
-        "help": "use the Jinja template in FILE instead of the adapter's own",
-    },
-    "--force": {
-        "dest": "mode",
-        "action": "store_const",
-        "const": "force",
-        "default": "drain",
-        "help": "abort the requests that use it",
-    },
-    "--wait": {
-        "dest": "drain_seconds",
-        "type": float,
-        "metavar": "SECONDS",
-        "help": "how long to wait for running requests (default: 30)",
-    },
-    "--expected-generation": {**_COUNT, "help": "fail if the current generation of NAME is not N"},
-    "--to": {
-        **_COUNT,
-        "dest": "generation",
-        "metavar": "GENERATION",
-        "help": "a kept generation (default: the one before the current one)",
-    },
-    "--generation": {**_COUNT, "help": "generation to export (default: the current one)"},
-    "--combination": {
-        "metavar": "HOW",
-        "help": "exact, linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune, or one of"
+        type=command.adapter_weight,
+        nargs="+",
+        metavar="NAME[@GENERATION][=WEIGHT]",
+    ),
+    "--method": command.flag("only adapters of this method", metavar="METHOD"),
+    "--residency": command.flag("only adapters in this tier", choices=("disk", "host", "device")),
+    "--pin": command.flag("pin the adapter as well", dest="pinned", action="store_true"),
+    "--replace": command.flag("make it the next generation of NAME", action="store_true"),
+    "--task": command.flag("number of the task, from 0, if the files hold several", **_COUNT),
+    "--chat-template": command.flag(
+        "use the Jinja template in FILE instead of the adapter's own",
+        type=command.file_text,
+        metavar="FILE",
+    ),
+    "--force": command.flag(
+        "abort the requests that use it",
+        dest="mode",
+        action="store_const",
+        const="force",
+        default="drain",
+    ),
+    "--wait": command.flag(
+        "how long to wait for running requests (default: 30)",
+        dest="drain_seconds",
+        type=float,
+        metavar="SECONDS",
+    ),
+    "--expected-generation": command.flag(
+        "fail if the current generation of NAME is not N", **_COUNT
+    ),
+    "--to": command.flag(
+        "a kept generation (default: the one before the current one)",
+        type=int,
+        dest="generation",
+        metavar="GENERATION",
+    ),
+    "--generation": command.flag("generation to export (default: the current one)", **_COUNT),
+    "--combination": command.flag(
+        "exact, linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune, or one of"
         " the last four with _svd (default: exact)",
-    },
-    "--rank": {**_COUNT, "help": "maximum rank, for combinations with svd"},
-    "--energy": {
-        **_SHARE,
-        "help": "instead of --rank: share of the squared singular values to keep",
-    },
-    "--density": {**_SHARE, "help": "share of entries that ties, dare and magnitude_prune keep"},
-    "--majority-sign-method": {
-        "choices": ("total", "frequency"),
-        "help": "how ties elects signs (default: total)",
-    },
-    "--seed": {**_COUNT, "help": "seed of the dare combinations (default: 0)"},
-    "--precision": {
-        "choices": ("auto", "nf4", "bf16"),
-        "default": "auto",
-        "help": "default: auto, which uses nf4 if the update survives rounding, else bf16",
-    },
+        metavar="HOW",
+    ),
+    "--rank": command.flag("maximum rank, for combinations with svd", **_COUNT),
+    "--energy": command.flag(
+        "instead of --rank: share of the squared singular values to keep", **_SHARE
+    ),
+    "--density": command.flag(
+        "share of entries that ties, dare and magnitude_prune keep", **_SHARE
+    ),
+    "--majority-sign-method": command.flag(
+        "how ties elects signs (default: total)", choices=("total", "frequency")
+    ),
+    "--seed": command.flag("seed of the dare combinations (default: 0)", **_COUNT),
+    "--precision": command.flag(
+        "default: auto, which uses nf4 if the update survives rounding, else bf16",
+        choices=("auto", "nf4", "bf16"),
+        default="auto",
+    ),
 }
 _EXPECTED = "--expected-generation"
 _READING = ("--task", "--chat-template")

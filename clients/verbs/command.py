@@ -41,6 +41,11 @@ _T = TypeVar("_T")
 Flags = Mapping[str, Mapping[str, Any]]
 
 
+def flag(text: str, **options: Any) -> Mapping[str, Any]:
+    """A flag's arguments of argparse's ``add_argument``; ``text`` is its help."""
+    return {"help": text, **options}
+
+
 def adapter_weight(text: str) -> AdapterWeight:
     """:meth:`AdapterWeight.parse` for argparse, which hides the text of a ``ValueError``."""
     try:
@@ -93,71 +98,55 @@ _PEM: Mapping[str, Any] = {"type": file_bytes, "metavar": "FILE"}
 
 ADAPTER = "-a --adapter"
 SHARED_FLAGS: Flags = {
-    ADAPTER: {
-        "dest": "adapters",
-        "action": "append",
-        "type": adapter_weight,
-        "default": [],
-        "metavar": "NAME[@GENERATION][=WEIGHT]",
-        "help": "an adapter; repeat for a mix",
-    },
-    "prompt": {"metavar": "PROMPT", "help": "text; - reads standard input"},
-    "texts": {
-        "nargs": "*",
-        "metavar": "TEXT",
-        "help": "text; - reads standard input, one text per line",
-    },
-    "--file": {
-        "type": file_text,
-        "metavar": "FILE",
-        "help": "file with one text per line, used after the TEXT arguments",
-    },
-    "--request-id": {"metavar": "ID", "help": "identifies the request in the server's log"},
-    "--json": {"action": "store_true", "help": "print JSON"},
+    ADAPTER: flag(
+        "an adapter; repeat for a mix",
+        dest="adapters",
+        action="append",
+        type=adapter_weight,
+        default=[],
+        metavar="NAME[@GENERATION][=WEIGHT]",
+    ),
+    "prompt": flag("text; - reads standard input", metavar="PROMPT"),
+    "texts": flag("text; - reads standard input, one text per line", nargs="*", metavar="TEXT"),
+    "--file": flag(
+        "file with one text per line, used after the TEXT arguments", type=file_text, metavar="FILE"
+    ),
+    "--request-id": flag("identifies the request in the server's log", metavar="ID"),
+    "--json": flag("print JSON", action="store_true"),
 }
 REQUIRED_ADAPTER: Flags = {ADAPTER: {**SHARED_FLAGS[ADAPTER], "required": True}}
 # If a flag is not given, the server's default applies.
 GENERATION_FLAGS: Flags = {
-    "--top-k": {**_COUNT, "help": "keep the k likeliest tokens"},
-    "--seed": {**_COUNT, "help": "make the answer repeatable"},
-    "--max-tokens": {**_COUNT, "help": "maximum tokens to generate (default: up to the context)"},
-    "--min-tokens": {**_COUNT, "help": "minimum tokens before a stop condition applies"},
-    "--temperature": {**_NUMBER, "help": "0 is greedy (default: 1)"},
-    "--top-p": {**_NUMBER, "help": "keep the likeliest tokens up to this probability"},
-    "--min-p": {**_NUMBER, "help": "drop tokens below this share of the likeliest"},
-    "--repetition-penalty": {**_NUMBER, "help": "divide the logits of earlier tokens"},
-    "--presence-penalty": {**_NUMBER, "help": "subtract from the logits of generated tokens"},
-    "--frequency-penalty": {**_NUMBER, "help": "the same, per occurrence"},
-    "--stop": {
-        "action": "append",
-        "metavar": "TEXT",
-        "help": "text that ends the answer; repeatable",
-    },
-    "--stop-token-id": {
-        "dest": "stop_token_ids",
-        "action": "append",
-        "type": int,
-        "metavar": "ID",
-        "help": "token that ends the answer; repeatable",
-    },
-    "--ignore-eos": {**_SWITCH, "help": "generate past the model's end tokens"},
-    "--include-stop": {**_SWITCH, "help": "keep the stop text in the answer"},
+    "--top-k": flag("keep the k likeliest tokens", **_COUNT),
+    "--seed": flag("make the answer repeatable", **_COUNT),
+    "--max-tokens": flag("maximum tokens to generate (default: up to the context)", **_COUNT),
+    "--min-tokens": flag("minimum tokens before a stop condition applies", **_COUNT),
+    "--temperature": flag("0 is greedy (default: 1)", **_NUMBER),
+    "--top-p": flag("keep the likeliest tokens up to this probability", **_NUMBER),
+    "--min-p": flag("drop tokens below this share of the likeliest", **_NUMBER),
+    "--repetition-penalty": flag("divide the logits of earlier tokens", **_NUMBER),
+    "--presence-penalty": flag("subtract from the logits of generated tokens", **_NUMBER),
+    "--frequency-penalty": flag("the same, per occurrence", **_NUMBER),
+    "--stop": flag("text that ends the answer; repeatable", action="append", metavar="TEXT"),
+    "--stop-token-id": flag(
+        "token that ends the answer; repeatable",
+        dest="stop_token_ids",
+        action="append",
+        type=int,
+        metavar="ID",
+    ),
+    "--ignore-eos": flag("generate past the model's end tokens", **_SWITCH),
+    "--include-stop": flag("keep the stop text in the answer", **_SWITCH),
 }
 # An exclusive group would make the usage too wide: argparse keeps it on one line.
 CONSTRAINT_FLAGS: Flags = {
-    "--json-schema": {
-        "type": _text_or_file,
-        "metavar": "FILE",
-        "help": "JSON that matches this schema",
-    },
-    "--json-object": {**_SWITCH, "help": "a JSON object"},
-    "--regex": {"metavar": "REGEX", "help": "text that the whole expression matches"},
-    "--grammar": {
-        "type": file_text,
-        "metavar": "FILE",
-        "help": "text that this Lark or GBNF grammar describes",
-    },
-    "--choice": {"action": "append", "metavar": "TEXT", "help": "one of these texts; repeatable"},
+    "--json-schema": flag("JSON that matches this schema", type=_text_or_file, metavar="FILE"),
+    "--json-object": flag("a JSON object", **_SWITCH),
+    "--regex": flag("text that the whole expression matches", metavar="REGEX"),
+    "--grammar": flag(
+        "text that this Lark or GBNF grammar describes", type=file_text, metavar="FILE"
+    ),
+    "--choice": flag("one of these texts; repeatable", action="append", metavar="TEXT"),
 }
 
 
@@ -291,7 +280,9 @@ def add_verb_parser(
         groups: Further flags, by the titles of their groups in the help.
         description: The description in the help of the verb; if empty, ``text``.
     """
-    parser = subparsers.add_parser(name, help=text, description=description or text.capitalize())
+    parser = subparsers.add_parser(
+        name, help=text, description=description or f"{text.capitalize()}."
+    )
     for title, table in {"": flags, **(groups or {})}.items():
         group = parser.add_argument_group(title) if title else parser
         for names, options in table.items():
@@ -356,42 +347,32 @@ def with_client(
     return run
 
 
-def print_error(
-    error: Exception,
-    args: argparse.Namespace | None = None,
-    hints: Mapping[str, str] = COMMAND_HINTS,
-) -> None:
+def print_error(error: Exception, args: argparse.Namespace | None = None) -> None:
     """Print an error as one line on standard error, with the names of flags.
 
     Args:
         error: The error that was raised.
         args: The flags that were given.
-        hints: Advice by the reason of an error.
     """
     with contextlib.suppress(OSError):
         print(end="", flush=True)
-    print(f"error: {_line_of(error, args or argparse.Namespace(), hints)}", file=sys.stderr)
+    print(f"error: {_line_of(error, args or argparse.Namespace())}", file=sys.stderr)
 
 
-def _line_of(error: Exception, args: argparse.Namespace, hints: Mapping[str, str]) -> str:
+def _line_of(error: Exception, args: argparse.Namespace) -> str:
     if isinstance(error, AnswerCutError):
         # The answer itself is visible, so report only how it ended.
         return error.message
     if isinstance(error, TurretRpcError):
-        return error.described(hint_of(error, args, hints), lambda field: as_typed(field, args))
+        key = error.reason or error.code.name
+        hint = hint_for(key, error.metadata, COMMAND_HINTS, **vars(args))
+        return error.described(hint, lambda field: as_typed(field, args))
     if isinstance(error, ArgumentError):
         return f"{as_typed(error.argument, args)}: {error.problem}"
     if isinstance(error, OSError) and error.strerror:
         named = "" if error.filename is None else f"{error.filename}: "
         return f"{named}{error.strerror}"
     return str(error)
-
-
-def hint_of(
-    error: TurretRpcError, args: argparse.Namespace, hints: Mapping[str, str] = COMMAND_HINTS
-) -> str:
-    """Advice on an error; empty if nothing is sure to help."""
-    return hint_for(error.reason or error.code.name, error.metadata, hints, **vars(args))
 
 
 def print_json(value: object) -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -21,12 +22,13 @@ from turret.clients.evaluation.evaluate import (
     METRICS,
     Estimate,
     EvalOptions,
-    Mix,
     MixReport,
+    NamedMix,
     evaluate,
     mix_name,
 )
 from turret.clients.evaluation.rows import EvalExample, RowError, read_eval_set
+from turret.clients.messages.fields import ArgumentValueError
 from turret.clients.verbs import command
 from turret.clients.verbs.tables import print_cells
 from turret.clients.words import say
@@ -42,12 +44,13 @@ right labels.
 def _eval(args: argparse.Namespace, client: TurretClient) -> None:
     # The base model has no classification head.
     has_base = not (args.no_base or args.classify)
-    mixes: list[Mix] = [*([()] if has_base else []), *args.mixes]
+    mixes: list[NamedMix] = [*([()] if has_base else []), *args.mixes]
     if not mixes:
-        flag = "--classify" if args.classify else "--no-base"
-        raise ValueError(say("NO_MIX", flag=flag))
-    if len({mix_name(mix) for mix in mixes}) < len(mixes):
-        raise ValueError(say("SAME_MIX_TWICE"))
+        flag = "classify" if args.classify else "no_base"
+        raise ArgumentValueError(flag, say("NEEDS_FIELD", other="--mix"))
+    names = Counter(map(mix_name, mixes))
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ArgumentValueError("mixes", say("DUPLICATE", value=twice[0]))
     examples, options = read_test_set(args)
     for path in filter(None, (args.plot, args.answers)):
         if path.exists() and path.samefile(args.data):
@@ -96,7 +99,7 @@ def judge(
     args: argparse.Namespace,
     client: TurretClient,
     examples: Sequence[EvalExample],
-    mixes: Sequence[Mix],
+    mixes: Sequence[NamedMix],
     options: EvalOptions,
 ) -> list[MixReport]:
     """Run :func:`evaluate` with a progress bar. If it is interrupted, report how far it got.
@@ -129,8 +132,7 @@ def judge(
         except UnavailableError as error:
             if done is None:
                 raise
-            text = say("EVALUATION_CUT", done=extent())
-            raise command.UnfinishedAnswerError(text) from error
+            raise command.UnfinishedAnswerError(say("EVALUATION_CUT", done=extent())) from error
     args.stopped = ""
     return reports
 
@@ -138,12 +140,14 @@ def judge(
 def _metrics(asked: Sequence[str] | None, labels: Sequence[str], classify: bool) -> tuple[str, ...]:
     if classify:
         if asked is not None or labels:
-            raise ValueError(say("CLASSIFY_HAS_METRICS"))
+            raise ArgumentValueError(
+                "classify", say("CONFLICTS_WITH", other="--metric and --labels")
+            )
         return CLASS_METRICS
     if asked is None:
         return METRICS if labels else METRICS[:-1]
     if "label_accuracy" in asked and not labels:
-        raise ValueError(say("METRIC_NEEDS_LABELS"))
+        raise ArgumentValueError("metrics", say("NEEDS_FIELD", other="--labels"))
     return tuple(metric for metric in METRICS if metric in asked)
 
 
@@ -292,7 +296,7 @@ def _bar(report: MixReport, figure: Estimate, y: int, x, is_log: bool) -> list[s
 # Flags.
 
 
-def _mix(text: str) -> Mix:
+def _mix(text: str) -> NamedMix:
     return tuple(command.adapter_weight(member.strip()) for member in text.split("+"))
 
 
@@ -311,52 +315,45 @@ def _positive(text: str) -> int:
 
 _COUNT = {"type": _positive, "metavar": "N"}
 FLAGS: command.Flags = {
-    "data": {"type": Path, "metavar": "FILE", "help": "the test set, in JSON Lines"},
-    "-m --mix": {
-        "dest": "mixes",
-        "action": "append",
-        "type": _mix,
-        "default": [],
-        "metavar": "NAME[=WEIGHT][+NAME...]",
-        "help": "an adapter or a mix to evaluate; repeatable",
-    },
-    "--no-base": {"action": "store_true", "help": "leave the base model out"},
-    "--metric": {
-        "dest": "metrics",
-        "action": "append",
-        "choices": METRICS,
-        "help": "metric to compute; repeatable (default: all that apply)",
-    },
-    "--classify": {
-        "action": "store_true",
-        "help": "evaluate adapters that classify: accuracy and macro F1 if the completion is the"
+    "data": command.flag("the test set, in JSON Lines", type=Path, metavar="FILE"),
+    "-m --mix": command.flag(
+        "an adapter or a mix to evaluate; repeatable",
+        dest="mixes",
+        action="append",
+        type=_mix,
+        default=[],
+        metavar="NAME[=WEIGHT][+NAME...]",
+    ),
+    "--no-base": command.flag("leave the base model out", action="store_true"),
+    "--metric": command.flag(
+        "metric to compute; repeatable (default: all that apply)",
+        dest="metrics",
+        action="append",
+        choices=METRICS,
+    ),
+    "--classify": command.flag(
+        "evaluate adapters that classify: accuracy and macro F1 if the completion is the"
         " right label; for lines with labels, also micro F1 and the figures of each label",
-    },
-    "--labels": {
-        "type": _labels,
-        "default": (),
-        "metavar": "A,B,...",
-        "help": "compute label accuracy: the first of these labels in an answer must be the right"
-        " one",
-    },
-    "--raw": {"action": "store_true", "help": 'send "prompt" as it is, not as a user\'s message'},
-    "--limit": {**_COUNT, "help": "use only the first N lines"},
-    "--max-tokens": {
-        **_COUNT,
-        "default": 128,
-        "help": "maximum tokens of an answer (default: %(default)s)",
-    },
-    "--concurrency": {
-        **_COUNT,
-        "default": 16,
-        "help": "number of concurrent calls (default: %(default)s)",
-    },
-    "--plot": {"type": Path, "metavar": "FILE.svg", "help": "write the figures as an SVG image"},
-    "--answers": {
-        "type": Path,
-        "metavar": "FILE",
-        "help": "write every answer and its scores, in JSON Lines",
-    },
+        action="store_true",
+    ),
+    "--labels": command.flag(
+        "compute label accuracy: the first of these labels in an answer must be the right one",
+        type=_labels,
+        default=(),
+        metavar="A,B,...",
+    ),
+    "--raw": command.flag('send "prompt" as it is, not as a user\'s message', action="store_true"),
+    "--limit": command.flag("use only the first N lines", **_COUNT),
+    "--max-tokens": command.flag(
+        "maximum tokens of an answer (default: %(default)s)", **_COUNT, default=128
+    ),
+    "--concurrency": command.flag(
+        "number of concurrent calls (default: %(default)s)", **_COUNT, default=16
+    ),
+    "--plot": command.flag("write the figures as an SVG image", type=Path, metavar="FILE.svg"),
+    "--answers": command.flag(
+        "write every answer and its scores, in JSON Lines", type=Path, metavar="FILE"
+    ),
 }
 
 

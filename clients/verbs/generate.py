@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from turret.clients.client import TurretClient
-from turret.clients.errors import COMMAND_HINTS, AnswerCutError, TurretRpcError, UnavailableError
-from turret.clients.messages.fields import check_text
+from turret.clients.errors import AnswerCutError, TurretRpcError, UnavailableError
+from turret.clients.messages.fields import ArgumentValueError, check_text
 from turret.clients.messages.mix import AdapterWeight
 from turret.clients.messages.requests import GenerateOptions, Prompt
 from turret.clients.messages.results import Chunk
@@ -29,20 +29,21 @@ _HELP = """\
 /stats                                    what the last answer took
 /quit                                     leave, as Ctrl-D does
 Ctrl-C stops the answer, or leaves if there is none."""
-_CHAT_HINTS = {**COMMAND_HINTS, "ADAPTER_NOT_FOUND": "/adapters lists the registered adapters"}
+# All control characters except tabs and line ends.
+_STEERING = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - set(b"\t\n"))
 
 
 _SWITCH: Mapping[str, Any] = {"action": "store_true"}
 _SYSTEM: Mapping[str, Any] = {"metavar": "TEXT"}
 _FLAGS: command.Flags = {
     **command.shared(command.ADAPTER, "--json", "prompt", "--request-id"),
-    "--chat": {**_SWITCH, "help": "send the prompt as a user's message to the chat model"},
-    "--system": {**_SYSTEM, "help": "system message; implies --chat"},
-    "--echo": {**_SWITCH, "help": "print the prompt first"},
-    "--logprobs": {**_SWITCH, "default": None, "help": "with --json: log probabilities"},
-    "--top-n": {"type": int, "metavar": "N", "help": "with --json: alternatives"},
-    "--token-ids": {**_SWITCH, "help": "with --json: token ids"},
-    "--stats": {**_SWITCH, "help": "print usage and timing to standard error"},
+    "--chat": command.flag("send the prompt as a user's message to the chat model", **_SWITCH),
+    "--system": command.flag("system message; implies --chat", **_SYSTEM),
+    "--echo": command.flag("print the prompt first", **_SWITCH),
+    "--logprobs": command.flag("with --json: log probabilities", **_SWITCH, default=None),
+    "--top-n": command.flag("with --json: alternatives", type=int, metavar="N"),
+    "--token-ids": command.flag("with --json: token ids", **_SWITCH),
+    "--stats": command.flag("print usage and timing to standard error", **_SWITCH),
 }
 
 
@@ -58,7 +59,7 @@ def _generate(args: argparse.Namespace, client: TurretClient) -> None:
     prompt = _prompt(args)
     unseen = [name for name in _JSON_ONLY if getattr(args, name)]
     if unseen and not args.json:
-        raise ValueError(say("FLAG_NEEDS_JSON", flag=command.flag_of(unseen[0], args)))
+        raise ArgumentValueError(unseen[0], say("NEEDS_FIELD", other="--json"))
     if args.json:
         try:
             command.print_json(client.generate(prompt, timeout=args.timeout, **options))
@@ -70,7 +71,7 @@ def _generate(args: argparse.Namespace, client: TurretClient) -> None:
     try:
         with client.generate_stream(prompt, timeout=args.timeout, **options) as stream:
             for last in stream:
-                print(last.text, end="", flush=True)
+                _show(last.text)
     except AnswerCutError:
         _print_end(last, args.stats)
         raise
@@ -84,6 +85,11 @@ def _generate(args: argparse.Namespace, client: TurretClient) -> None:
     _print_end(last, args.stats)
 
 
+def _show(text: str) -> None:
+    """Print a part of an answer; on a terminal, without the characters that steer it."""
+    print(text.translate(_STEERING) if sys.stdout.isatty() else text, end="", flush=True)
+
+
 def _print_end(last: Chunk | None, wants_stats: bool) -> None:
     print()
     if wants_stats and last is not None:
@@ -95,7 +101,9 @@ def _prompt(args: argparse.Namespace) -> Prompt:
     if not text and (args.chat or args.system is not None):
         # A chat template would still make a prompt from an empty text, and the answer would not
         # end.
-        raise ValueError(say("STANDARD_INPUT_EMPTY" if args.prompt == "-" else "PROMPT_EMPTY"))
+        raise ArgumentValueError(
+            "prompt", say("STANDARD_INPUT_EMPTY" if args.prompt == "-" else "EMPTY")
+        )
     for name, given in (("PROMPT", text), ("--system", args.system or "")):
         check_text(name, given)
     if args.system is not None:
@@ -126,7 +134,10 @@ def summary(last: Chunk) -> str:
 
 def add_chat(subparsers: command.Subparsers, text: str) -> None:
     """Add ``turret chat``; ``text`` is its line in the help."""
-    flags = {**command.shared(command.ADAPTER), "--system": {**_SYSTEM, "help": "system message"}}
+    flags = {
+        **command.shared(command.ADAPTER),
+        "--system": command.flag("system message", **_SYSTEM),
+    }
     about = "Talk to the model. Type /help to list the commands."
     command.add_verb_parser(
         subparsers, "chat", text, _chat, flags, command.GENERATION_GROUPS, about
@@ -152,7 +163,7 @@ def _chat(args: argparse.Namespace, client: TurretClient) -> None:
                 if not sys.stdin.isatty():
                     # Without a terminal, nobody can retype the line.
                     raise
-                command.print_error(error, args, _CHAT_HINTS)
+                command.print_error(error, args)
     except (EOFError, KeyboardInterrupt):
         # Ctrl-C and Ctrl-D are usual ways to leave. Let the shell's prompt begin on a new line.
         print()
@@ -231,7 +242,7 @@ class Conversation:
             with stream:
                 for chunk in stream:
                     parts.append(chunk.text)
-                    print(chunk.text, end="", flush=True)
+                    _show(chunk.text)
                     if chunk.finish_reason is not None:
                         self.last_summary = summary(chunk)
         except KeyboardInterrupt:

@@ -26,13 +26,12 @@ def add_health(subparsers: command.Subparsers, text: str) -> None:
     """Add the verb; ``text`` is its line in the help."""
     flags: command.Flags = {
         **command.shared("--json"),
-        "--wait": {
-            "type": command.positive_seconds,
-            "default": 0.0,
-            "metavar": "SECONDS",
-            "help": "ask repeatedly until the server is serving, for at most SECONDS (default: ask"
-            " once)",
-        },
+        "--wait": command.flag(
+            "ask repeatedly until the server is serving, for at most SECONDS (default: ask once)",
+            type=command.positive_seconds,
+            default=0.0,
+            metavar="SECONDS",
+        ),
     }
     description = (
         "Query a server's health service, for example as a container's health check."

@@ -30,8 +30,8 @@ interval of the difference is entirely in its favour. Exits with 0 if it was pro
 it is not better.
 """
 _OWN_FLAGS: command.Flags = {
-    "name": {"metavar": "NAME", "help": "the served adapter"},
-    "directory": {"type": Path, "metavar": "DIR", "help": "the new adapter, in PEFT's layout"},
+    "name": command.flag("the served adapter", metavar="NAME"),
+    "directory": command.flag("the new adapter, in PEFT's layout", type=Path, metavar="DIR"),
 }
 _EVAL_FLAGS = (
     *("data", "--metric", "--classify", "--labels", "--raw", "--limit"),

@@ -23,7 +23,7 @@ def add_score(subparsers: command.Subparsers, text: str) -> None:
     about = "Print the log probability (natural logarithm) of every token of a prompt."
     flags: command.Flags = {
         **command.shared(command.ADAPTER, "--json", "prompt", "--request-id"),
-        "--top-n": {"type": int, "default": 0, "metavar": "N", "help": "alternatives per token"},
+        "--top-n": command.flag("alternatives per token", type=int, default=0, metavar="N"),
     }
     command.add_verb_parser(subparsers, "score", text, _score, flags, description=about)
 
@@ -60,14 +60,10 @@ def add_classify(subparsers: command.Subparsers, text: str) -> None:
     flags: command.Flags = {
         **command.shared("texts", "--file", "--json", "--request-id"),
         **command.REQUIRED_ADAPTER,
-        "--chat": {
-            "action": "store_true",
-            "help": "send each text as a user's message, in the chat template",
-        },
-        "--labels-only": {
-            "action": "store_true",
-            "help": "print only the labels, one per line",
-        },
+        "--chat": command.flag(
+            "send each text as a user's message, in the chat template", action="store_true"
+        ),
+        "--labels-only": command.flag("print only the labels, one per line", action="store_true"),
     }
     command.add_verb_parser(subparsers, "classify", text, _classify, flags, description=about)
 
@@ -104,25 +100,19 @@ def add_embed(subparsers: command.Subparsers, text: str) -> None:
     about = "Print the vector of each text, one JSON array per line."
     flags: command.Flags = {
         **command.shared("texts", "--file", command.ADAPTER, "--json", "--request-id"),
-        "--pooling": {
-            "choices": ("last", "mean"),
-            "help": "final states to use (default: last)",
-        },
-        "--dimensions": {
-            "type": int,
-            "metavar": "N",
-            "help": "keep the first N numbers (default: all)",
-        },
-        "--normalize": {
-            "action": argparse.BooleanOptionalAction,
-            "default": None,
-            "help": "divide each vector by its length (default: yes)",
-        },
-        "--similarity": {
-            "action": "store_true",
-            "help": "print the cosine of each pair of texts instead; with --json, one list per"
-            " text",
-        },
+        "--pooling": command.flag("final states to use (default: last)", choices=("last", "mean")),
+        "--dimensions": command.flag(
+            "keep the first N numbers (default: all)", type=int, metavar="N"
+        ),
+        "--normalize": command.flag(
+            "divide each vector by its length (default: yes)",
+            action=argparse.BooleanOptionalAction,
+            default=None,
+        ),
+        "--similarity": command.flag(
+            "print the cosine of each pair of texts instead; with --json, one list per text",
+            action="store_true",
+        ),
     }
     command.add_verb_parser(subparsers, "embed", text, _embed, flags, description=about)
 

@@ -29,7 +29,7 @@ _POLL_SECONDS = 0.02
 # to the folder's path; HAProxy allows 97 bytes in all.
 _SHORT = Path("/tmp")
 _MOST_PATH_BYTES = 97 - len("/admin.sock") - len("/") - 56
-_RANDOM_CHARS = 8  # of mkdtemp
+_RANDOM_CHARS = 8  # The length of the suffix that mkdtemp adds.
 
 
 @dataclass(frozen=True, slots=True)

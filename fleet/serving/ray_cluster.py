@@ -110,7 +110,7 @@ class RayCluster:
             if isinstance(error, UnavailableError):
                 raise
             if isinstance(error, ConnectionError) and config.ray_address is not None:
-                why = say("RAY_NOT_JOINED", address=config.ray_address)
+                why = say("RAY_NOT_JOINED", address=config.ray_address, cause=error)
                 raise UnavailableError(why) from None
             raise UnavailableError(say("RAY_FAILED", cause=error)) from None
         return cls(folder, "" if folder is None else str(found["gcs_address"]))
@@ -250,7 +250,7 @@ def _check_listens(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
     except (OSError, UnicodeError) as error:
         cause = getattr(error, "strerror", None) or error
-        raise UnavailableError(say("RAY_DEAF", address=address, cause=cause)) from None
+        raise UnavailableError(say("RAY_NOT_JOINED", address=address, cause=cause)) from None
 
 
 def _make_folder(state_dir: Path) -> FleetFolder:

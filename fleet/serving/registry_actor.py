@@ -26,7 +26,7 @@ NAME = "turret-registry"
 _CALL_SECONDS = 10.0
 # Time to wait for the directory of a registry that is still ending.
 _LOCK_SECONDS = 15.0
-# Each waiting replica or caller takes a thread.
+# The number of calls is limited, because every waiting replica or caller takes a thread.
 _MOST_CALLS = 512
 
 

@@ -140,7 +140,7 @@ def rope_kv_write(
 
 
 MAX_HEAD_DIM = 256
-_MOST_QUERIES = 32  # MOST_QUERIES in attention.c
+_MOST_QUERIES = 48  # MOST_QUERIES in attention.c
 
 
 class NativeAttentionPlan:

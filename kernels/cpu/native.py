@@ -47,6 +47,7 @@ _SIGNATURES = {
         (*(_pointer, _int, _pointer, _int, _pointer, _pointer), *(_int,) * 3),
     ),
     "turret_nf4_pack": (_pointer, _pointer, _int, _int, _int),
+    "turret_nf4_quantize": (*(_pointer,) * 4, _int, _int),
     "turret_low_rank_gradients": (_pointer, _int, _int),
     "turret_nf4_transposed_product": (
         *(_pointer, _int, _int, *(_pointer,) * 3),

@@ -125,7 +125,7 @@ class ExpertAdapters:
 # Operators of linear modules, as the kernels read them.
 
 
-class Entry(NamedTuple):
+class CStruct(NamedTuple):
     """An operator of a module, as a struct of ``adapters.h`` declares it.
 
     Attributes:
@@ -140,24 +140,24 @@ class Entry(NamedTuple):
     scratch: int = 0
 
 
-def low_rank(a: torch.Tensor | None, b: torch.Tensor) -> Entry:
+def low_rank(a: torch.Tensor | None, b: torch.Tensor) -> CStruct:
     """``bᵀ (a x)``, ``[rank, in]`` and ``[rank, out]`` bf16.
 
     If ``a`` is None, it adds up pieces of ``rank`` inputs: ``a[r, i] = 1`` if ``i mod rank = r``.
     """
-    return Entry("low_rank", (a, b, len(b)), _padded(len(b)))
+    return CStruct("low_rank", (a, b, len(b)), _padded(len(b)))
 
 
-def hadamard(w1a: torch.Tensor, w1b: torch.Tensor, w2a: torch.Tensor, w2b: torch.Tensor) -> Entry:
+def hadamard(w1a: torch.Tensor, w1b: torch.Tensor, w2a: torch.Tensor, w2b: torch.Tensor) -> CStruct:
     """``((w1aᵀ w1b) ⊙ (w2aᵀ w2b)) x``, ``[rank, out]`` and ``[rank, in]`` bf16.
 
     The first factors are transposed because columns are computed side by side.
     """
     rank = len(w1a)
-    return Entry("hadamard", (w1a, w2a, w1b, w2b, rank), _padded(_padded(rank) * rank))
+    return CStruct("hadamard", (w1a, w2a, w1b, w2b, rank), _padded(_padded(rank) * rank))
 
 
-def kronecker(w1: torch.Tensor, *w2: torch.Tensor) -> Entry:
+def kronecker(w1: torch.Tensor, *w2: torch.Tensor) -> CStruct:
     """``kron(w1, w2) x``, all bf16.
 
     Args:
@@ -170,22 +170,22 @@ def kronecker(w1: torch.Tensor, *w2: torch.Tensor) -> Entry:
     else:
         (rank, in_n), out_k, parts = w2[0].shape, w2[1].shape[1], (None, *w2)
     values = (w1, *parts, *w1.shape, out_k, in_n, rank)
-    return Entry("kronecker", values, w1.shape[1] * _padded(rank or out_k))
+    return CStruct("kronecker", values, w1.shape[1] * _padded(rank or out_k))
 
 
-def input_blocks(blocks: torch.Tensor) -> Entry:
+def input_blocks(blocks: torch.Tensor) -> CStruct:
     """Blocks that change the input, ``[count, size, size]`` bf16."""
-    return Entry("input_blocks", (blocks, *blocks.shape[:2]))
+    return CStruct("input_blocks", (blocks, *blocks.shape[:2]))
 
 
-def pairs(sine: torch.Tensor, group: int) -> Entry:
+def pairs(sine: torch.Tensor, group: int) -> CStruct:
     """The factors of partners, ``[out]`` fp32, and the outputs of a group."""
-    return Entry("pairs", (sine, group), _padded(len(sine)))
+    return CStruct("pairs", (sine, group), _padded(len(sine)))
 
 
-def dense(weight: torch.Tensor) -> Entry:
+def dense(weight: torch.Tensor) -> CStruct:
     """A whole update, ``[out, in]`` bf16."""
-    return Entry("dense", (weight, weight.shape[1]))
+    return CStruct("dense", (weight, weight.shape[1]))
 
 
 # A block-circulant update in the form that ``circulant.c`` reads: its frequencies, padded to whole
@@ -212,7 +212,7 @@ def spectrum(kernel: torch.Tensor) -> torch.Tensor:
     return torch.einsum("cfi,...i->...cf", forward, kernel.double()).float()
 
 
-def circulant(kernel: torch.Tensor) -> Entry:
+def circulant(kernel: torch.Tensor) -> CStruct:
     """A block-circulant update, ``[rows, columns, size]``; see ``operators/circulant.py``.
 
     The kernels read the spectra, ``[rows, columns, 2, width]`` fp32, where ``width`` is the number
@@ -223,7 +223,7 @@ def circulant(kernel: torch.Tensor) -> Entry:
     spectra = _wide(found, found.shape[3])
     width, parts = spectra.shape[3], len(matrices[1])
     values = (spectra, *matrices, rows, columns, size, width, parts)
-    return Entry("circulant", values, (columns + 1) * 2 * width + _padded(rows * size))
+    return CStruct("circulant", values, (columns + 1) * 2 * width + _padded(rows * size))
 
 
 def transform_products(size: int) -> int:
@@ -293,11 +293,11 @@ def _padded(size: int) -> int:
 # The entries of a sparse update in the order that ``sparse.c`` reads: by 16 outputs and 64 inputs.
 
 
-_BLOCK = 64  # of sparse.c
+_BLOCK = 64  # The same as BLOCK in sparse.c.
 _BEHIND = 64  # elements that the kernel reads past the last entry
 
 
-def sparse(values: torch.Tensor, columns: torch.Tensor, row_starts: torch.Tensor) -> Entry:
+def sparse(values: torch.Tensor, columns: torch.Tensor, row_starts: torch.Tensor) -> CStruct:
     """``S x``, where ``S`` has only a few entries.
 
     A step has 32 slots, two for each of 16 outputs, for entries with inputs of one block of 64.
@@ -324,7 +324,7 @@ def sparse(values: torch.Tensor, columns: torch.Tensor, row_starts: torch.Tensor
         order = _by_block(columns, row_starts)
         made = _filled(values[order], _taken(columns, order), row_starts)
     assert made is not None
-    return Entry("sparse", (*made, len(values) // (len(row_starts) - 1)))
+    return CStruct("sparse", (*made, len(values) // (len(row_starts) - 1)))
 
 
 def blocks_bytes(columns: torch.Tensor, row_starts: torch.Tensor) -> int:
@@ -416,7 +416,7 @@ class ModuleTable:
         self.width = 0
         self.num_low_rank_bytes = 0
 
-    def put(self, module: int, *entries: Entry) -> None:
+    def put(self, module: int, *entries: CStruct) -> None:
         """Enter the operators of the module with this number."""
         for kind, values, _ in entries:
             numbers = [

@@ -293,13 +293,15 @@ def check_product(x: torch.Tensor, weight: Nf4Matrix) -> None:
     if in_features % BLOCK:
         raise ValueError(f"in_features is {in_features}; a multiple of {BLOCK} is needed")
     if weight.out_features > _MAX_COUNTERS * 16:
-        raise ValueError(f"out_features is {weight.out_features}; over {_MAX_COUNTERS * 16}")
+        raise ValueError(
+            f"out_features is {weight.out_features}; the limit is {_MAX_COUNTERS * 16}"
+        )
     size = weight.out_features * weight.in_features
     check_contiguous("packed", weight.packed)
     check_length("packed", weight.packed, size // 2)
     # The kernel indexes with 32 bits: 64-bit indices cost registers.
     if size // 2 >= 1 << 31:
-        raise ValueError(f"packed has {size // 2} bytes; 2³¹ are too many")
+        raise ValueError(f"packed has {size // 2} bytes; the limit is below 2³¹")
     check_contiguous("absmax", weight.absmax)
     check_length("absmax", weight.absmax, size // BLOCK)
 

@@ -103,7 +103,8 @@ def by_rows(
         x: ``[num_rows, …]``.
         sample: Makes ``SAMPLE_ROWS`` rows to try.
     """
-    # Only sums of products have a formulation for libraries that never keep their bits.
+    # If a library never keeps a row's bits, one row at a time is the best that it can do here.
+    # Sums of products have a second formulation for such libraries.
     return in_sizes(compute, x, choose(op, key, lambda: (compute, sample())) or (1,))
 
 

@@ -1,9 +1,11 @@
 """The directory with which the registry survives a restart.
 
-    LOCK                       held by the one server that uses the directory base.json
-    the base model of the adapters adapters/<name>.json       one registration per file
-    aliases/<name>.json        one alias per file files/<uuid>.<generation>/ the files of an
-    uploaded generation incoming/<random>/         a running upload; emptied at startup
+    LOCK                        held by the one server that uses the directory
+    base.json                   the base model of the adapters
+    adapters/<name>.json        one registration per file
+    aliases/<name>.json         one alias per file
+    files/<uuid>.<generation>/  the files of an uploaded generation
+    incoming/<random>/          a running upload; emptied at startup
 
 Only the registrations' files count. Other content of ``files/`` is left over from a crash, or from
 a generation that was still in use at shutdown, and is removed at startup. An operation writes files

@@ -10,7 +10,7 @@ import resource
 import secrets
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -290,6 +290,8 @@ def most_connections(num_addresses: int) -> int:
 # How many requests of one call the engine gets at a time. A list of a thousand prompts must not
 # fill the queue in which others wait.
 MAX_AT_A_TIME = 64
+# Concurrent exports, which have open files until the client has read them.
+MAX_EXPORTS = 32
 # Keeps salts unpredictable outside this process, even for somebody who knows the tokens.
 _SECRET = secrets.token_bytes(32)
 
@@ -372,6 +374,20 @@ class Shares:
             separates_tokens=security.token_file is not None and not security.share_prefixes,
             messages=MessageMemory(limits.max_queued_bytes),
         )
+
+    def transfer(self, kind: str, most: int, tenant: Hashable) -> AbstractContextManager[None]:
+        """Count a transfer of files while the block runs; it holds open files or disk space.
+
+        Args:
+            kind: What is transferred.
+            most: The maximum number of transfers of this kind. One tenant may have three quarters.
+            tenant: The tenant; empty for the tenant that everybody shares, which may have all.
+
+        Raises:
+            QueueFullError: As many run already.
+        """
+        of_one = Limit((kind, tenant), most * 3 // 4, "TOO_MANY_CALLS_OF_TOKEN")
+        return self.places.hold(Limit(kind, most, "TOO_MANY_CALLS"), *([of_one] if tenant else ()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from google.protobuf import duration_pb2
 
 from turret.server.adapters.state_dir import StagedUpload, UploadedFile
+from turret.server.api.access import MAX_EXPORTS
 from turret.server.api.admin_messages import (
     RESIDENCIES,
     adapter_message,
@@ -41,7 +42,7 @@ from turret.server.api.uploads import (
     Entries,
     Messages,
     check_complete,
-    check_entry,
+    check_file,
     check_template,
     checked_header,
     most_seconds,
@@ -50,8 +51,8 @@ from turret.server.api.uploads import (
     receive_chunks,
 )
 from turret.server.api.violations import Violations
-from turret.server.basics.names import HUB_SCHEME, closest, is_remote
-from turret.server.basics.turns import FairPool, Limit, Places
+from turret.server.basics.names import HUB_SCHEME, closest, is_private, is_remote
+from turret.server.basics.turns import FairPool
 from turret.server.basics.work import Cancellation
 from turret.server.errors import InvalidRequestError, QueueFullError, UnavailableError
 from turret.server.words import say
@@ -124,8 +125,6 @@ DEFAULT_UNLOAD_SECONDS = 30.0
 MAX_UNLOAD_SECONDS = 3600.0
 # Concurrent uploads. Each may take up to --max-upload-bytes of the disk before it is validated.
 MAX_UPLOADS = 8
-# Maximum number of concurrent uploads per token, so that one token cannot take all places.
-MAX_UPLOADS_PER_TOKEN = 6
 # Threads for calls that may take long, so that they do not delay tokenising or listing. One token
 # may take three quarters of them.
 _SLOW_CALLS = 32
@@ -155,7 +154,6 @@ class Adapters:
 
     def __init__(self, gate: ServingGate) -> None:
         self._gate = gate
-        self._uploads = Places()
         self._slow = SlowCalls(_SLOW_CALLS, _SLOW_CALLS * 3 // 4)
         self._downloads = SlowCalls(_DOWNLOADS, _DOWNLOADS * 3 // 4)
         # Drains wait up to an hour for the requests of others, so they have separate threads.
@@ -212,7 +210,7 @@ class Adapters:
         """Receive the files of an adapter: a header, then chunks in the order of its files.
 
         Raises:
-            QueueFullError: ``MAX_UPLOADS`` uploads are running, or as many as one token may have.
+            QueueFullError: See ``Shares.transfer``.
             DeadlineExceededError: The client was silent for too long.
         """
         with self._upload_of(call) as registry:
@@ -242,7 +240,7 @@ class Adapters:
         with self._upload_of(call) as registry:
 
             async def receive(staged: StagedUpload) -> None:
-                announced: set[str] = set()
+                announced, violations = set[str](), Violations()
                 num_bytes, run = 0, functools.partial(self._slow.run, call.tenant)
                 async for name, size, chunks in entries:
                     num_bytes += max(size, 0)
@@ -250,12 +248,14 @@ class Adapters:
                     await run(registry.check_room, num_bytes, num_bytes - to_write)
                     if name not in UPLOAD_FILES:
                         continue
-                    check_entry(name, size, announced)
+                    check_file(name, size, announced, violations, name)
+                    violations.raise_if_any()
                     announced.add(name)
                     await run(staged.announce, UploadedFile(name, size))
                     async for data in chunks:
                         await run(staged.write, name, data)
-                check_complete(announced)
+                check_complete(announced, violations, "files")
+                violations.raise_if_any()
 
             return await self._received(registry, header, call, (), receive)
 
@@ -263,11 +263,7 @@ class Adapters:
     def _upload_of(self, call: Call) -> Iterator[AdapterRegistry]:
         """Takes one of the places for uploads, and yields the registry."""
         registry = self._gate.enter().registry
-        limits = [Limit("all", MAX_UPLOADS, "TOO_MANY_CALLS")]
-        if call.tenant:
-            most = MAX_UPLOADS_PER_TOKEN
-            limits.append(Limit(call.tenant, most, "TOO_MANY_UPLOADS_OF_TOKEN"))
-        with self._uploads.hold(*limits):
+        with call.party.shares.transfer("uploads", MAX_UPLOADS, call.tenant):
             yield registry
 
     async def _received(
@@ -338,8 +334,13 @@ class Adapters:
         return adapter_message(await self._lookups.run(call.tenant, lookup))
 
     async def records(self, call: Call) -> list[AdapterInfo]:
-        """All adapters, by name."""
-        return await self._lookups.run(call.tenant, self._gate.enter().registry.list)
+        """All adapters, by name, except those whose names only their clients may know."""
+        registry = self._gate.enter().registry
+
+        def listed() -> list[AdapterInfo]:
+            return [record for record in registry.list() if not is_private(record.name)]
+
+        return await self._lookups.run(call.tenant, listed)
 
     async def list_page(
         self, message: adapters_pb2.ListAdaptersRequest, call: Call
@@ -401,24 +402,28 @@ class Adapters:
         """The files of an adapter as they were loaded: a header, then chunks.
 
         Close the generator if you leave it early.
+
+        Raises:
+            QueueFullError: See ``Shares.transfer``.
         """
         registry = self._gate.enter().registry
         name, generation = _checked_name(message.name, call), _generations(message)["generation"]
-        export = await self._slow.open(
-            call.tenant,
-            lambda: registry.export(name, generation),
-            lambda opened: opened.close(),
-        )
-        with contextlib.closing(export):
-            header = adapters_pb2.ExportHeader(adapter=adapter_message(export.record))
-            for file in export.files:
-                header.files.add(path=file.name, size_bytes=file.size_bytes, sha256=file.sha256)
-            yield adapters_pb2.ExportAdapterResponse(header=header)
-            chunks = export.chunks()
-            while part := await self._slow.run(call.tenant, lambda: next(chunks, None)):
-                path, data = part
-                chunk = adapters_pb2.FileChunk(path=path, data=data)
-                yield adapters_pb2.ExportAdapterResponse(chunk=chunk)
+        with call.party.shares.transfer("exports", MAX_EXPORTS, call.tenant):
+            export = await self._slow.open(
+                call.tenant,
+                lambda: registry.export(name, generation),
+                lambda opened: opened.close(),
+            )
+            with export:
+                header = adapters_pb2.ExportHeader(adapter=adapter_message(export.record))
+                for each in export.files:
+                    header.files.add(path=each.name, size_bytes=each.size_bytes, sha256=each.sha256)
+                yield adapters_pb2.ExportAdapterResponse(header=header)
+                chunks = export.chunks()
+                while part := await self._slow.run(call.tenant, lambda: next(chunks, None)):
+                    path, data = part
+                    chunk = adapters_pb2.FileChunk(path=path, data=data)
+                    yield adapters_pb2.ExportAdapterResponse(chunk=chunk)
 
     # Pinning and unloading
 

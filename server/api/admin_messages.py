@@ -90,7 +90,7 @@ def checked_alias(message: adapters_pb2.SetAliasRequest) -> tuple[str, list[Adap
             violations.check_name(target.name, f"{path}.name")
             weight = target.weight if target.HasField("weight") else 1.0
             if not 0 < weight <= _MOST_WEIGHT:
-                wanted = f"above 0 and at most {_MOST_WEIGHT}"
+                wanted = f"greater than 0 and at most {_MOST_WEIGHT}"
                 text = say("INVALID_VALUE", value=weight, wanted=wanted)
                 violations.add(f"{path}.weight", text)
                 continue

@@ -56,19 +56,8 @@ class Failure:
     time: float = field(default_factory=time.time)
 
 
-class Failures:
-    """Keeps the last ``MAX_FAILURES``. Belongs to one event loop."""
-
-    def __init__(self) -> None:
-        self._kept: deque[Failure] = deque(maxlen=MAX_FAILURES)
-
-    def add(self, failure: Failure) -> None:
-        """Add a failure; the oldest is dropped when there are too many."""
-        self._kept.append(failure)
-
-    def newest(self) -> list[Failure]:
-        """The failures that are kept, the newest first."""
-        return list(reversed(self._kept))
+# The last failures. They belong to one event loop.
+Failures = deque[Failure]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -348,7 +337,7 @@ class Call:
                 )
         if self._failures is not None and self._error is not None:
             reason, message = self._error
-            self._failures.add(
+            self._failures.append(
                 Failure(
                     method=self.method,
                     protocol=self.protocol,

@@ -233,7 +233,7 @@ Running = (
     | inference_pb2.ClassifyRequest
 )
 # The messages with an ``input``: prompt, chat or token_ids.
-Asked = (
+InputMessage = (
     inference_pb2.GenerateRequest
     | inference_pb2.ScoreRequest
     | inference_pb2.TokenizeRequest
@@ -304,7 +304,7 @@ def constraint_spec(
     return spec
 
 
-def check_input(message: Asked, limits: InputLimits, violations: Violations) -> None:
+def check_input(message: InputMessage, limits: InputLimits, violations: Violations) -> None:
     """Check a message's ``input`` oneof (prompt, chat or token_ids) before it is tokenised.
 
     Raises:
@@ -382,7 +382,7 @@ async def format_of(
 
 
 async def input_token_ids(
-    message: Asked,
+    message: InputMessage,
     tokenizer: Tokenizer,
     limits: InputLimits,
     tenant: bytes,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from turret.server.api.access import MOST_CONNECTIONS, Shares, TokenTable
 from turret.server.api.admin import Adapters
-from turret.server.api.call import Failures
+from turret.server.api.call import MAX_FAILURES, Failures
 from turret.server.api.gate import ServingGate
 from turret.server.api.inference import Inference
 from turret.server.metrics import Metrics
@@ -26,7 +26,7 @@ class Services:
         metrics: The metrics that count calls.
         tokens: Accepted bearer tokens; None lets every caller in.
         shares: The limits on the open requests of one party, over all protocols.
-        failures: Records failed calls.
+        failures: The last failed calls, the newest last.
         most_connections: The maximum number of open connections of a listening address.
         training: The directory of checkpoints of adapters in training; None if clients cannot
             train.
@@ -39,7 +39,7 @@ class Services:
     metrics: Metrics = field(default_factory=Metrics)
     tokens: TokenTable | None = None
     shares: Shares = field(default_factory=Shares)
-    failures: Failures = field(default_factory=Failures)
+    failures: Failures = field(default_factory=lambda: Failures(maxlen=MAX_FAILURES))
     most_connections: int = MOST_CONNECTIONS
     training: Path | None = None
     tenants: Tenants | None = field(init=False, default=None)

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
+from turret.server.api.access import MAX_EXPORTS
 from turret.server.api.call import Call
 from turret.server.api.tenants.checkpoints import Checkpoint
 from turret.server.api.tenants.futures import Result
 from turret.server.api.tenants.reading import (
+    MAX_DATUMS,
     MAX_SETTINGS,
     AskedPass,
     DatumReader,
@@ -25,7 +27,7 @@ from turret.server.api.tenants.reading import (
     check_loss,
     check_settings,
 )
-from turret.server.api.tenants.tenants import Model, Tenants
+from turret.server.api.tenants.tenants import TenantModel, Tenants
 from turret.server.api.violations import Violations
 from turret.server.basics.files import reporting_disk_faults
 from turret.server.errors import InvalidRequestError
@@ -105,10 +107,15 @@ class Training:
         tenants, tenant = self._tenants, call.tenant
         model = self._model(message.model_id, call)
         training, info = tenants.sessions.training(), tenants.info()
+        violations = Violations()
+        violations.check_count(len(message.data), MAX_DATUMS, "data")
+        violations.raise_if_any()
+        # Until it is its turn, a pass is kept as bytes, which take less memory than a message.
+        sent = message.SerializeToString()
+        del message
 
         async def run() -> Result:
-            # Until it is its turn, a pass is kept as a message, which takes less memory.
-            asked = await tenants.read(tenant, lambda: _read_pass(message, info))
+            asked = await tenants.read(tenant, lambda: _read_pass(sent, info))
             losses = await training.pass_over(
                 model.number,
                 asked.data,
@@ -118,7 +125,7 @@ class Training:
             )
             return Result(await tenants.read(tenant, lambda: _losses(losses).SerializeToString()))
 
-        body = await self._command(model, run, message.ByteSize())
+        body = await self._command(model, run, len(sent))
         return training_pb2.ForwardBackwardResponse.FromString(body)
 
     async def optim_step(
@@ -177,6 +184,7 @@ class Training:
         found = checkpoints.find(self._tenants.owner(call.party), message.path)
         folder = checkpoints.folder(found)
         with contextlib.ExitStack() as stack, reporting_disk_faults():
+            stack.enter_context(call.party.shares.transfer("exports", MAX_EXPORTS, call.tenant))
             # Open all files first: then another call may delete or replace the checkpoint.
             files = {
                 name: stack.enter_context((folder / name).open("rb"))
@@ -209,12 +217,12 @@ class Training:
 
         return training_pb2.PublishModelResponse.FromString(await self._command(model, run))
 
-    def _model(self, model_id: str, call: Call) -> Model:
+    def _model(self, model_id: str, call: Call) -> TenantModel:
         owner = self._tenants.owner(call.party)
         return self._tenants.sessions.model(owner, model_id, is_numbered=False)
 
     async def _command(
-        self, model: Model, run: Callable[[], Awaitable[Result]], size: int = 0
+        self, model: TenantModel, run: Callable[[], Awaitable[Result]], size: int = 0
     ) -> bytes:
         """The result of a command, which runs to its end even if the caller is cancelled."""
         futures, session = self._tenants.futures, self._tenants.sessions.of(model)
@@ -272,7 +280,8 @@ def _adam(message: training_pb2.OptimStepRequest) -> AdamParams:
     return AdamParams(**values)
 
 
-def _read_pass(message: training_pb2.ForwardBackwardRequest, info: ModelInfo) -> AskedPass:
+def _read_pass(sent: bytes, info: ModelInfo) -> AskedPass:
+    message = training_pb2.ForwardBackwardRequest.FromString(sent)
     violations, loss = Violations(), message.loss
     is_readable = check_loss(loss, len(message.data), violations, "loss")
     if violations.check_count(len(message.loss_config), MAX_SETTINGS, "loss_config"):
@@ -305,7 +314,7 @@ def _read_datum(
 # Values to messages.
 
 
-def _model(model: Model) -> training_pb2.TrainedModel:
+def _model(model: TenantModel) -> training_pb2.TrainedModel:
     return training_pb2.TrainedModel(model_id=model.model_id, config=_config_message(model.config))
 
 

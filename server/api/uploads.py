@@ -86,16 +86,16 @@ def checked_header(message: adapters_pb2.UploadAdapterRequest | None) -> adapter
         header.replace or not header.HasField("expected_generation"),
         "header.expected_generation",
         "NEEDS_FIELD",
-        other="header.replace",
+        other="replace",
     )
     check_template(header, violations, "header.chat_template")
     violations.check_count(len(header.files), MAX_UPLOAD_FILES, "header.files")
     files = header.files[: MAX_UPLOAD_FILES + 1]
     names = [file.path for file in files]
-    _check_complete(names, violations, "header.files")
+    check_complete(names, violations, "header.files")
     for index, file in enumerate(files):
         where = f"header.files[{index}]"
-        _check_file(file.path, file.size_bytes, names[:index], violations, where)
+        check_file(file.path, file.size_bytes, names[:index], violations, where)
         violations.check(
             file.sha256 == "" or _SHA256.fullmatch(file.sha256) is not None,
             f"{where}.sha256",
@@ -105,14 +105,16 @@ def checked_header(message: adapters_pb2.UploadAdapterRequest | None) -> adapter
     return header
 
 
-def _check_complete(names: Collection[str], violations: Violations, where: str) -> None:
+def check_complete(names: Collection[str], violations: Violations, where: str) -> None:
+    """Check that all required files of an adapter are there."""
     for required in _REQUIRED:
         violations.check(required in names, where, "LACKS", required=required)
 
 
-def _check_file(
+def check_file(
     name: str, size: int, before: Collection[str], violations: Violations, where: str
 ) -> None:
+    """Check the name and the size of a file against the files before it."""
     known = ", ".join(UPLOAD_FILES)
     path, size_path = f"{where}.path", f"{where}.size_bytes"
     violations.check(name in UPLOAD_FILES, path, "NOT_ONE_OF", value=name, choices=known)
@@ -120,28 +122,6 @@ def _check_file(
     violations.check(size >= 1, size_path, "TOO_SMALL", least=1, value=size)
     most = _MOST_BYTES.get(name, size)
     violations.check(size <= most, size_path, "TOO_LARGE", most=most, value=size)
-
-
-def check_entry(name: str, size: int, before: Collection[str]) -> None:
-    """Check a file of an archive against the files before it.
-
-    Raises:
-        InvalidRequestError: The file is too large, empty, or occurs twice.
-    """
-    violations = Violations()
-    _check_file(name, size, before, violations, name)
-    violations.raise_if_any()
-
-
-def check_complete(names: Collection[str]) -> None:
-    """Check that an archive contains all files of an adapter.
-
-    Raises:
-        InvalidRequestError: A required file is missing.
-    """
-    violations = Violations()
-    _check_complete(names, violations, "files")
-    violations.raise_if_any()
 
 
 def most_seconds(header: adapters_pb2.UploadHeader) -> float:

@@ -64,7 +64,7 @@ class Violations:
     def check_name(self, name: str, path: str) -> None:
         """Record a text that cannot be the name of an adapter."""
         if why := no_adapter_name(name):
-            self.add(path, why)
+            self.add(path, why if name else say("REQUIRED"))
 
     def build(self, kind: Callable[..., _T], values: Mapping[str, Any], path: str) -> _T:
         """A domain object. Every value that it rejects is noted, and left at its default.

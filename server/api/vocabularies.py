@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     # The server listens before torch is loaded, which takes seconds.
     from turret.server.adapters.registry.installer import AdapterTokenizers
     from turret.server.constraints.compiler import ConstraintCompiler
-    from turret.server.models.own_tokenizers import Key, OwnTokenizers
+    from turret.server.models.own_tokenizers import OwnTokenizers, TokenizerKey
     from turret.server.models.tokenizer import Tokenizer
 
 
@@ -105,9 +105,9 @@ class Vocabularies:
         self._tokenizers = tokenizers
         # Vocabularies by tokenizer and chat template of the mix; a request may bring its own
         # template.
-        self._made: dict[tuple[Key, str], Vocabulary] = {}
+        self._made: dict[tuple[TokenizerKey, str], Vocabulary] = {}
         # Reads in progress, so that concurrent requests share one read.
-        self._reading: dict[Key, asyncio.Future[Tokenizer]] = {}
+        self._reading: dict[TokenizerKey, asyncio.Future[Tokenizer]] = {}
         # Reading a tokenizer or a template may take seconds of a child process.
         self._readers = FairPool(ThreadPoolExecutor(_READERS, "turret-tokenizers"))
 
@@ -153,7 +153,7 @@ class Vocabularies:
         template = _replaced(own, chat_template) if chat_template else own
         if adapter is None and not template:
             return self._base
-        key: Key = ("", 0, template)
+        key: TokenizerKey = ("", 0, template)
         if adapter is not None:
             key = adapter.facts.tokenizer, adapter.facts.vocab_size, template
         tokenizer = self._tokenizers.find(key)
@@ -174,7 +174,7 @@ class Vocabularies:
             why = say("TOO_MANY_CHARACTERS", most=most, found=found)
             raise InvalidRequestError.of(_FIELD, why)
 
-    async def _read(self, key: Key, adapter: Adapter | None, tenant: bytes) -> Tokenizer:
+    async def _read(self, key: TokenizerKey, adapter: Adapter | None, tenant: bytes) -> Tokenizer:
         reading = self._reading.get(key)
         if reading is None:
             files = None if adapter is None else functools.partial(self._adapters.read, adapter)
@@ -185,13 +185,13 @@ class Vocabularies:
         # Shield the read, because other requests may wait for it.
         return await asyncio.shield(reading)
 
-    def _was_read(self, key: Key, reading: asyncio.Future[Tokenizer]) -> None:
+    def _was_read(self, key: TokenizerKey, reading: asyncio.Future[Tokenizer]) -> None:
         del self._reading[key]
         if not reading.cancelled():
             # Retrieve the exception: asyncio would log it if no request waits for it any more.
             reading.exception()
 
-    def _vocabulary(self, tokenizer: Tokenizer, key: Key, own: str) -> Vocabulary:
+    def _vocabulary(self, tokenizer: Tokenizer, key: TokenizerKey, own: str) -> Vocabulary:
         mine = key, own
         made = self._made.get(mine)
         if made is None or made.tokenizer is not tokenizer:

@@ -317,7 +317,7 @@ def _text(model: type, place: Sequence[str], error: ErrorDetails) -> Text:
         case "dataclass_type":
             return say("NOT_A_TABLE", value=shown)
         case "greater_than_equal":
-            return say("TOO_SMALL", least=show(info, limits["ge"]), value=value)
+            return say("TOO_SMALL", least=show(info, int(limits["ge"])), value=value)
         case "greater_than":
             return say("NOT_ABOVE", bound=f"{limits['gt']:g}", value=value)
         case "less_than":

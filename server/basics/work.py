@@ -135,7 +135,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error was caused by a lack of memory, so that a retry may succeed."""
     if isinstance(error, OSError):
         return error.errno in _NUMBERS
-    # If torch is not loaded, the error cannot be its own.
+    # If torch is not loaded, it cannot have raised the error.
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return True

@@ -18,6 +18,11 @@ _TEXT_ARGUMENTS = ("prompt", "texts")
 _NOT_NUMBERS: Mapping[Any, str] = {int: "NOT_A_WHOLE_NUMBER", float: "NOT_A_NUMBER"}
 
 
+def _named(names: Sequence[str]) -> str:
+    """The long flag among the names of an argument, or the name of a positional argument."""
+    return next((name for name in names if name.startswith("--")), names[0])
+
+
 class _Formatter(argparse.HelpFormatter):
     """Writes ``[flags]`` in the usage for all optional flags, which the help lists below."""
 
@@ -48,8 +53,11 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Forbid abbreviated flags, because new flags in later versions may make them ambiguous."""
-        own: dict[str, Any] = {"allow_abbrev": False, "formatter_class": _Formatter}
+        own = {"allow_abbrev": False, "exit_on_error": False, "formatter_class": _Formatter}
         super().__init__(*args, **{**own, **kwargs})
+
+    def add_subparsers(self, **kwargs: Any) -> Any:  # type: ignore[override]
+        return super().add_subparsers(dest="_verb", **kwargs)
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
@@ -58,19 +66,38 @@ class CommandParser(argparse.ArgumentParser):
         self._given = list(sys.argv[1:] if args is None else args)
         # Check flags first, because argparse would report the argument after an unknown flag
         # instead.
-        for flag in self._flags():
-            if flag not in self._option_string_actions:
+        given = [word.partition("=") for word in self._flags()]
+        for flag, equals, _ in given:
+            if (action := self._option_string_actions.get(flag)) is None:
                 self._refuse_flag(flag)
-        values, rest = super().parse_known_args(args, namespace)
-        if rest and self._subparsers is None:
+            if equals and action.nargs == 0:
+                self.error(f"{flag}: {say('TAKES_NO_VALUE')}")
+        for group in self._mutually_exclusive_groups:
+            named = {f for each in group._group_actions for f in each.option_strings}
+            if len(found := [flag for flag, _, _ in given if flag in named]) > 1:
+                self.error(f"{found[1]}: {say('CONFLICTS_WITH', other=found[0])}")
+        # Missing arguments are reported below. The help shows which flags are required.
+        asks_help = not {"-h", "--help"}.isdisjoint(self._given)
+        required = [] if asks_help else [each for each in self._actions if each.required]
+        for action in required:
+            action.required = False
+        try:
+            values, rest = super().parse_known_args(args, namespace)
+        except argparse.ArgumentError as error:
+            self.error(f"{_named((error.argument_name or '').split('/'))}: {error.message}")
+        missing = [one for one in required if getattr(values, one.dest) is None]
+        if rest and (missing or self._subparsers is None):
             if len(rest[0]) > 1 and rest[0].startswith("-"):
                 # A flag and its value may be one quoted word.
                 self._refuse_flag(rest[0].partition("=")[0].partition(" ")[0])
             takes_text = any(one.dest in _TEXT_ARGUMENTS for one in self._get_positional_actions())
-            count, values = len(rest), " ".join(rest)
+            count, unexpected = len(rest), " ".join(rest)
             if takes_text:
-                self.error(say("UNQUOTED_TEXT", count=count, values=values))
-            self.error(say("UNEXPECTED_ARGUMENTS", count=count, values=values))
+                self.error(say("UNQUOTED_TEXT", count=count, values=unexpected))
+            self.error(say("UNEXPECTED_ARGUMENTS", count=count, values=unexpected))
+        if missing:
+            names = [one.option_strings or [str(one.metavar or one.dest)] for one in missing]
+            self.error("; ".join(f"{_named(each)}: {say('REQUIRED')}" for each in names))
         return values, rest
 
     def error(self, message: str) -> NoReturn:
@@ -98,18 +125,23 @@ class CommandParser(argparse.ArgumentParser):
         except argparse.ArgumentError:
             if (reason := _NOT_NUMBERS.get(action.type)) is None:
                 raise
-            problem = say(reason, value=f'"{arg_string}"')
-            raise argparse.ArgumentError(action, problem) from None
+            raise argparse.ArgumentError(action, say(reason, value=f'"{arg_string}"')) from None
+
+    def _match_argument(self, action: argparse.Action, arg_strings_pattern: str) -> int:
+        try:
+            return super()._match_argument(action, arg_strings_pattern)  # type: ignore[misc]
+        except argparse.ArgumentError:
+            raise argparse.ArgumentError(action, say("NEEDS_VALUE")) from None
 
     def _flags(self) -> Iterator[str]:
-        """The long flags that were given to this verb."""
+        """The long flags that were given to this verb, with values after equals signs."""
         words = itertools.takewhile(lambda word: word != "--", self._given)
         if self._subparsers is not None:
             # Flags after a verb belong to that verb.
             words = itertools.takewhile(lambda word: word.startswith("-"), words)
         for word in words:
             if word.startswith("--") and " " not in word.partition("=")[0]:
-                yield word.partition("=")[0]
+                yield word
 
     def _refuse_flag(self, flag: str) -> NoReturn:
         meant = closest(flag, self._option_string_actions)

@@ -97,11 +97,7 @@ def _noted(found: list[Violation], field: str) -> Iterator[None]:
         text = error.violations[0][1] if error.violations else error.message
         found.append(Violation(field, text_of(ValueError(text))))
     except OSError as error:
-        found.append(Violation(field, _unreadable(error.filename, error)))
-
-
-def _unreadable(path: object, error: OSError) -> Text:
-    return say("FILE_UNREADABLE", path=path, why=error.strerror)
+        found.append(Violation(field, unreadable(Path(error.filename), error)))
 
 
 def _device(config: ModelConfig) -> Iterator[Violation]:
@@ -133,8 +129,7 @@ def _memory(config: Config) -> Iterator[Violation]:
     has_cpu_alone = config.model.device == "cpu" or _torch_version().endswith("+cpu")
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if has_cpu_alone and wanted > there:
-        text = say("ABOVE_MEMORY", value=wanted, most=there)
-        yield Violation("cache.kv_cache_bytes", text)
+        yield Violation("cache.kv_cache_bytes", say("ABOVE_MEMORY", value=wanted, most=there))
 
 
 def without_cuda() -> Text | None:
@@ -231,7 +226,7 @@ def _state_dir(path: Path) -> Iterator[Violation]:
         except BlockingIOError:
             yield Violation(field, say("STATE_DIR_IN_USE", path=path))
         except OSError as error:
-            yield Violation(field, _unreadable(lock, error))
+            yield Violation(field, unreadable(lock, error))
 
 
 def _files(config: SecurityConfig) -> Iterator[Violation]:

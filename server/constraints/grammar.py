@@ -12,7 +12,7 @@ from typing import Any, Literal
 from turret.server.errors import InvalidRequestError
 from turret.server.words import Text, say
 
-Kind = Literal["json_schema", "json_object", "regex", "grammar", "choice"]
+ConstraintKind = Literal["json_schema", "json_object", "regex", "grammar", "choice"]
 
 # Maximum length of a constraint, because compiling and following it takes time and stack in
 # proportion.
@@ -29,7 +29,7 @@ class ConstraintSpec:
         texts: A schema, a regular expression, a grammar, or the texts to choose from.
     """
 
-    kind: Kind
+    kind: ConstraintKind
     texts: tuple[str, ...] = ()
 
     @property

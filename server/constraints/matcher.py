@@ -184,7 +184,7 @@ class Matcher:
             BudgetExceededError: The grammar is too complex to continue.
         """
         self._tokens.append(token_id)
-        self._follow(lambda: self._native.consume_token(token_id), again=_nothing)
+        self._follow(lambda: self._native.consume_token(token_id), again=lambda: None)
 
     def try_advance(self, token_id: int, withheld: Collection[int] = ()) -> int | None:
         """Advance by a token if the mask allows it, or else by the only token that it allows.
@@ -297,10 +297,6 @@ def without(words: Words, withheld: Collection[int]) -> Words:
     for token in present:
         bits[token >> 5] &= np.uint32(~(1 << (token & 31)) & 0xFFFFFFFF)
     return rest if rest.any() else words
-
-
-def _nothing() -> None:
-    pass
 
 
 # Compiled constraints, shared by all requests that ask for the same one.

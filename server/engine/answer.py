@@ -358,7 +358,7 @@ class Answer:
         self.sequence = sequence
         self.stream = stream
         self.last_token_at: float | None = None
-        self._text = text
+        self.text = text
         self._token_text = token_text
         self._max_tokens = max_tokens
         self._prompt_logprobs: list[TokenLogprob] = []
@@ -395,8 +395,8 @@ class Answer:
                 raise draw.error
             sequence.tokens.append(draw.token_id)
             self._accepted.append(draw)
-            self._text.add(draw.token_id)
-            by = self._text.stopped_by
+            self.text.add(draw.token_id)
+            by = self.text.stopped_by
             if by is not None:
                 return count, FinishReason.STOP, by
             if sequence.num_generated >= self._max_tokens:
@@ -413,9 +413,9 @@ class Answer:
         sequence = self.sequence
         taken, self._accepted = self._accepted, []
         is_first, self._has_begun = not self._has_begun, True
-        text = self._text.take()
+        text = self.text.take()
         return Output(
-            text=text + self._text.flush() if is_last else text,
+            text=text + self.text.flush() if is_last else text,
             token_ids=tuple([draw.token_id for draw in taken]),
             logprobs=tuple(map(self._logprob, taken)) if sequence.request.options.logprobs else (),
             prompt_logprobs=self._take_prompt_logprobs(),
@@ -436,10 +436,6 @@ class Answer:
         taken = tuple(self._prompt_logprobs)
         self._prompt_logprobs = []
         return taken
-
-    def flush(self) -> str:
-        """Held-back text, for a request that ends early."""
-        return self._text.flush()
 
     def finish(
         self,

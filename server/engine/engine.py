@@ -21,7 +21,7 @@ from turret.server.constraints.matcher import start_roomy
 from turret.server.engine.answer import Answer, AnswerMemory, AnswerText, Stream
 from turret.server.engine.loop import (
     BaseChange,
-    Change,
+    BaseSwap,
     EngineFailedError,
     EngineLoop,
     Outbox,
@@ -79,6 +79,7 @@ class Engine:
         dead: An event that is set on the event loop when the thread fails.
         max_model_len: The model's context, or what the KV cache holds if that is less.
         memory: The memory of waiting and running requests and of their answers.
+        num_open: Number of waiting and running requests; read it on the event loop.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._event_loop: asyncio.AbstractEventLoop | None = None
         self._idle = asyncio.Event()
-        self._num_open = 0  # Streams that have not ended, counted on the event loop.
+        self.num_open = 0
         self.dead = asyncio.Event()
 
     @property
@@ -132,11 +133,6 @@ class Engine:
     def num_waiting(self) -> int:
         """Number of requests that wait to be computed."""
         return self._loop.num_waiting
-
-    @property
-    def num_open(self) -> int:
-        """Number of waiting and running requests; call it on the event loop."""
-        return self._num_open
 
     def is_ready(self, sequence: Sequence) -> bool:
         """Whether a waiting sequence's adapters are resident (the scheduler asks)."""
@@ -180,12 +176,12 @@ class Engine:
         except TurretError:
             self._adapters.release(mix)
             raise
-        self._num_open += 1
+        self.num_open += 1
         self._idle.clear()
         self._loop.submit(answer)
         return answer.stream
 
-    def change_base(self, change: Change) -> Future[None]:
+    def change_base(self, change: BaseSwap) -> Future[None]:
         """Run ``change`` on the engine thread once no request runs; callable from any thread.
 
         Running requests finish first. Waiting requests continue afterwards, on the new weights.
@@ -390,8 +386,8 @@ class Engine:
         for stream, item in outbox:
             stream.deliver(item)
             if isinstance(item, TurretError) or item.finish is not None:
-                self._num_open -= 1
-        if self._num_open == 0:
+                self.num_open -= 1
+        if self.num_open == 0:
             self._idle.set()
 
     # The methods below run on the engine thread.

@@ -106,7 +106,7 @@ def _parts_of_the_base(mix: Mix) -> str:
 # A change of the base weights that waits until no request runs.
 
 
-Change = Callable[[], ChangedBase]
+BaseSwap = Callable[[], ChangedBase]
 
 
 class BaseChange:
@@ -120,7 +120,7 @@ class BaseChange:
             ends first. Cancelling it before the change begins withdraws the change.
     """
 
-    def __init__(self, change: Change) -> None:
+    def __init__(self, change: BaseSwap) -> None:
         self.outcome: Future[None] = Future()
         self._change = change
 
@@ -176,10 +176,6 @@ class EngineFailedError(BaseException):
 
 # The timeout of a lock overflows at 292 years. After an hour, the loop just looks again.
 _MAX_WAIT_SECONDS = 3600.0
-
-
-def _uses(sequence: Sequence, key: str | None) -> bool:
-    return any(adapter.key == key for adapter, _ in sequence.mix.members)
 
 
 class EngineLoop:
@@ -536,7 +532,9 @@ class EngineLoop:
         num_preempted = self._scheduler.abandon(step, time.monotonic(), is_too_large=key is None)
         _log.warning("the device has no memory for a step", extra=log.fields(reason=reason))
         sequences = [item.sequence for item in step.scheduled]
-        ended = sequences[:1] if num_preempted is None else [s for s in sequences if _uses(s, key)]
+        ended = [s for s in sequences if any(a.key == key for a, _ in s.mix.members)]
+        if num_preempted is None:
+            ended = sequences[:1]
         for sequence in ended:
             self._fail(self._answers[sequence], BudgetExceededError(say("DEVICE_MEMORY_SHORT")))
         if num_preempted is not None:
@@ -615,7 +613,7 @@ class EngineLoop:
         self._hand_out()
 
         def cut() -> None:
-            self._end(answer, reason, None, Output(text=answer.flush()), now)
+            self._end(answer, reason, None, Output(text=answer.text.flush()), now)
 
         self._guard(answer, cut)
 

@@ -91,25 +91,18 @@ def chat_logprobs(
     tokens: Iterable[inference_pb2.TokenLogprob], *, names_ids: bool
 ) -> dict[str, Any]:
     """Log probabilities in the form of /v1/chat/completions."""
-    return {
-        "content": [
-            {
-                "token": _name(token, names_ids=names_ids),
-                "logprob": finite(token.logprob),
-                "bytes": _bytes_of(token.text),
-                "top_logprobs": [
-                    {
-                        "token": _name(top, names_ids=names_ids),
-                        "logprob": finite(top.logprob),
-                        "bytes": _bytes_of(top.text),
-                    }
-                    for top in token.top
-                ],
-            }
-            for token in tokens
-        ],
-        "refusal": None,
-    }
+
+    def entry(token: inference_pb2.TokenLogprob | inference_pb2.TopLogprob) -> dict[str, Any]:
+        return {
+            "token": _name(token, names_ids=names_ids),
+            "logprob": finite(token.logprob),
+            "bytes": _bytes_of(token.text),
+        }
+
+    content = [
+        {**entry(token), "top_logprobs": [entry(top) for top in token.top]} for token in tokens
+    ]
+    return {"content": content, "refusal": None}
 
 
 class CompletionLogprobs:

@@ -18,7 +18,6 @@ from turret.server.api.uploads import (
     MAX_CHUNK_BYTES,
 )
 from turret.server.api.violations import Violations
-from turret.server.basics.codes import Code
 from turret.server.errors import DeadlineExceededError, InvalidRequestError
 from turret.server.http.endpoint import ClientGoneError, Exchange
 from turret.server.http.models import succeed
@@ -44,8 +43,7 @@ _LONG_NAMES = {
 async def upload(exchange: Exchange) -> None:
     """Upload an adapter's files as a tar archive, and register it."""
     if exchange.media_type != ARCHIVE:
-        text = say("NOT_AN_ARCHIVE_TYPE", wanted=ARCHIVE)
-        raise HttpRefusal(415, Code.INVALID_ARGUMENT, text)
+        raise HttpRefusal(415, say("NOT_AN_ARCHIVE_TYPE", wanted=ARCHIVE))
     header = _header(exchange.request.query_params)
     exchange.names.update(name="lora_name", pinned="pinned", replace="load_inplace")
     archive = _Archive(exchange.request.receive)

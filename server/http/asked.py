@@ -41,10 +41,10 @@ _MEMBER = re.compile(
 )
 _WEIGHT = re.compile(r"-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
 
-Mix = list[adapters_pb2.AdapterWeight]
+NamedMix = list[adapters_pb2.AdapterWeight]
 
 
-def named_in(raw: dict[str, Any], base_name: str) -> tuple[Mix, list[tuple[str, str]]]:
+def named_in(raw: dict[str, Any], base_name: str) -> tuple[NamedMix, list[tuple[str, str]]]:
     """The mix that a parsed request names, and the errors in it.
 
     Also works for rejected requests, because metrics count them for the adapters that they name.
@@ -63,7 +63,7 @@ def named_in(raw: dict[str, Any], base_name: str) -> tuple[Mix, list[tuple[str, 
     return mix, wrong
 
 
-def mix_of(members: list[MixMember]) -> Mix:
+def mix_of(members: list[MixMember]) -> NamedMix:
     """The mix that the field ``adapters`` lists."""
     return [
         adapters_pb2.AdapterWeight(
@@ -73,7 +73,7 @@ def mix_of(members: list[MixMember]) -> Mix:
     ]
 
 
-def read_model(model: str, base_name: str) -> tuple[Mix, list[str]]:
+def read_model(model: str, base_name: str) -> tuple[NamedMix, list[str]]:
     """The mix that a model name refers to, empty for the base model, and the errors in it.
 
     ``base`` and the base model's name mean the base. ``sql`` is an adapter, ``sql@2`` one of its
@@ -94,7 +94,7 @@ def read_model(model: str, base_name: str) -> tuple[Mix, list[str]]:
         if model.startswith(f"{prefix}:"):
             rest = model[len(prefix) + 1 :]
             break
-    mix: Mix = []
+    mix: NamedMix = []
     wrong: list[str] = []
     for part in rest.split("+"):
         match = _MEMBER.fullmatch(part.strip())
@@ -126,6 +126,7 @@ def _no_model(model: str, base_name: str) -> AdapterNotFoundError:
 
 _Message = inference_pb2.GenerateRequest
 _A = TypeVar("_A", bound=Asking)
+_WithInput = TypeVar("_WithInput", inference_pb2.Input, inference_pb2.GenerateRequest)
 
 _CHAT_INPUT_NAMES = {"inputs": "messages", "inputs[0].chat.": ""}
 # OpenAI's newer name for the role that chat templates call ``system``.
@@ -134,7 +135,7 @@ _ROLES = {"developer": "system"}
 
 def read_request(
     exchange: Exchange, kind: type[_A]
-) -> tuple[inference_pb2.GetModelResponse, _A, Mix]:
+) -> tuple[inference_pb2.GetModelResponse, _A, NamedMix]:
     """The base model, the body of a request, and the adapters that it names.
 
     Raises:
@@ -179,7 +180,7 @@ class Asked:
     names_ids: bool
 
 
-def asked_of(body: Generating, mix: Mix, names: dict[str, str]) -> Asked:
+def asked_of(body: Generating, mix: NamedMix, names: dict[str, str]) -> Asked:
     """Convert a request for an answer; adds the names of its fields to ``names``.
 
     Raises:
@@ -225,7 +226,7 @@ def _stop(body: Generating, names: dict[str, str]) -> inference_pb2.StopConditio
     if body.max_completion_tokens is not None:
         limit, name = body.max_completion_tokens, "max_completion_tokens"
     if limit is not None:
-        names["stop.max_tokens"] = name
+        names |= dict.fromkeys(("stop.max_tokens", "max_tokens"), name)
     return inference_pb2.StopConditions(
         max_tokens=limit,
         min_tokens=body.min_tokens or None,
@@ -337,12 +338,17 @@ def inputs_of(body: InputsRequest, names: dict[str, str]) -> list[inference_pb2.
         names.update(
             {f"inputs[{index}]{within}": f"input{place}" for within in ("", ".token_ids.ids")}
         )
-        inputs.append(
-            inference_pb2.Input(prompt=value)
-            if isinstance(value, str)
-            else inference_pb2.Input(token_ids=inference_pb2.TokenIds(ids=value))
-        )
+        inputs.append(with_input(inference_pb2.Input(), value))
     return inputs
+
+
+def with_input(message: _WithInput, value: str | list[int]) -> _WithInput:
+    """The message with a text or token ids as its input."""
+    if isinstance(value, str):
+        message.prompt = value
+    else:
+        message.token_ids.ids.extend(value)
+    return message
 
 
 # Tools and the tool choice.

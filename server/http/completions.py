@@ -21,7 +21,7 @@ from turret.server.http.answers import (
     stop_reason,
     usage_of,
 )
-from turret.server.http.asked import Asked, asked_of, chat_of, read_request, tools_in
+from turret.server.http.asked import Asked, asked_of, chat_of, read_request, tools_in, with_input
 from turret.server.http.choices import Choices, Chunk, blamed_on, make_readers
 from turret.server.http.endpoint import HOLE, Exchange, Template, event_bytes
 from turret.server.http.schemas.requests import DEFAULT_MAX_TOKENS, ChatRequest, CompletionRequest
@@ -101,20 +101,14 @@ async def complete(exchange: Exchange) -> None:
     if not stop.HasField("max_tokens"):
         stop.max_tokens = DEFAULT_MAX_TOKENS
     places = [f"prompt{place}" for place in body.prompt]
-    prompts = [
-        _Prompt(prompt=each)
-        if isinstance(each, str)
-        else _Prompt(token_ids=inference_pb2.TokenIds(ids=each))
-        for each in body.prompt.values()
-    ]
+    prompts = [with_input(_Prompt(), each) for each in body.prompt.values()]
     del body
     is_scored = stop.max_tokens == 0
     if is_scored and asked.is_stream:
         raise InvalidRequestError.of("stream", say("NEEDS_FIELD", other="max_tokens"))
     count = len(prompts) * asked.num_choices
     if count > MAX_ANSWERS:
-        why = say("TOO_MANY_ANSWERS", most=MAX_ANSWERS, found=count)
-        raise InvalidRequestError.of("n", why)
+        raise InvalidRequestError.of("n", say("TOO_MANY_ANSWERS", most=MAX_ANSWERS, found=count))
     answer_id = f"cmpl-{exchange.call.request_id}"
     whole = head(answer_id, "text_completion", asked.model, info)
     if is_scored:

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import socket
 import ssl
-from asyncio import sslproto
+from asyncio import constants, sslproto
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -55,16 +55,14 @@ class Connection(HttpToolsProtocol):
     the rest is dropped as well, and the connection is closed once the others are answered.
 
     Args:
-        listener: The listener that accepted the connection.
         arguments: The arguments that uvicorn passes to every connection.
     """
 
     _head_timer: asyncio.TimerHandle | None = None
     _linger_timer: asyncio.TimerHandle | None = None
 
-    def __init__(self, listener: Listener, **arguments: Any) -> None:
+    def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._listener = listener
         self._pieces: deque[bytes] = deque()
         # Bytes received so far of the current head, or of the framing of the body after it.
         self._num_bytes = 0
@@ -108,11 +106,6 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # asyncio sets TCP_NODELAY only on sockets with an explicit TCP protocol, which accepted
-        # sockets lack. Without it, each event waits 40 ms for the previous one's acknowledgement.
-        accepted = transport.get_extra_info("socket")
-        accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._listener.met(accepted.fileno())
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -149,7 +142,8 @@ class Connection(HttpToolsProtocol):
             self.send_400_response("Too many bytes.")
             return
         # A request is running or has completed: from here on, uvicorn's own timer applies.
-        if self.cycle is not None and (not self.cycle.response_complete or self._is_idle()):
+        is_idle = self.timeout_keep_alive_task is not None
+        if self.cycle is not None and (not self.cycle.response_complete or is_idle):
             self._forget_head()
         else:
             self._await_head()
@@ -202,9 +196,6 @@ class Connection(HttpToolsProtocol):
             running.disconnected = True
             running.message_event.set()
         super().connection_lost(exc)
-
-    def _is_idle(self) -> bool:
-        return self.timeout_keep_alive_task is not None
 
     def _await_head(self) -> None:
         if self._head_timer is None:
@@ -286,7 +277,6 @@ class Listener(socket.socket):
     def __init__(self, bound: socket.socket, most: int) -> None:
         super().__init__(bound.family, bound.type, bound.proto, fileno=bound.detach())
         self._most = most
-        self._unmet: dict[int, asyncio.TimerHandle] = {}
         self.num_open = 0
 
     def accept(self) -> tuple[socket.socket, Any]:
@@ -298,34 +288,19 @@ class Listener(socket.socket):
             OSError: See ``socket.accept``.
         """
         plain, address = super().accept()
-        descriptor = plain.detach()
-        accepted = _Accepted(self.family, self.type, self.proto, fileno=descriptor)
-        accepted.on_close = lambda: self._ended(descriptor)
+        # asyncio sets TCP_NODELAY only on sockets with this explicit protocol. Without it, each
+        # event would wait 40 ms for the acknowledgement of the previous one.
+        tcp = socket.IPPROTO_TCP
+        accepted = _Accepted(self.family, self.type, tcp, fileno=plain.detach())
+        accepted.on_close = self._ended
         self.num_open += 1
         if self.num_open > self._most:
             accepted.close()
             raise ConnectionAbortedError("too many connections")
-        loop = asyncio.get_running_loop()
-        self._unmet[descriptor] = loop.call_later(HANDSHAKE_SECONDS, _cut, accepted)
         return accepted, address
 
-    def met(self, descriptor: int) -> None:
-        """Notes that a connection's handshake has ended. Without TLS, it ends at once."""
-        timer = self._unmet.pop(descriptor, None)
-        if timer is not None:
-            timer.cancel()
-
-    def _ended(self, descriptor: int) -> None:
+    def _ended(self) -> None:
         self.num_open -= 1
-        self.met(descriptor)
-
-
-def _cut(accepted: socket.socket) -> None:
-    # Do not close the socket: its transport now reads the end of the stream and closes it.
-    try:
-        accepted.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        return
 
 
 def tls_context(security: SecurityConfig) -> ssl.SSLContext | None:
@@ -348,7 +323,9 @@ def tls_context(security: SecurityConfig) -> ssl.SSLContext | None:
         files.look()
         connection.context = files.newest
 
+    # uvicorn passes neither setting on.
     sslproto.SSLProtocol.max_size = _TLS_BUFFER_BYTES
+    constants.SSL_HANDSHAKE_TIMEOUT = HANDSHAKE_SECONDS
     first = files.newest
     first.sni_callback = choose
     return first

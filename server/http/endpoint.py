@@ -13,7 +13,6 @@ from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import from_json, to_json
-from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
@@ -252,7 +251,7 @@ def _num_containers(data: bytes) -> int:
 
 
 def _too_large() -> HttpRefusal:
-    return HttpRefusal(413, Code.INVALID_ARGUMENT, say("REQUEST_TOO_LARGE", most=MAX_BODY_BYTES))
+    return HttpRefusal(413, say("REQUEST_TOO_LARGE", most=MAX_BODY_BYTES))
 
 
 INFERENCE, ADAPTERS = "turret.v1.Inference", "turret.v1.Adapters"
@@ -306,7 +305,7 @@ class Exchange:
         # Browsers let a page of another origin send other media types without a preflight request.
         # For JSON they require a preflight, which --http-cors-origin answers.
         if self.media_type != "application/json":
-            raise HttpRefusal(415, Code.INVALID_ARGUMENT, say("UNSUPPORTED_MEDIA_TYPE"))
+            raise HttpRefusal(415, say("UNSUPPORTED_MEDIA_TYPE"))
         data = await self.read_body()
         if len(data) <= _INLINE_BYTES:
             self._sent = read(model, parse(data))
@@ -332,8 +331,7 @@ class Exchange:
                     if not message.get("more_body", False):
                         return bytes(parts)
         except TimeoutError:
-            text = say("REQUEST_TIMEOUT", seconds=round(BODY_SECONDS))
-            raise HttpRefusal(408, Code.DEADLINE_EXCEEDED, text) from None
+            raise HttpRefusal(408, say("REQUEST_TIMEOUT", seconds=round(BODY_SECONDS))) from None
 
     def take_body(self) -> Sent[Any]:
         """Return the sent object and drop it here, so that nothing else keeps it in memory."""
@@ -413,7 +411,8 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         route, services = self._route, self._services
-        headers = Headers(scope=scope)
+        request = Request(scope, receive)
+        headers = request.headers
         call = Call.begin(
             f"{route.method} {route.path}",
             headers.getlist(REQUEST_ID_KEY),
@@ -426,50 +425,45 @@ class Endpoint:
             is_counted=route.is_counted,
             level=logging.DEBUG if route.is_polled else logging.INFO,
         )
-        reply = Reply(send, call, scope.get("extensions", {}).get(EXTENSION))
+        exchange = Exchange(
+            call=call,
+            request=request,
+            reply=Reply(send, call, scope.get("extensions", {}).get(EXTENSION)),
+            names=dict(route.body.names) if route.body else {},
+            services=services,
+            has_admin=self._has_admin,
+        )
         code = Code.CANCELLED
         try:
-            code, refusal = await self._answered(scope, receive, call, reply)
+            code, refusal = await self._answered(exchange)
             # Send the refusal only after the error is freed, because its traceback holds the body.
             if refusal is not None and route.refuse is not None:
                 refusal = route.refuse(refusal, call.request_id)
             if refusal is not None:
-                await reply.refuse(refusal)
+                await exchange.reply.refuse(refusal)
         finally:
             call.finish(code)
 
-    async def _answered(
-        self, scope: Scope, receive: Receive, call: Call, reply: Reply
-    ) -> tuple[Code, Refusal | None]:
+    async def _answered(self, exchange: Exchange) -> tuple[Code, Refusal | None]:
         """Answer, or return the refusal; also returns the code to count."""
-        route = self._route
-        names = dict(route.body.names) if route.body else {}
+        route, call = self._route, exchange.call
         try:
-            _check_head(scope, Headers(scope=scope))
+            _check_head(exchange.request)
             authorize(self._services.tokens, route.service, call.party.authorization)
-            exchange = Exchange(
-                call=call,
-                request=Request(scope, receive),
-                reply=reply,
-                names=names,
-                services=self._services,
-                has_admin=self._has_admin,
-            )
             if route.is_raw:
                 await _handled(route.handler, exchange)
                 return Code.OK, None
             if route.body is not None:
                 await exchange.read_json(route.body)
-            return await _answer(route.handler, exchange, receive), None
+            return await _answer(route.handler, exchange), None
         except ClientGoneError:
             return Code.CANCELLED, None
         except asyncio.CancelledError:
             # The listener is stopping. Nothing else waits for this task, so report it to the
             # client.
-            why = UnavailableError(say("REQUEST_ENDED"))
-            return Code.CANCELLED, refusal_of(why)
+            return Code.CANCELLED, refusal_of(UnavailableError(say("REQUEST_ENDED")))
         except Exception as error:
-            refusal = refusal_of(error, names)
+            refusal = refusal_of(error, exchange.names)
             said = refusal.body["error"]
             call.fail(
                 getattr(error, "reason", said["code"].upper()),
@@ -488,21 +482,20 @@ def _authorization(headers: Mapping[str, str]) -> str | None:
     return headers.get("authorization", key and f"Bearer {key}")
 
 
-def _check_head(scope: Scope, headers: Headers) -> None:
+def _check_head(request: Request) -> None:
+    scope, headers = request.scope, request.headers
     size = len(scope["raw_path"]) + len(scope["query_string"])
     if size + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD_BYTES:
-        raise HttpRefusal(431, Code.INVALID_ARGUMENT, say("HEAD_TOO_LARGE", most=MAX_HEAD_BYTES))
+        raise HttpRefusal(431, say("HEAD_TOO_LARGE", most=MAX_HEAD_BYTES))
     # Reject duplicates: a proxy in front may have checked the other one of two headers.
     for name in ("authorization", "x-api-key", "host"):
         if len(headers.getlist(name)) > 1:
-            text = say("DUPLICATE_HEADER", header=name)
-            raise HttpRefusal(400, Code.INVALID_ARGUMENT, text)
+            raise HttpRefusal(400, say("DUPLICATE_HEADER", header=name))
     if (key := headers.get("x-api-key")) and bearer_token(_authorization(headers) or "") != key:
-        text = say("DUPLICATE_HEADER", header="authorization or x-api-key")
-        raise HttpRefusal(400, Code.INVALID_ARGUMENT, text)
+        raise HttpRefusal(400, say("DUPLICATE_HEADER", header="authorization or x-api-key"))
     # RFC 9112, section 3.2.
     if "host" not in headers and scope["http_version"] == "1.1":
-        raise HttpRefusal(400, Code.INVALID_ARGUMENT, say("HOST_MISSING"))
+        raise HttpRefusal(400, say("HOST_MISSING"))
 
 
 def _peer(scope: Scope) -> str:
@@ -511,7 +504,7 @@ def _peer(scope: Scope) -> str:
     return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
 
 
-async def _answer(handler: Handler, exchange: Exchange, receive: Receive) -> Code:
+async def _answer(handler: Handler, exchange: Exchange) -> Code:
     """Run a handler until it ends or its client disconnects.
 
     Returns:
@@ -519,7 +512,7 @@ async def _answer(handler: Handler, exchange: Exchange, receive: Receive) -> Cod
     """
     # Run the handler in its own task: it cannot notice a disconnect while it waits for the engine.
     work = asyncio.ensure_future(_handled(handler, exchange))
-    gone = asyncio.ensure_future(_disconnect(receive))
+    gone = asyncio.ensure_future(_disconnect(exchange.request.receive))
     try:
         while not await _either(work, gone):
             await exchange.reply.keep_alive()

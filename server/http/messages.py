@@ -17,8 +17,8 @@ from turret.server.http.asked import (
     set_text_format,
     tools_of,
 )
+from turret.server.http.choices import Dialect, Event, Item, Kind, answer_in_items
 from turret.server.http.endpoint import Exchange, Json
-from turret.server.http.items import Dialect, Event, Item, Kind, answer_in_items
 from turret.server.http.refusals import Refusal
 from turret.server.http.schemas.requests import CountRequest, MessagesRequest
 from turret.server.http.tools.calls import CallBegun, Said, Thought
@@ -136,9 +136,6 @@ class _Message(Dialect):
         more = {"usage": usage, "adapters_used": adapters_of([answer])}
         self.whole |= {"content": self._content, **ended, **more}
         return [("message_delta", {"delta": ended, **more}), ("message_stop", {})]
-
-    def fail(self, refusal: Refusal) -> list[Event]:
-        return []
 
 
 def _block(item: Item) -> dict[str, Any]:

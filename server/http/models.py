@@ -8,7 +8,7 @@ from typing import Any
 
 from turret.server.api.admin_messages import adapter_message
 from turret.server.api.violations import Violations
-from turret.server.basics.names import BASE, HUB_SCHEME, is_private
+from turret.server.basics.names import BASE, HUB_SCHEME
 from turret.server.errors import AdapterNotFoundError
 from turret.server.http.asked import read_model
 from turret.server.http.endpoint import Exchange, Json
@@ -35,9 +35,7 @@ async def list_models(exchange: Exchange) -> None:
 
     def listed() -> Iterator[dict[str, Any]]:
         yield _base(base)
-        for record in records:
-            if not is_private(record.name):
-                yield _adapter(adapter_message(record), base)
+        yield from (_adapter(adapter_message(record), base) for record in records)
         yield from (_alias(alias, base) for alias in aliases)
 
     size = (len(records) + len(aliases)) * _TOKENS_PER_CARD

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-from turret.server.basics.codes import Code
 from turret.server.http.endpoint import Exchange
 from turret.server.http.refusals import HttpRefusal
 from turret.server.words import say
@@ -75,7 +74,7 @@ class Page:
         name = exchange.request.path_params.get("file", "index.html")
         if name not in self._files:
             text = say("UNKNOWN_URL", method="GET", path=f"{self._folder}/{name[:200]}")
-            raise HttpRefusal(404, Code.NOT_FOUND, text)
+            raise HttpRefusal(404, text)
         data, tag = self._read(name)
         headers = {**self._headers, "etag": tag}
         if exchange.request.headers.get("if-none-match") == tag:

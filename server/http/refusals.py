@@ -38,6 +38,13 @@ TABLE: dict[Code, HttpForm] = {
     Code.DATA_LOSS: HttpForm(500, "server_error"),
     Code.UNAUTHENTICATED: HttpForm(401, "authentication_error"),
 }
+# Codes of statuses that only HTTP has; the others are those of invalid arguments.
+_CODES = {
+    **dict.fromkeys((404, 410), Code.NOT_FOUND),
+    405: Code.UNIMPLEMENTED,
+    408: Code.DEADLINE_EXCEEDED,
+    421: Code.PERMISSION_DENIED,
+}
 # Codes of OpenAI's API for reasons that it knows; other reasons become lower-case codes.
 OPENAI_CODES = {
     "ADAPTER_NOT_FOUND": "model_not_found",
@@ -50,15 +57,13 @@ OPENAI_CODES = {
 STEPS = {
     "ADAPTER_NOT_FOUND": "GET /v1/models lists the models",
     "ADAPTER_CLASSIFIES": "POST /classify labels texts",
-    "HEAD_MISSING": "use /v1/chat/completions or /v1/completions for text",
     "ADAPTER_EXISTS": "set load_inplace to replace it, or remove it with /v1/unload_lora_adapter",
     "ADAPTER_BUSY": "`turret adapters unload --force` ends these requests",
     "ADAPTER_PINNED": "`turret adapters unpin` unpins it",
-    "ADAPTER_MERGED": "`turret adapters unmerge` restores the base model",
     "MERGE_ACTIVE": "`turret adapters unmerge` restores the base model",
     "UNAUTHENTICATED": "send the header `authorization: Bearer TOKEN` (api_key in OpenAI's"
     " clients)",
-    "DEADLINE_EXCEEDED": "set a higher `timeout`, or a lower `max_tokens`",
+    "DEADLINE_EXCEEDED": "set a higher timeout or a lower max_tokens",
 }
 # Errors whose violations contain the whole message. Other messages contain more.
 _ABOUT_FIELDS = ("INVALID_REQUEST", "PROMPT_TOO_LONG", "ADAPTER_CLASSIFIES", "HEAD_MISSING")
@@ -71,14 +76,16 @@ class HttpRefusal(Exception):
 
     Args:
         status: The HTTP status.
-        code: The code in the log and the metrics.
         text: The message.
+
+    Attributes:
+        code: The code in the log and the metrics.
     """
 
-    def __init__(self, status: int, code: Code, text: Text) -> None:
+    def __init__(self, status: int, text: Text) -> None:
         super().__init__(text)
         self.status = status
-        self.code = code
+        self.code = _CODES.get(status, Code.INVALID_ARGUMENT)
         self.text = text
 
 
@@ -120,7 +127,9 @@ def refusal_of(error: BaseException, names: Mapping[str, str] | None = None) -> 
     if reason == "INVALID_REQUEST":
         reason = getattr(wrong[0][1] if wrong else message, "reason", reason)
     # Add a next step only if the message does not suggest one already.
-    suggested = getattr(fault.message, "params", {}).keys() & {"closest", "step"}
+    suggested = {"closest", "step", "current_generation", "alias"} & set(
+        getattr(fault.message, "params", ())
+    )
     if fault.reason in STEPS and not suggested:
         message = f"{message}; {STEPS[fault.reason]}"
     if fault.retry_after_seconds is not None:

@@ -13,8 +13,8 @@ from turret.server.http.asked import (
     set_text_format,
     tools_of,
 )
+from turret.server.http.choices import Dialect, Event, Item, Logprobs, answer_in_items
 from turret.server.http.endpoint import Exchange
-from turret.server.http.items import Dialect, Event, Item, Logprobs, answer_in_items
 from turret.server.http.refusals import Refusal
 from turret.server.http.schemas.requests import ResponseRequest, TextFormat
 from turret.server.http.tools.calls import CallBegun, Said, Thought
@@ -35,7 +35,7 @@ async def respond(exchange: Exchange) -> None:
     message = asked.message
     if body.max_output_tokens is not None:
         message.stop.max_tokens = body.max_output_tokens
-        exchange.names["stop.max_tokens"] = "max_output_tokens"
+        exchange.names.update(ResponseRequest.names)
     message.options.logprobs = _wants_logprobs(body)
     message.options.top_n = body.top_logprobs or 0
     set_text_format(body.text.format, message, exchange.names, "text")

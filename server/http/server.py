@@ -24,7 +24,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from turret.server.api.call import REQUEST_ID_KEY, request_id_of
 from turret.server.api.services import Services
-from turret.server.basics.codes import Code
 from turret.server.basics.settings import split_address
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http.connection import Connection, Listener, tls_context
@@ -65,7 +64,7 @@ class HostCheck:
             await self._app(scope, receive, send)
             return
         text = say("UNKNOWN_HOST", host=host[:_SHOWN_CHARS])
-        refused = _response(HttpRefusal(421, Code.PERMISSION_DENIED, text))
+        refused = _response(HttpRefusal(421, text))
         await refused(scope, receive, send)
 
     def _passes(self, host: str) -> bool:
@@ -135,8 +134,7 @@ async def no_route(apart: Collection[str], request: Request, error: Exception) -
         meant = _meant(request)
         closest = {"closest": meant} if meant else {}
         text = say("UNKNOWN_URL", method=method, path=path, **closest)
-    code = Code.NOT_FOUND if error.status_code == 404 else Code.UNIMPLEMENTED
-    return _response(HttpRefusal(error.status_code, code, text), headers)
+    return _response(HttpRefusal(error.status_code, text), headers)
 
 
 def _meant(request: Request) -> str:
@@ -211,7 +209,7 @@ class HttpServer:
         except OSError as error:
             raise OSError(say("ADDRESS_UNUSABLE", value=self.address, why=str(error))) from None
         self.address = f"{shown}:{listener.getsockname()[1]}"
-        self._server = _Uvicorn(_configuration(self._app, self._tls, listener))
+        self._server = _Uvicorn(_configuration(self._app, self._tls))
         self._serving = asyncio.ensure_future(self._server.serve(sockets=[listener]))
         if self._tenants is not None:
             self._tenants.start()
@@ -250,7 +248,7 @@ def application(listen: ListenConfig, services: Services) -> Starlette:
     if services.tenants is not None:
         # Imported here because the import takes time, and few servers train.
         from turret.server.http.tinker.routes import routes
-        from turret.server.http.tinker.state import TinkerState
+        from turret.server.http.tinker.sessions import TinkerState
 
         served += routes(TinkerState(services))
     document = Route("/openapi.json", sender(served, has_tokens=has_tokens), is_hidden=True)
@@ -277,12 +275,10 @@ def application(listen: ListenConfig, services: Services) -> Starlette:
     return app
 
 
-def _configuration(
-    app: Starlette, context: ssl.SSLContext | None, listener: Listener
-) -> uvicorn.Config:
+def _configuration(app: Starlette, context: ssl.SSLContext | None) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=functools.partial(Connection, listener),  # type: ignore[arg-type]
+        http=Connection,
         ws="none",
         lifespan="off",
         log_config=None,

@@ -410,11 +410,11 @@ def served_types() -> list[str]:
 
 def text_type(config: Mapping[str, Any]) -> Any:
     """The ``model_type`` of a ``config.json``, or that of its text part, if it has one."""
-    kind: Any = config.get("model_type")
-    if kind not in TEXT_PARTS:
-        return kind
-    text = config.get("text_config")
-    return (text.get("model_type") if isinstance(text, dict) else None) or TEXT_PARTS[kind]
+    kind, text = config.get("model_type"), config.get("text_config")
+    if isinstance(kind, str) and kind in TEXT_PARTS:
+        kind = (text.get("model_type") if isinstance(text, dict) else None) or TEXT_PARTS[kind]
+    # Any other value is not the name of a type.
+    return kind if isinstance(kind, str) else None
 
 
 def text_config(config: Any) -> Any:

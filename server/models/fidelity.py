@@ -17,7 +17,7 @@ from turret.server.models.decoding.arch import ROUTER, Arch
 # A state of a module's weight. ``as-stored``: the values of NF4 or MXFP4 are those of the file.
 # ``requantized``: the file has another quantised format, so the weight was rounded twice.
 # ``quantized``: rounded once, from 16 or 32 bits. ``16-bit``: not quantised.
-State = Literal["as-stored", "requantized", "quantized", "16-bit"]
+WeightState = Literal["as-stored", "requantized", "quantized", "16-bit"]
 _INDEX = re.compile(r"\.\d+(?=\.|$)")
 
 
@@ -44,7 +44,7 @@ class ModuleKind:
     """
 
     module: str
-    state: State
+    state: WeightState
     source: str
     count: int
     relative_error: float | None
@@ -60,12 +60,12 @@ class Fidelity:
 
     def __init__(self) -> None:
         # Kind, state and format → count, squared error, squared norm.
-        self._found: dict[tuple[str, State, str], list[float]] = {}
+        self._found: dict[tuple[str, WeightState, str], list[float]] = {}
 
     def count(
         self,
         path: str,
-        state: State,
+        state: WeightState,
         source: str = "",
         squares: tuple[float, float] = (0.0, 0.0),
     ) -> None:
@@ -73,7 +73,7 @@ class Fidelity:
 
         Args:
             path: The module or its weight.
-            state: See ``State``.
+            state: See ``WeightState``.
             source: See ``ModuleKind``.
             squares: The squared norms of the error and of the weight.
         """

@@ -12,6 +12,7 @@ from turret.kernels.cpu import native
 from turret.kernels.rows.linear import linear_formulation, prepare_linear
 from turret.kernels.rows.trial import choices
 from turret.server.errors import InvalidRequestError
+from turret.server.log import OnProgress
 from turret.server.models.decoding.adapted_linear import (
     AdaptedExperts,
     AdaptedLinear,
@@ -24,7 +25,6 @@ from turret.server.models.families import read_arch
 from turret.server.models.fidelity import Fidelity
 from turret.server.models.model_source import (
     ModelSource,
-    Progress,
     StoredTensors,
     no_progress,
     quantize,
@@ -170,7 +170,7 @@ def load_decoder(
     dtype: torch.dtype,
     device: torch.device,
     gpu: bool = False,
-    progress: Progress = no_progress,
+    progress: OnProgress = no_progress,
 ) -> Decoder:
     """Load a model. The decoder's ``fidelity`` reports how its weights are stored.
 

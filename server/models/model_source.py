@@ -23,15 +23,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from turret.server.errors import InvalidRequestError
+from turret.server.log import OnProgress
 from turret.server.models.decoding.arch import Experts
 from turret.server.models.families import read_arch
-from turret.server.models.fidelity import Fidelity, State, squared_error
+from turret.server.models.fidelity import Fidelity, WeightState, squared_error
 from turret.server.models.sources.check import MODEL_NAME, find_gguf, skipped_modules
 from turret.server.models.sources.gguf_file import open_gguf
 from turret.server.models.sources.gguf_header import SUFFIX
 from turret.server.models.sources.model_directory import (
     WEIGHTS,
-    Progress,
     cached_model,
     check_model_directory,
     fetch_hub_model,
@@ -279,7 +279,7 @@ class ModelSource:
 def resolve_model(
     model: Path | None,
     cache_dir: Path,
-    progress: Progress = no_progress,
+    progress: OnProgress = no_progress,
     *,
     quantizes_all: bool = False,
     skip_modules: Sequence[str] = (),
@@ -393,7 +393,7 @@ def _stored_modules(weights: Path) -> dict[str, str]:
 def _resolve(
     model: Path | None,
     cache_dir: Path,
-    progress: Progress,
+    progress: OnProgress,
     skip: Sequence[str],
     *,
     is_plan: bool = False,
@@ -429,7 +429,7 @@ def _resolve_gguf(
     model: Path,
     name: str,
     cache_dir: Path,
-    progress: Progress,
+    progress: OnProgress,
     skip: Sequence[str],
     is_plan: bool,
 ) -> ModelSource:
@@ -469,7 +469,7 @@ def is_quantized(name: str) -> bool:
     return is_of_expert or name.endswith(("_proj.weight", "_linear.weight"))
 
 
-def _state(name: str, source: str) -> State:
+def _state(name: str, source: str) -> WeightState:
     """The state of a weight after ``quantize``."""
     if source == "mxfp4" and reads_mxfp4(name):
         return "as-stored"
@@ -504,7 +504,9 @@ class _Quantizing:
         progress: Called with the number of tensors.
     """
 
-    def __init__(self, formats: Mapping[str, str], skip: Sequence[str], progress: Progress) -> None:
+    def __init__(
+        self, formats: Mapping[str, str], skip: Sequence[str], progress: OnProgress
+    ) -> None:
         modules = [name.removesuffix(_WEIGHT) for name in formats if is_quantized(name)]
         self._skipped = skipped_modules(skip, modules)
         self._formats = formats

@@ -20,8 +20,8 @@ from turret.server.words import Text, say
 
 # A tokenizer: the digest of its files and its number of rows (empty and 0 for the base's), and its
 # chat template in the form of ``AdapterFacts`` (empty for the one in its files).
-Key = tuple[str, int, str]
-BASE_TOKENIZER: Key = ("", 0, "")
+TokenizerKey = tuple[str, int, str]
+BASE_TOKENIZER: TokenizerKey = ("", 0, "")
 
 # Maximum number of tokenizers in memory, because each may have two processes that render chats.
 # Running requests keep their tokenizers even beyond this limit.
@@ -59,7 +59,7 @@ class OwnTokenizers:
         self._base = base
         self._config = config
         self._lock = threading.Lock()
-        self._kept: OrderedDict[Key, Tokenizer] = OrderedDict()
+        self._kept: OrderedDict[TokenizerKey, Tokenizer] = OrderedDict()
         self._expected: list[dict[str, str]] | None = None
 
     def check(self, files: TokenizerFiles | None, rows: int, chat_template: str) -> None:
@@ -68,7 +68,7 @@ class OwnTokenizers:
         Args:
             files: The tokenizer's files; None for the base's tokenizer.
             rows: The number of tokens for which the adapter has rows.
-            chat_template: See ``Key``.
+            chat_template: See ``TokenizerKey``.
 
         Raises:
             InvalidRequestError: The files cannot be read, or there are tokens without a row.
@@ -78,12 +78,12 @@ class OwnTokenizers:
         else:
             self.get((files.digest, rows, chat_template), lambda: files)
 
-    def __contains__(self, key: Key) -> bool:
+    def __contains__(self, key: TokenizerKey) -> bool:
         """Whether a tokenizer is in memory."""
         with self._lock:
             return key in self._kept
 
-    def find(self, key: Key) -> Tokenizer | None:
+    def find(self, key: TokenizerKey) -> Tokenizer | None:
         """Find the tokenizer in memory, or None, and mark it as used."""
         with self._lock:
             found = self._kept.get(key)
@@ -91,11 +91,11 @@ class OwnTokenizers:
                 self._kept.move_to_end(key)
             return found
 
-    def get(self, key: Key, read: Callable[[], TokenizerFiles] | None = None) -> Tokenizer:
+    def get(self, key: TokenizerKey, read: Callable[[], TokenizerFiles] | None = None) -> Tokenizer:
         """Return the tokenizer, reading it if it is not in memory.
 
         Args:
-            key: See ``Key``.
+            key: See ``TokenizerKey``.
             read: Reads the tokenizer's files; None for the base's tokenizer, which is in memory.
 
         Raises:

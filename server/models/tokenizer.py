@@ -125,6 +125,7 @@ class Tokenizer:
         longest_token: Number of characters of the longest token. A text has at least its length
             divided by this number of tokens.
         chat_format: The features of the chat template beyond turns.
+        template_variables: The special tokens that chat templates can name, such as ``eos_token``.
     """
 
     def __init__(
@@ -219,7 +220,7 @@ class Tokenizer:
 
         Answers also end at the adapter's end token.
         """
-        tokens = {**self._variables, **own.tokens}
+        tokens = {**self.template_variables, **own.tokens}
         variables = {name: token for name, token in tokens.items() if token is not None}
         end = own.tokens.get("eos_token")
         number = None if end is None else self.number_of(end)
@@ -232,7 +233,7 @@ class Tokenizer:
             # not read.
             templates = {**self._templates, **templates}
         content = templates, variables, ends
-        if content == (self._templates, self._variables, self.eos_token_ids):
+        if content == (self._templates, self.template_variables, self.eos_token_ids):
             return self
         made = copy.copy(self)
         made.eos_token_ids = ends
@@ -251,7 +252,7 @@ class Tokenizer:
         """
         added = self._backend.get_added_tokens_decoder().items()
         special = {token.content: number for number, token in added if token.special}
-        self._templates, self._variables = templates, variables
+        self._templates, self.template_variables = templates, variables
         self.chat_format = ChatFormat.of(templates, special)
         self._chats = ChatTemplate(templates, variables, like)
 
@@ -259,11 +260,6 @@ class Tokenizer:
     def has_template(self) -> bool:
         """Whether there is a chat template."""
         return bool(self._templates)
-
-    @property
-    def template_variables(self) -> Mapping[str, str]:
-        """The special tokens that chat templates can name, such as ``eos_token``."""
-        return self._variables
 
     @property
     def default_template(self) -> str | None:
@@ -370,11 +366,12 @@ class Tokenizer:
                 text = _cut(self._chats.render(messages, tools, is_short, how), final, end)
             else:
                 text = self._chats.render(messages, tools, is_short, how)
-        except (ValueError, RecursionError) as error:
+            parts = re.split(f"{mark}(\\d+)x", text)
+            # A template may write marks of its own, with any number.
+            parts[1::2] = [held[int(number)] for number in parts[1::2]]
+        except (ValueError, IndexError, RecursionError) as error:
             said = say("CHAT_TEMPLATE_FAILED", problem=error)
             raise InvalidRequestError.of("chat.messages", said) from error
-        parts = re.split(f"{mark}(\\d+)x", text)
-        parts[1::2] = [held[int(number)] for number in parts[1::2]]
         return RenderedChat(parts)
 
     @PANICS_ARE_ERRORS

@@ -445,7 +445,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 response = await body()
             context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
             # The health service sets a status itself.
-            code = _code(context.code() or grpc.StatusCode.OK)
+            code = Code[(context.code() or grpc.StatusCode.OK).name]
             return response
         except asyncio.CancelledError:
             remaining = context.time_remaining()
@@ -454,7 +454,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             raise
         except grpc.aio.AbortError:
             # The handler has set a status itself (health and reflection do).
-            code = _code(context.code() or grpc.StatusCode.UNKNOWN)
+            code = Code[(context.code() or grpc.StatusCode.UNKNOWN).name]
             raise
         except Exception as error:
             fault = fault_of(error)
@@ -514,10 +514,6 @@ def _elsewhere(service: str) -> ServiceElsewhereError:
 def _service_of(method: str) -> str:
     """``package.Service`` of ``/package.Service/Method``; empty for any other path."""
     return method.split("/")[1] if method.count("/") == 2 else ""
-
-
-def _code(status: grpc.StatusCode) -> Code:
-    return Code[status.name]
 
 
 def _streaming(answer: Callable[[Any, Any], Awaitable[None]], handler: Any) -> Any:

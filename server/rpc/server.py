@@ -6,7 +6,6 @@ import asyncio
 import inspect
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -78,12 +77,6 @@ _OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )
-
-
-@dataclass(slots=True)
-class _Listener:
-    server: grpc.aio.Server
-    address: str
 
 
 def _add_reflection(names: tuple[str, ...], server: grpc.aio.Server) -> None:
@@ -158,17 +151,17 @@ class RpcServer:
         self._inference: Any = Servicer(services.inference)
         self._adapters: Any = Servicer(services.adapters)
         self._training: Any = None if self._tenants is None else Servicer(Training(self._tenants))
-        self._listeners: list[_Listener] = []
+        self._listeners: list[tuple[grpc.aio.Server, str]] = []
 
     @property
     def address(self) -> str:
         """The address of the Inference service, with the actual port."""
-        return self._listeners[0].address
+        return self._listeners[0][1]
 
     @property
     def admin_address(self) -> str:
         """The address of the Adapters service."""
-        return self._listeners[-1].address
+        return self._listeners[-1][1]
 
     async def start(self) -> None:
         """Bind and listen.
@@ -211,13 +204,13 @@ class RpcServer:
         is_unix = address.startswith("unix:")
         bound = address if is_unix else f"{address.rpartition(':')[0]}:{port}"
         await server.start()
-        self._listeners.append(_Listener(server, bound))
+        self._listeners.append((server, bound))
         _log.info("listening", extra=log.fields(address=bound, services=",".join(services)))
 
     async def stop(self, grace_seconds: float) -> None:
         """Accept no further calls, and cancel those that still run after the grace period."""
         self.health.close()
-        await asyncio.gather(*(each.server.stop(grace_seconds) for each in self._listeners))
+        await asyncio.gather(*(server.stop(grace_seconds) for server, _ in self._listeners))
         if self._tenants is not None:
             await self._tenants.stop()
 
@@ -328,17 +321,14 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     def set_serving(self, serving: bool) -> None:
         """Set the status for later checks, and notify all watchers."""
         self._status = SERVING if serving else NOT_SERVING
-        self._wake()
+        # Every change has its own event, so even a slow watcher always sees the latest status.
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
 
     def close(self) -> None:
         """Set NOT_SERVING permanently. Watchers are notified, and their calls end."""
         self._is_closed = True
         self.set_serving(False)
-
-    def _wake(self) -> None:
-        # Every change has its own event, so even a slow watcher always sees the latest status.
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
 
     async def Check(
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]

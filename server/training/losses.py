@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 from turret.lazy_torch import torch
 
 Inputs: TypeAlias = "Mapping[str, torch.Tensor]"
-Settings = Mapping[str, float]
+LossSettings = Mapping[str, float]
 TARGETS = "target_tokens"
 _SAMPLED = ("logprobs", "advantages")
 _CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
@@ -28,12 +28,12 @@ class Loss(NamedTuple):
         settings: The names of its settings, with their defaults.
     """
 
-    of: Callable[[torch.Tensor, Inputs, Settings], torch.Tensor]
+    of: Callable[[torch.Tensor, Inputs, LossSettings], torch.Tensor]
     inputs: tuple[str, ...]
     settings: Mapping[str, float]
 
 
-def _cross_entropy(lp: torch.Tensor, given: Inputs, settings: Settings) -> torch.Tensor:
+def _cross_entropy(lp: torch.Tensor, given: Inputs, settings: LossSettings) -> torch.Tensor:
     return -given["weights"] * lp
 
 
@@ -41,24 +41,24 @@ def _ratio(lp: torch.Tensor, given: Inputs) -> torch.Tensor:
     return (lp - given["logprobs"]).exp()
 
 
-def _clipped(ratio: torch.Tensor, settings: Settings) -> torch.Tensor:
+def _clipped(ratio: torch.Tensor, settings: LossSettings) -> torch.Tensor:
     return ratio.clamp(settings["clip_low_threshold"], settings["clip_high_threshold"])
 
 
-def _importance_sampling(lp: torch.Tensor, given: Inputs, settings: Settings) -> torch.Tensor:
+def _importance_sampling(lp: torch.Tensor, given: Inputs, settings: LossSettings) -> torch.Tensor:
     return -_ratio(lp, given) * given["advantages"]
 
 
-def _ppo(lp: torch.Tensor, given: Inputs, settings: Settings) -> torch.Tensor:
+def _ppo(lp: torch.Tensor, given: Inputs, settings: LossSettings) -> torch.Tensor:
     ratio, advantages = _ratio(lp, given), given["advantages"]
     return -torch.minimum(ratio * advantages, _clipped(ratio, settings) * advantages)
 
 
-def _cispo(lp: torch.Tensor, given: Inputs, settings: Settings) -> torch.Tensor:
+def _cispo(lp: torch.Tensor, given: Inputs, settings: LossSettings) -> torch.Tensor:
     return -_clipped(_ratio(lp, given).detach(), settings) * lp * given["advantages"]
 
 
-def _dro(lp: torch.Tensor, given: Inputs, settings: Settings) -> torch.Tensor:
+def _dro(lp: torch.Tensor, given: Inputs, settings: LossSettings) -> torch.Tensor:
     distance = lp - given["logprobs"]
     return -(lp * given["advantages"] - 0.5 * settings["beta"] * distance * distance)
 

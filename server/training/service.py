@@ -49,10 +49,11 @@ from turret.server.training.training_pass import Segment, TrainingPass
 from turret.server.words import say
 
 T = TypeVar("T")
-# The maximum number of tokens in a pass, and in a chunk: consecutive sequences of one adapter. A
-# longer sequence is a separate chunk. While requests run, a pass is no larger than a chunk, so that
-# steps of requests run often. Chunks depend only on the lengths of an adapter's own sequences, so
-# its gradients are added in a fixed order, whatever else is in the passes.
+# The maximum number of tokens in a pass, and in a chunk: consecutive sequences of one adapter. The
+# soft tokens before each sequence count too. A longer sequence is a separate chunk. While requests
+# run, a pass is no larger than a chunk, so that steps of requests run often. Chunks depend only on
+# the lengths of an adapter's own sequences, so its gradients are added in a fixed order, whatever
+# else is in the passes.
 PASS_TOKENS, CHUNK_TOKENS = 512, 128
 _READ_BYTES = 1 << 20
 _MAX_ALPHA = 1e6
@@ -278,7 +279,8 @@ class TrainingService:
         if not data:
             return []
         learner = self._learners[adapter_id]
-        most = self._decoder.arch.max_model_len - learner.num_soft_tokens
+        num_soft = learner.num_soft_tokens
+        most = self._decoder.arch.max_model_len - num_soft
         for index, datum in enumerate(data):
             if len(datum.tokens) > most:
                 length = len(datum.tokens)
@@ -289,12 +291,12 @@ class TrainingService:
             self._reserved[adapter_id][0],
             learner,
             learner.fresh_leaves(),
-            _chunks(data),
+            _chunks(data, num_soft),
             LOSSES[loss],
             {**LOSSES[loss].settings, **config},
             has_grad=not is_forward_only,
             done=done,
-            num_queued=sum(len(datum.tokens) for datum in data),
+            num_queued=_num_tokens(data, num_soft),
         )
         # An owner gets no additional turns for the time in which it had no work.
         self._trained[work.owner] = max(self._trained[work.owner], self._clock)
@@ -365,7 +367,7 @@ class TrainingService:
                 is_due = work.owner not in served and work.has_grad == first.has_grad
                 if is_due and work.num_begun < len(work.chunks):
                     chunk = work.chunks[work.num_begun]
-                    size = sum(len(datum.tokens) for datum in chunk)
+                    size = _num_tokens(chunk, work.learner.num_soft_tokens)
                     if size <= left or not batch:
                         work.num_begun += 1
                         work.num_queued -= size
@@ -525,15 +527,21 @@ def _when_done(between: Callable[[], None], device: torch.device) -> Callable[[]
     return run
 
 
-def _chunks(data: Sequence[Datum]) -> list[list[Datum]]:
+def _num_tokens(data: Sequence[Datum], num_soft: int) -> int:
+    """The number of tokens of sequences, each after the soft tokens."""
+    return sum(num_soft + len(datum.tokens) for datum in data)
+
+
+def _chunks(data: Sequence[Datum], num_soft: int) -> list[list[Datum]]:
     chunks: list[list[Datum]] = []
     left = 0
     for datum in data:
-        if len(datum.tokens) > left:
+        size = _num_tokens([datum], num_soft)
+        if size > left:
             chunks.append([])
             left = CHUNK_TOKENS
         chunks[-1].append(datum)
-        left -= len(datum.tokens)
+        left -= size
     return chunks
 
 

@@ -51,7 +51,8 @@ from turret.server.training.trainer import MAX_SEQUENCE_TOKENS
 _BLOCK_SIZE = 16
 # The number of rows whose logits are computed at once; requests run in between.
 _LOGIT_ROWS = 128
-# From the numbers of some rows and the gradients of their log probabilities to those of the rows.
+# Computes the gradients of some rows, from their numbers and the gradients of their log
+# probabilities.
 _ThroughHead = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 

@@ -24,7 +24,7 @@ TEXTS: dict[str, str] = {
     "UNTRIED_PATTERN": "pattern {pattern!q:.120} was not tried because another one is too slow",
     "TOO_MANY_PATTERNS": "{count} patterns are too many for {modules} modules",
     "NO_TASKS": "a {method} adapter has no tasks; omit the task",
-    "MISSING_TASK": "is required: choose a task from 0 to {most}",
+    "MISSING_TASK": "is required; choose a task from 0 to {most}",
     # Tensors.
     "NO_TENSORS": "has no tensors of this method",
     "WRONG_SHAPE": "has shape {shape}, expected {expected}",
@@ -36,7 +36,7 @@ TEXTS: dict[str, str] = {
     "LYCORIS_LAYOUT": "has a name in LyCORIS layout; convert the adapter as docs/adapters.md shows",
     "WHOLE_WEIGHT": "is a full weight matrix, which is supported only for embed_tokens and lm_head",
     "DUPLICATE_TENSOR": "duplicates {other!q:.200}",
-    "DIFFERENT_COPY": "must be equal to {other!q:.200}, but differs",
+    "DIFFERENT_COPY": "must be equal to {other!q:.200}",
     "CHANGED_BASE_WEIGHT": "differs from the base model's weight; if it was trained, add the module"
     " to modules_to_save",
     "NOT_FINITE": "contains NaN or infinity in {dtype}",
@@ -62,13 +62,13 @@ TEXTS: dict[str, str] = {
     " {base_model!q:.200}; if both have the same weights, start the server with --allow-other-base",
     # Rows of embedding and head.
     "UNEQUAL_ROWS": "has {rows!n:row}, but {other} has {expected}",
-    "TOO_MANY_ADDED_ROWS": "has {rows} rows, the base model {base_rows}; at most {most} more are"
-    f" supported: {_MERGE_FIRST}",
+    "TOO_MANY_ADDED_ROWS": "has {rows} rows, but at most {most} more than the base model's"
+    f" {{base_rows}} are supported; {_MERGE_FIRST}",
     "NEEDS_ALL_TOKENS": f"needs a base model with all of its tokens; {_MERGE_FIRST}",
     "MISSING_ROWS": "the rows of tokens {first} to {last}, which the base model lacks, are not in"
     " the file; add {module} to modules_to_save as well",
-    "ADAPTER_LACKS_TOKENIZER": "is missing: the adapter has rows for {rows} tokens, the base model"
-    " for {base_rows}; save its tokenizer beside the weights",
+    "ADAPTER_LACKS_TOKENIZER": "is missing, but the adapter has rows for {rows} tokens, and the"
+    " base model for {base_rows}; save its tokenizer beside the weights",
     "CHAT_TEMPLATE_TOO_LARGE": "has a chat template of more than {most} bytes",
     "CHAT_TEMPLATE_INVALID": "invalid chat template: {problem}",
     "TOKENIZER_CODE": "a tokenizer with code of its own is not supported",
@@ -77,7 +77,7 @@ TEXTS: dict[str, str] = {
     "BAD_FILE": "file {file!q:.200} {why}",
     "PATH_LENGTH": "must have 1 to {most} characters, not {found}",
     "PATH_CHARACTERS": "must not contain control characters or backslashes",
-    "PATH_OUTSIDE_ROOT": "must be relative to the adapter root, without `..`",
+    "PATH_OUTSIDE_ROOT": 'must be relative to the adapter root, without ".."',
     "LINK_OUTSIDE_ROOT": "leaves the adapter root through a symbolic link",
     "NO_ADAPTER_ROOT": "needs a server with --adapter-root",
     "NO_SUCH_PATH": "does not exist in the adapter root {root}",
@@ -85,11 +85,11 @@ TEXTS: dict[str, str] = {
     "NOT_A_FILE": "is not a regular file",
     "NOT_A_DIRECTORY": "is not a directory; use the one that contains adapter_config.json",
     "NOT_AN_ADAPTER": "contains no adapter_config.json",
-    "WHOLE_MODEL": "is a model, not an adapter; serve it with turret serve --model",
+    "WHOLE_MODEL": "is a model, not an adapter; serve it with `turret serve --model`",
     "PICKLE": "is a pickle file, which is never read because it can run code; save the adapter with"
     " safe_serialization=True",
     "CANNOT_READ": "cannot be read: {why}",
-    "READ_FORBIDDEN": "cannot be read by the server's user {user}; allow it with chmod -R a+rX",
+    "READ_FORBIDDEN": "cannot be read by the server's user {user}; allow it with `chmod -R a+rX`",
     "NO_FILE_OPENS": "the server cannot open files: {why}",
     # JSON files.
     "JSON_DUPLICATE_KEY": "is not valid JSON: key {key!q:.80} appears twice",
@@ -120,8 +120,6 @@ TEXTS: dict[str, str] = {
     "NO_ROOM_TO_PIN": "no room in host memory to pin adapter {adapter!q} ({bytes!b})",
     "DENSE_NOT_ALLOWED": "{method} adapter {path!q:.200} has updates as large as the weights that"
     " they change ({bytes!b}); start the server with {flag} to serve it",
-    "DENSE_OVER_BUDGET": "{method} adapter {path!q:.200} needs {bytes!b} of host memory, but"
-    " all adapters together may use {host_bytes!b}; raise --adapter-host-bytes",
     # Warnings about an adapter that is served.
     "AMBIGUOUS_PATTERNS": "{field}: {count} patterns match {module!q:.120} ({patterns}); the first"
     " one is used",
@@ -143,8 +141,8 @@ TEXTS: dict[str, str] = {
     " computed from the 4-bit weights",
     "ARROW_WITHOUT_SEED": "rng_seed is null; this server always uses 0, while PEFT draws a new seed"
     " at every load",
-    "COMPONENTS_ADAPT_MORE": "its components adapt {count!n:module} that it does not target,"
-    " where the base alone is used",
+    "COMPONENTS_ADAPT_MORE": "its components adapt {count!n:module} that it does not target; these"
+    " modules use the base alone",
     "LARGE_UPDATES": "its updates are as large as the weights that they change: {bytes!b} in"
     " host memory and again on the device",
     "NO_CONV1D": "fan_in_fan_out is true but has no effect on the base model's linear modules",
@@ -159,7 +157,7 @@ TEXTS: dict[str, str] = {
     "NESTED_COMPONENT": "component {component!q} is built from components itself, which is not"
     " supported",
     "UNEQUAL_RANKS": "components have different ranks ({ranks}) in {module}, but use_gks needs one",
-    "PART_OF_XLORA": "is missing: PEFT saves X-LoRA in parts; join them with turret convert",
+    "PART_OF_XLORA": "is missing: PEFT saves X-LoRA in parts; join them with `turret convert`",
     # Fusions and merges.
     "WRONG_COMBINATION": "applies only to {owners}, not to {found}",
     "NOT_FUSABLE": "adapter {adapter!q} ({method}) cannot be fused: {why}",
@@ -186,13 +184,13 @@ TEXTS: dict[str, str] = {
     "ADAPTER_NOT_FOUND": "adapter not found: {adapters}",
     "OTHER_GENERATION": "adapter {adapters!q} has no generation {generation}; the current one is"
     " {current_generation}",
-    "IS_ALIAS": "{adapters!q} is an alias; name the adapter that it stands for",
-    "NOT_AN_ALIAS": "alias not found: {adapters}",
-    "ALIAS_GENERATION": "{adapters!q} is an alias and has no generations of its own; omit the"
+    "IS_ALIAS": "{alias!q} is an alias; name the adapter that it stands for",
+    "NOT_AN_ALIAS": "alias not found: {alias}",
+    "ALIAS_GENERATION": "{alias!q} is an alias and has no generations of its own; omit the"
     " generation",
     "NAME_OF_ALIAS": "{value!q:.130} is the name of an alias; choose another name",
     "NAME_OF_ADAPTER": "{value!q:.130} is the name of an adapter; choose another name",
-    "ADAPTER_IS_TARGET": "adapter {adapter!q} is a target of {aliases}; move or delete that alias"
+    "ADAPTER_IS_TARGET": "adapter {adapter!q} is a target of an alias; move or delete {aliases}"
     " first",
     "TOO_MANY_ALIASES": "there are {most} aliases already; delete one first",
     "REGISTERED_AGAIN": "adapter {adapters!q} was registered again after the alias was set",
@@ -202,9 +200,10 @@ TEXTS: dict[str, str] = {
     "ADAPTER_EXISTS": "adapter {adapter!q} already exists with different content",
     "ADAPTER_GENERATION": "adapter {adapter!q} has generation {generation}, expected {expected}",
     "ADAPTER_PINNED": "adapter {adapter!q} is pinned",
-    "ADAPTER_HELD": "adapter {adapter!q} is still in use after {seconds} s; running requests:"
-    " {requests}",
-    "ADAPTER_IS_COMPONENT": "adapter {adapter!q} is a component of {fusions}; unload that first",
+    "ADAPTER_HELD": "adapter {adapter!q} is still in use after {seconds} s; running"
+    " requests: {requests}",
+    "ADAPTER_IS_COMPONENT": "adapter {adapter!q} is a component of another adapter; unload"
+    " {fusions} first",
     "FILES_CHANGED": "the files of adapter {adapter!q} ({path}) changed after it was loaded;"
     " replace the adapter to serve the new files",
     "FILES_LOST": "the files of adapter {adapter!q} ({path}) are missing or damaged; restore them,"

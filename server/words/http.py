@@ -10,9 +10,8 @@ TEXTS: dict[str, str] = {
     "NOT_AN_ARCHIVE_TYPE": "the content type must be {wanted}",
     "ARCHIVE_UNREADABLE": "the body is not an uncompressed tar archive: {problem}",
     "ARCHIVE_TOO_LONG": "the archive has more than {most} entries",
-    "UNSUPPORTED_MEDIA_TYPE": (
-        "the body must be uncompressed JSON with the header content-type: application/json"
-    ),
+    "UNSUPPORTED_MEDIA_TYPE": "the body must be uncompressed JSON with the header `content-type:"
+    " application/json`",
     # Fields.
     "WRONG_TYPE": "must be {expected}, not {value}",
     "TOO_LONG": "must have at most {most} characters when written as JSON",
@@ -26,10 +25,10 @@ TEXTS: dict[str, str] = {
     "NOTHING_STORED": "is not supported: nothing is stored; send the whole conversation as input",
     "TOO_MANY_ANSWERS": "all prompts together may have at most {most} answers, not {found}",
     "UNKNOWN_TOOL": "names a function that is not in tools",
-    "GBNF_BESIDE_TOOLS": "must be Lark instead of GBNF if there are tools",
+    "GBNF_BESIDE_TOOLS": "must be a Lark grammar, not GBNF, if there are tools",
     "SCHEMA_TOO_NESTED": "cannot be combined with such a deeply nested schema",
-    "UNENFORCEABLE_IN_XML": "is not supported for models that write calls as XML",
-    "UNENFORCEABLE_SCHEMA": "must be {expected} for models that write calls as XML",
+    "UNENFORCEABLE_IN_XML": "is not supported for models that write tool calls as XML",
+    "UNENFORCEABLE_SCHEMA": "must be {expected} for models that write tool calls as XML",
     # Models.
     "NEEDS_BASE_MODEL": "requires model to be the base model",
     "NO_SUCH_MODEL": "the model {model!q} does not exist",
@@ -61,8 +60,8 @@ TEXTS: dict[str, str] = {
     "TRAINING_ENDED": "the model was unloaded before this command ran",
     "GRADIENT_NOT_FINITE": "the gradient is infinite or not a number, so the weights are unchanged",
     "TRAINING_LIMIT_REACHED": "a client can have at most {most} {what}",
-    "TRAINING_DISK_FULL": "the disk has no room for more: this client's checkpoints and samplers"
-    " take {used!b}, and may take {most!b}; delete some",
+    "TRAINING_DISK_FULL": "this client's checkpoints and samplers take {used!b}, and may take at"
+    " most {most!b}; delete some",
     "NOT_A_MESSAGE_TYPE": "the body must be uncompressed protobuf with the content type {wanted}",
     "NOT_A_VECTOR": "must be a dense tensor with one dimension",
     "NOT_AS_LONG": "must have one entry for each token ({expected}), not {found}",

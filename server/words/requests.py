@@ -11,7 +11,8 @@ TEXTS = {
     "TOO_MANY_NUMBERS": "{found} inputs with {numbers} numbers each exceed the limit of"
     " {most_numbers} numbers in an answer; send at most {most} inputs",
     "HOLDS_EMPTY_STRING": "must not contain an empty string",
-    "HOLDS_TOO_LONG_STRING": "must not contain a string of {found} characters; the limit is {most}",
+    "HOLDS_TOO_LONG_STRING": "contains a string of {found} characters, more than the limit of"
+    " {most}",
     "HOLDS_NUL": "must not contain a NUL character",
     "NOT_PRINTABLE_ASCII": "must be at most {most} printable ASCII characters",
     "NOT_MATCHING": "must match {pattern}, not {value!q:.80}",
@@ -39,7 +40,7 @@ TEXTS = {
     " {max_model_len}",
     "MAX_TOKENS_TOO_LARGE": "{max_tokens} tokens were requested, but this prompt leaves room for"
     " {room} in the context of {max_model_len}",
-    "NOTHING_TO_TRAIN": "must be true if `train_mlp` and `train_unembed` are false",
+    "NOTHING_TO_TRAIN": "must be true if train_mlp and train_unembed are false",
     "OTHER_ADAPTER_CONFIG": "contains an adapter of another method, rank or set of modules",
     "TRAINING_FULL": "the adapter needs {bytes!b}; of the {most!b} for training, {used!b} are in"
     " use",

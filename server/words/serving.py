@@ -15,7 +15,7 @@ TEXTS = {
     " send the request again",
     # Access, and limits of callers.
     "TOKEN_MISSING": "the call has no authorization header with a bearer token",
-    "TOKEN_MALFORMED": 'the authorization header is not of the form "Bearer TOKEN"',
+    "TOKEN_MALFORMED": "the authorization header is malformed",
     "TOKEN_UNKNOWN": "the bearer token is unknown",
     "ROLE_MISSING": "the bearer token lacks the role {role!q}",
     "TOKEN_LIMIT_REACHED": "this bearer token has reached its limit of queued and running"
@@ -23,7 +23,7 @@ TEXTS = {
     "PEER_LIMIT_REACHED": "this client address has reached its limit of queued and"
     " running requests ({max_requests_per_peer})",
     "TOO_MANY_CALLS": "the limit of {most} concurrent calls of this kind has been reached",
-    "TOO_MANY_UPLOADS_OF_TOKEN": "this bearer token has reached its limit of running uploads"
+    "TOO_MANY_CALLS_OF_TOKEN": "this bearer token has reached its limit of calls of this kind"
     " ({most})",
     "TOO_MANY_COMPILATIONS": "{most} constraints are already being compiled",
     "TOO_MANY_COMPILATIONS_OF_TOKEN": "this bearer token already has {most} constraints being"
@@ -44,7 +44,7 @@ TEXTS = {
     "TOKEN_LINE_MALFORMED": "{path}: line {line} is not of the form TOKEN ROLE[,ROLE]",
     "TOKEN_NOT_ASCII": "{path}: the token in line {line} is not printable ASCII",
     "TOKEN_DUPLICATE": "{path}: line {line} repeats the token of an earlier line",
-    "ROLE_UNKNOWN": "{path}: line {line} has an unknown role; roles are {choices}",
+    "ROLE_UNKNOWN": "{path}: line {line} has an unknown role; known roles are {choices}",
     # Memory and disks.
     "OUT_OF_MEMORY": "the server is out of memory",
     "DEVICE_MEMORY_SHORT": "the device has too little free memory to run this request",
@@ -66,16 +66,16 @@ TEXTS = {
     # Child processes for untrusted input.
     "PROCESS_KILLED": "its process was killed",
     "PROCESS_NOT_STARTED": "its process could not be started: {problem}",
-    "PROCESS_SILENT": "its process did not answer within {seconds:g} s",
+    "PROCESS_SILENT": "its process did not answer within {seconds:g} seconds",
     "PROCESS_CRASHED": "its process crashed with exit code {exit_code}",
-    "PROCESS_TIME_LIMIT": "it takes more than {seconds:g} s of processor time",
+    "PROCESS_TIME_LIMIT": "it takes more than {seconds:g} seconds of processor time",
     "PROCESS_MEMORY_LIMIT": "it needs more than {most} of memory",
     "PROCESS_OUTPUT_LIMIT": "its output exceeds {most}",
     "CHAT_TEMPLATE_UNANSWERED": "the chat template could not be rendered: {problem}",
     # Files of a model.
     "MODEL_NOT_FOUND": "{model} does not exist; pass a Hugging Face model directory, a .gguf file"
     " or a hub repository (org/name)",
-    "MODEL_IS_A_FILE": "{model} is a file; pass a Hugging Face model directory or a .gguf file",
+    "MODEL_IS_A_FILE": "{model} is not a .gguf file; pass one, or a Hugging Face model directory",
     "MODEL_IS_AN_ADAPTER": "{model} is an adapter; pass its base model",
     "MODEL_IS_GGUF": "{model} has GGUF files but no config.json; pass one of the files, such as"
     " {file}",
@@ -100,13 +100,13 @@ TEXTS = {
     "LFS_POINTER": "is a Git LFS pointer instead of the file; run `git lfs pull` in the clone",
     # Contents of a model.
     "CONFIG_INVALID": "the model's config.json is invalid: {problem}",
-    "CONFIG_UNSUPPORTED": "{key} {value!q} is not supported; supported are {choices}",
+    "CONFIG_UNSUPPORTED": "{key} {value!q} is not supported; supported values are {choices}",
     "CONFIG_KEY_UNSUPPORTED": "models whose config sets {key} are not supported",
     "GRANITE_HYBRID_UNSUPPORTED": "granitemoehybrid models with experts or Mamba layers are not"
     " supported",
     "ROTATION_TOO_WIDE": "models whose heads rotate more features than they have are not supported",
-    "QUANTIZATION_UNSUPPORTED": "{model} is quantised with {value!q}; supported are bitsandbytes"
-    " 4-bit, MXFP4 and FP8",
+    "QUANTIZATION_UNSUPPORTED": "{model} is quantised with {value!q}; supported formats are"
+    " bitsandbytes 4-bit, MXFP4 and FP8",
     "ALREADY_QUANTIZED": "{model} is already quantised to 4 bits, so no modules can be skipped",
     "UNKNOWN_MODULE": "no module of the decoder layers matches {value!q}",
     "BLOCK_SIZE_INVALID": "weight_block_size must be two positive numbers, not {value}",
@@ -123,9 +123,10 @@ TEXTS = {
     "EXPERT_WIDTH_UNSUPPORTED": "experts with {width} inputs are not supported on a GPU, only"
     " multiples of {multiple}",
     "GGUF_INVALID": "{path} is not a GGUF file of version 2 or 3, or has no architecture",
-    "GGUF_ARCHITECTURE": "{path} has the architecture {value!q}; supported as GGUF are {choices}",
+    "GGUF_ARCHITECTURE": "{path} has the architecture {value!q}; supported architectures are"
+    " {choices}",
     "GGUF_UNREADABLE": "{path} cannot be read: {problem}",
-    "GGUF_SPLIT": "{path} is one part of a model; join the parts with llama-gguf-split --merge",
+    "GGUF_SPLIT": "{path} is one part of a model; join the parts with `llama-gguf-split --merge`",
     "GGUF_KEY_MISSING": "{path} lacks the key {key}",
     "GGUF_KEY_UNSUPPORTED": "{path} has the key {key}, which is not supported",
     "GGUF_HEADS_DIFFER": "{path} has layers with different numbers of key-value heads, which is not"

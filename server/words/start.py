@@ -3,7 +3,10 @@
 TEXTS = {
     # Arguments of the command.
     "UNKNOWN_COMMAND": "unknown command {value!q}",
-    "UNKNOWN_FLAG": "unknown flag {flag}",
+    "UNKNOWN_FLAG": "unknown flag {flag!q}",
+    "NEEDS_VALUE": "requires a value",
+    "TAKES_NO_VALUE": "takes no value",
+    "NOT_A_CAPABILITY": "must be a number such as 9.0, not {value!q}",
     "UNEXPECTED_ARGUMENTS": "{count!n:unexpected argument}: {values}",
     "UNQUOTED_TEXT": "{count!n:unexpected argument}: {values}; quote a text of several words",
     # Settings, files and addresses.
@@ -27,15 +30,15 @@ TEXTS = {
     "ABOVE_MEMORY": "must be at most this machine's memory, {most!b}, not {value!b}",
     "TORCH_WITHOUT_CUDA": "the installed torch supports only CPUs; `pip install torch` installs a"
     " build for NVIDIA GPUs",
-    "STATE_DIR_IN_USE": "another server uses {path}; give this one a directory of its own",
-    "TLS_FILES_UNUSABLE": "the certificate, its key without a password, and the authorities must"
-    " be PEM files that fit together: {why}",
+    "STATE_DIR_IN_USE": "{path} is in use by another server; choose another directory",
+    "TLS_FILES_UNUSABLE": "cannot be loaded: {why}; the certificate, key and authorities must be"
+    " PEM files that belong together, and the key must have no password",
     "NOT_A_SOCKET": "{path} exists and is not a socket",
     "ADDRESS_OF_OTHER": "{value} is already used by {other}",
     "ADDRESS_TAKEN": "{value} is in use by another process",
     "HOST_NOT_RESOLVED": "cannot look up the host {host}",
     "ADDRESS_OF_ANOTHER_MACHINE": "{value} is not an address of this machine; 0.0.0.0 stands for"
     " all of its addresses",
-    "NOT_INSTALLED": "not installed: {packages}; {step}",
+    "NOT_INSTALLED": "missing packages: {packages}; {step}",
     "ADDRESS_UNUSABLE": "cannot listen on {value}: {why}",
 }

@@ -38,7 +38,7 @@ TEXTS = {
     "NOT_A_LIST": "must be a list, not {value}",
     "NOT_A_STRING": "must be a string, not {value}",
     "NOT_A_NUMBER": "must be a number, not {value}",
-    "NOT_A_WHOLE_NUMBER": "must be a whole number, not {value}",
+    "NOT_A_WHOLE_NUMBER": "must be an integer, not {value}",
     "NOT_TRUE_OR_FALSE": "must be true or false, not {value}",
     "NOT_A_JSON_OBJECT": "must be a JSON object",
     "NOT_JSON": "is not valid JSON: {problem}",

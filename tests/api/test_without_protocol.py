@@ -176,6 +176,19 @@ async def test_a_closed_gate_and_an_invalid_message_raise_turret_errors(parts: P
         await parts.adapters.pin(pb.PinAdapterRequest(name="a"), parts.begin())
 
 
+async def test_private_names_are_in_no_list(parts: Parts) -> None:
+    call, name = parts.begin(is_counted=False), f"training/{'a1' * 16}/0"
+    for each in (name, "a"):
+        await parts.adapters.load(pb.LoadAdapterRequest(name=each, path=each), call)
+    page = await parts.adapters.list_page(pb.ListAdaptersRequest(), call)
+    assert ([a.name for a in page.adapters], page.total_size) == (["a"], 1)
+    assert [record.name for record in await parts.adapters.records(call)] == ["a"]
+    found = await parts.adapters.find("a", 9, call)
+    assert ([a.name for a in found.shown], found.num_matching, found.num_all) == (["a"], 1, 1)
+    # Their own client knows the name.
+    assert (await parts.adapters.get(pb.GetAdapterRequest(name=name), call)).name == name
+
+
 async def test_adapters_are_loaded_listed_pinned_and_unloaded(parts: Parts) -> None:
     call = parts.begin(is_counted=False)
     for name in ("a", "b", "c"):

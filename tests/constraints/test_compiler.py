@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from turret.server.constraints import compiler as compiler_module
 from turret.server.constraints import matcher as constraint_module
 from turret.server.constraints.compiler import ConstraintCompiler
-from turret.server.constraints.grammar import ConstraintSpec, Kind
+from turret.server.constraints.grammar import ConstraintKind, ConstraintSpec
 from turret.server.constraints.matcher import Constraint, KeptConstraints
 from turret.server.errors import BudgetExceededError, InvalidRequestError, QueueFullError
 from turret.server.models.tokenizer import Tokenizer
@@ -79,7 +79,7 @@ def schema(value: Any) -> ConstraintSpec:
     ],
 )  # fmt: skip
 def test_each_constraint_accepts_and_rejects_the_expected_answers(
-    tokenizer: Tokenizer, kind: Kind, text: str, good: list[str], bad: list[str]
+    tokenizer: Tokenizer, kind: ConstraintKind, text: str, good: list[str], bad: list[str]
 ) -> None:
     constraint = compiled(kind, *([text] if text else []))
     for answer in good:
@@ -220,7 +220,7 @@ async def test_an_unsupported_schema_is_rejected_with_its_path(
     ],
 )
 async def test_a_forced_text_of_megabytes_is_not_tokenized(
-    compiler: ConstraintCompiler, kind: Kind, text: str
+    compiler: ConstraintCompiler, kind: ConstraintKind, text: str
 ) -> None:
     """The library would hold the GIL for seconds while it tokenizes the text."""
     matcher = (await compiler.compile(ConstraintSpec(kind, (text,)))).matcher()

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from turret.server.constraints.compiler import ConstraintCompiler
-from turret.server.constraints.grammar import ConstraintSpec, Kind
+from turret.server.constraints.grammar import ConstraintKind, ConstraintSpec
 from turret.server.constraints.matcher import Constraint, Matcher, without
 from turret.server.errors import BudgetExceededError
 from turret.server.models.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ SCHEMA = {
 }
 # Constraints with forced texts, partly forced texts, counts, and special tokens by name and as
 # text.
-CONSTRAINTS: list[tuple[Kind, str]] = [
+CONSTRAINTS: list[tuple[ConstraintKind, str]] = [
     ("json_schema", json.dumps(SCHEMA)),
     ("regex", "announcement(s| of a)? word{1,3}"),
     ("regex", "[a-z ]{3,30}[0-9]*"),
@@ -82,7 +82,7 @@ def behind(constraint: Constraint, tokens: list[int]) -> Matcher:
 
 @pytest.mark.parametrize(("kind", "text"), CONSTRAINTS)
 def test_the_matcher_accepts_exactly_what_its_mask_allows(
-    tokenizer: Tokenizer, compiler: ConstraintCompiler, kind: Kind, text: str
+    tokenizer: Tokenizer, compiler: ConstraintCompiler, kind: ConstraintKind, text: str
 ) -> None:
     constraint = compiler._compile(ConstraintSpec(kind, (text,)))
     rng = np.random.default_rng(0)

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 
 from turret.fleet.config import FleetConfig
-from turret.fleet.protocol import Base, Join, Report
+from turret.fleet.protocol import FleetBase, Join, Report
 from turret.fleet.registry_host import FleetStore, RegistryHost
 from turret.fleet.serving import fleet_folder
 from turret.fleet.serving.fleet_folder import FleetFolder
@@ -208,7 +208,7 @@ def test_a_fleet_without_the_state_directory_leaves_the_file_of_the_one_that_has
 
 def test_a_second_registry_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
     first = FleetStore(tmp_path)
-    first.write_base(Base())
+    first.write_base(FleetBase())
     saved = sorted(tmp_path.rglob("*"))
     for second in (lambda: FleetStore(tmp_path), lambda: StateDir(tmp_path, 0)):
         with pytest.raises(ValueError, match=str(tmp_path)):
@@ -216,7 +216,7 @@ def test_a_second_registry_is_refused_until_the_first_is_gone(tmp_path: Path) ->
     assert sorted(tmp_path.rglob("*")) == saved
     first.close()
     again = FleetStore(tmp_path)
-    assert again.read_base() == Base()
+    assert again.read_base() == FleetBase()
     again.close()
 
 

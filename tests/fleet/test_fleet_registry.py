@@ -152,10 +152,10 @@ def test_a_merge_whose_member_was_changed_by_another_server_is_not_restored() ->
     for replica in (*replicas, *replicas):
         replica.made[plan.uuid] = None
         beat(registry, replica, 1.0)
-    assert disk.base == m.Base(generation=2, merge=plan)
+    assert disk.base == m.FleetBase(generation=2, merge=plan)
     assert FleetRegistry(disk, now=2.0).state.base == disk.base
     disk.names["a"] = dataclasses.replace(saved, generation=2)
-    assert FleetRegistry(disk, now=3.0).state.base == m.Base(generation=3)
+    assert FleetRegistry(disk, now=3.0).state.base == m.FleetBase(generation=3)
 
 
 def test_reports_of_an_earlier_session_are_ignored() -> None:

@@ -20,7 +20,7 @@ from fleets.serving import status_rows
 from grpc_health.v1 import health_pb2
 
 from turret.fleet.config import REFUSED, ClusterConfig, FleetConfig
-from turret.fleet.protocol import Base, FleetStatus, MergeMember, MergePlan, ReplicaStatus
+from turret.fleet.protocol import FleetBase, FleetStatus, MergeMember, MergePlan, ReplicaStatus
 from turret.fleet.serving import fleet_folder, ingress, ray_cluster, serve
 from turret.fleet.serving.scaling import policy, wanted
 from turret.fleet.serving.serve import print_status
@@ -388,7 +388,7 @@ def test_status_truncates_nothing(
     replicas = tuple(
         ReplicaStatus(name=name, revision=23, lease_seconds=4.56, **figures) for name in names
     )
-    base = Base(generation=2, merge=plan)
+    base = FleetBase(generation=2, merge=plan)
     status = FleetStatus(revision=24, num_adapters=1, base=base, replicas=replicas)
     print_status(status)
     out = capsys.readouterr().out
@@ -402,7 +402,7 @@ def test_status_truncates_nothing(
     assert [row["replica"] for row in rows] == list(names)
     assert all({*row.values()} >= told for row in rows)
     assert max(map(len, lines)) <= (columns or 100)
-    print_status(FleetStatus(revision=1, num_adapters=0, base=Base(), replicas=()))
+    print_status(FleetStatus(revision=1, num_adapters=0, base=FleetBase(), replicas=()))
     assert "no replica has joined yet" in capsys.readouterr().out
 
 

@@ -109,6 +109,21 @@ async def test_a_handshake_takes_little_memory(tmp_path: Path) -> None:
             writer.close()
 
 
+async def test_a_handshake_that_never_ends_is_timed_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection is accepted, but the handshake never completes."""
+    monkeypatch.setattr(connection, "HANDSHAKE_SECONDS", 0.1)
+    # The server sets this for the whole process: restore it after the test.
+    monkeypatch.setattr(asyncio.constants, "SSL_HANDSHAKE_TIMEOUT", 60.0)
+    certify(tmp_path, "own", LOCAL)
+    security = SecurityConfig(tls_cert=tmp_path / "own.crt", tls_key=tmp_path / "own.key")
+    async with http_harness(security=security) as server:
+        reader, writer = await server.opened()
+        assert await asyncio.wait_for(reader.read(), 20) == b""
+        writer.close()
+
+
 async def test_each_party_has_its_share_of_answers() -> None:
     async with http_harness(shares=Shares(per_token=2)) as server:
         mine, other = {"authorization": "Bearer a"}, {"authorization": "Bearer b"}

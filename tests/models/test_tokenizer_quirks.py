@@ -20,6 +20,7 @@ from servers.http_harness import http_harness
 from servers.rpc_harness import harness
 from transformers import AutoTokenizer
 
+from turret.server.adapters.adapter import OwnTemplate
 from turret.server.api.vocabularies import Vocabulary
 from turret.server.errors import InvalidRequestError
 from turret.server.models.loader import eos_token_ids
@@ -167,6 +168,15 @@ def test_special_tokens_in_contents_are_plain_text(name: str, tmp_path: Path) ->
     end = theirs.convert_tokens_to_ids(forged)
     assert ids.count(end) == words.count(end)
     assert any(ids[i : i + len(split)] == split for i in range(len(ids)))
+
+
+@pytest.mark.parametrize("number", ["99", "9" * 5000])
+def test_a_template_that_imitates_marks_fails_only_its_request(number: str, tmp_path: Path) -> None:
+    # A mark stands for a special token in the content, and ends with the token's number.
+    template = f"{{{{ messages[0].content[:-2] }}}}{number}x"
+    tokenizer = load("gemma", tmp_path)[0].with_template(OwnTemplate("a", {"default": template}))
+    with pytest.raises(InvalidRequestError, check=says("CHAT_TEMPLATE_FAILED")):
+        tokenizer.encode_chat([{"role": "user", "content": "<end_of_turn>"}])
 
 
 def test_harmony_prompts_contain_the_date_and_function_calls(tmp_path: Path) -> None:

@@ -241,8 +241,7 @@ def test_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path):
     assert len(files) == 4, result.stderr
     assert all(Path(file).is_relative_to(site) for file in files)
     # The examples are not part of the package, as the command reports.
-    assert "no examples" in result.stderr
-    assert "--examples DIR" in result.stderr
+    assert "--examples" in result.stderr
 
 
 @pytest.mark.parametrize("kind", ["zip", "missing"])

@@ -100,7 +100,6 @@ async def test_an_invalid_name_is_quoted(server: Harness) -> None:
         ("json-", "json-"),
         ("json,pirate", "json,pirate"),
         ("A" * 500, f"{'A' * 40}..."),
-        ("", ""),
     ):
         failure = await failure_of(server.adapters.FuseAdapters(fuse(name, combination="svd")))
         assert failure.reasons == {"name": "NOT_AN_ADAPTER_NAME"}
@@ -109,6 +108,8 @@ async def test_an_invalid_name_is_quoted(server: Harness) -> None:
         fused = pb.FuseAdaptersRequest(name="c", adapters=[member], combination="svd")
         failure = await failure_of(server.adapters.FuseAdapters(fused))
         assert failure.reasons == {"adapters[0].name": "NOT_AN_ADAPTER_NAME"}
+    failure = await failure_of(server.adapters.FuseAdapters(fuse("", combination="svd")))
+    assert failure.reasons == {"name": "REQUIRED"}
 
 
 async def test_other_invalid_fusions_are_refused(server: Harness) -> None:

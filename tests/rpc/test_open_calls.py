@@ -100,19 +100,23 @@ def test_all_protocols_together_leave_descriptors_for_files(
     assert most_connections(3) == MOST_CONNECTIONS
 
 
-async def test_a_handshake_that_never_ends_is_timed_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The connection is accepted, but the handshake never completes."""
-    monkeypatch.setattr(connection, "HANDSHAKE_SECONDS", 0.1)
+async def test_a_listener_counts_its_open_connections() -> None:
     bound = connection.socket.create_server(("127.0.0.1", 0))
-    with connection.Listener(bound, MOST) as accepting:
-        reader, writer = await asyncio.open_connection(*accepting.getsockname())
+    with connection.Listener(bound, 1) as accepting:
+        address = accepting.getsockname()
+        writers = [(await asyncio.open_connection(*address))[1] for _ in range(3)]
         accepted, _ = accepting.accept()
-        assert await asyncio.wait_for(reader.read(), 10) == b""
+        assert accepting.num_open == 1
+        with pytest.raises(ConnectionAbortedError):
+            accepting.accept()
         assert accepting.num_open == 1
         accepted.close()
         accepted.close()
         assert accepting.num_open == 0
-        writer.close()
+        another, _ = accepting.accept()
+        another.close()
+        for writer in writers:
+            writer.close()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ import grpc
 import httpx2
 import numpy as np
 import pytest
+from builders.registries import until
 from method_oracle import prompt_of, twin
+from psutil import Process
 from servers.engine_harness import EngineHarness
 from servers.fakes import MODEL_INFO
 from servers.http_harness import NO_AUTHORITIES
@@ -210,6 +212,12 @@ async def test_exceeded_quotas_are_errors_and_leave_nothing_behind(
         failure = await failure_of(stub.CreateModel(new()))
         assert (failure.code, failure.reason) == (Code.RESOURCE_EXHAUSTED, "QUEUE_FULL")
         assert list((await stub.ListModels(pb.ListModelsRequest())).models) == [model]
+        save = pb.SaveCheckpointRequest(model_id=model.model_id, name="a")
+        export = pb.ExportCheckpointRequest(path=(await stub.SaveCheckpoint(save)).path)
+        assert [part async for part in stub.ExportCheckpoint(export)]
+        monkeypatch.setattr(service, "MAX_EXPORTS", 0)
+        failure = await failure_of(anext(aiter(stub.ExportCheckpoint(export))))
+        assert failure.code is Code.RESOURCE_EXHAUSTED
         tables.may_run.clear()
         calls = [asyncio.ensure_future(stub.ForwardBackward(asked(model))) for _ in range(2)]
         await asyncio.sleep(0.2)
@@ -218,7 +226,27 @@ async def test_exceeded_quotas_are_errors_and_leave_nothing_behind(
         tables.may_run.set()
         await asyncio.gather(*calls)
         (only,) = tables.learners.values()
-        assert only.calls == ["pass 1", "pass 1"]
+        assert only.calls == ["save", "pass 1", "pass 1"]
+
+
+async def test_waiting_passes_take_no_more_memory_than_their_bytes(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (server, tables):
+        stub, grown = server.training, list[int]()
+        for count in (1, 1, 1024):
+            model = await stub.CreateModel(new())
+            datum = pb.TrainingDatum(token_ids=[1], target_ids=[1])
+            message = asked(model, data=[datum] * count)
+            before = Process().memory_info().rss
+            tables.may_run.clear()
+            calls = [stub.ForwardBackward(message) for _ in range(300)]
+            (one,) = server.services.tenants.sessions.models("")  # type: ignore[union-attr]
+            await asyncio.to_thread(until, lambda one=one: one.log.next_number > 300)
+            grown.append(Process().memory_info().rss - before)
+            await stub.DeleteModel(pb.DeleteModelRequest(model_id=model.model_id))
+            tables.may_run.set()
+            await asyncio.gather(*calls, return_exceptions=True)
+        # The first calls take memory that later ones use again.
+        assert grown[2] - grown[1] < 3 * 300 * message.ByteSize() + (8 << 20)
 
 
 async def test_a_call_whose_client_disconnected_runs_to_its_end(tmp_path: Path) -> None:

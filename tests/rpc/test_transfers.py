@@ -331,7 +331,7 @@ async def test_one_token_cannot_take_every_upload_slot(tmp_path: Path) -> None:
     async with harness(
         registry=registry, tokens=TOKENS, shares=Shares(separates_tokens=True)
     ) as server:
-        count = admin.MAX_UPLOADS_PER_TOKEN
+        count = admin.MAX_UPLOADS * 3 // 4
         calls = [upload_as("alice", f"a{number}", waits=True) for number in range(count)]
         await until(lambda: len(leftovers(tmp_path)) == count)
         failure = await failure_of(upload_as("alice", "more", waits=False))
@@ -386,6 +386,43 @@ async def test_uploads_need_a_state_directory(tmp_path: Path) -> None:
         failure = await failure_of(upload(server, tmp_path / "root" / "a"))
     registries.close()
     assert (failure.code, failure.reason) == (Code.FAILED_PRECONDITION, "STATE_DIR_REQUIRED")
+
+
+async def test_exports_are_limited_because_they_hold_open_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from turret.server.adapters.registry.export import AdapterExport
+
+    finish, chunks = threading.Event(), AdapterExport.chunks
+
+    def slow(self: AdapterExport) -> Any:
+        finish.wait(60)
+        yield from chunks(self)
+
+    monkeypatch.setattr(AdapterExport, "chunks", slow)
+    monkeypatch.setattr(admin, "MAX_EXPORTS", 4)
+    registries = Registries(tmp_path)
+
+    def export_as(token: str) -> Any:
+        metadata = (("authorization", f"Bearer {token}"),)
+        return server.adapters.ExportAdapter(pb.ExportAdapterRequest(name="a"), metadata=metadata)
+
+    async with harness(
+        registry=registries(2.5), tokens=TOKENS, shares=Shares(separates_tokens=True)
+    ) as server:
+        server.registry.load("a", "a")
+        calls = [export_as(token) for token in ("alice", "alice", "alice", "bob")]
+        for call in calls:
+            assert (await call.read()).WhichOneof("part") == "header"
+        for token in ("alice", "bob"):
+            failure = await failure_of(anext(aiter(export_as(token))))
+            assert failure.code is Code.RESOURCE_EXHAUSTED
+            assert failure.retry_seconds is not None
+        finish.set()
+        for call in calls:
+            assert (await call.read()).WhichOneof("part") == "chunk"
+        assert (await export_as("alice").read()).WhichOneof("part") == "header"
+    registries.close()
 
 
 async def test_an_abandoned_export_closes_its_files(

@@ -9,10 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from servers.collector import Collector, attributes, collecting
 from servers.server_under_test import ServerUnderTest, start_server
 
 from turret.clients.client import TurretClient
+from turret.server import tracing
 from turret.v1 import adapters_pb2, inference_pb2, inference_pb2_grpc
 
 EXAMPLES = ROOT / "examples" / "adapters"
@@ -291,6 +294,35 @@ def test_the_last_spans_are_sent_and_a_dead_collector_delays_nothing(tmp_path: P
             assert server.process.wait(60) == 0
             # Two seconds for the last spans, whereas the exporter would wait for ten.
             assert time.monotonic() - start < 8
+
+
+def test_the_body_of_a_collectors_answer_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    size, sent = 64 << 20, [0]
+
+    class Endless(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(200)
+            self.send_header("content-length", str(size))
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while sent[0] < size:
+                    sent[0] += self.wfile.write(bytes(1 << 16))
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Endless) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        endpoint = f"http://127.0.0.1:{server.server_port}/v1/traces"
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
+        exporter = tracing._exporter("trace", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
+        exporter.export([])
+        exporter.shutdown()
+        thread.join(60)
+    # The rest is in the buffers of the connection.
+    assert 0 < sent[0] < size // 2
 
 
 def test_the_flag_needs_the_extra(tmp_path: Path) -> None:

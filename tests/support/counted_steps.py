@@ -30,7 +30,7 @@ from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.operators.vocabulary import VocabularyOperators, VocabularyRows
 from turret.server.engine.scheduling.request import Request, SamplingParams
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
-from turret.server.engine.step.gpu.decode_graphs import Body, Outputs
+from turret.server.engine.step.gpu.decode_graphs import Outputs, StepBody
 from turret.server.engine.step.gpu.executor import GpuExecutor
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.arch import Arch
@@ -66,7 +66,7 @@ class Capture:
         self.launches: list[str] = []
         self._launched = launched
 
-    def __call__(self, body: Body) -> tuple[Callable[[], None], Outputs]:
+    def __call__(self, body: StepBody) -> tuple[Callable[[], None], Outputs]:
         self.num_captures += 1
         self._launched.clear()
         with Counting() as counting:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from turret.kernels.gpu import common as tuning_module
 from turret.kernels.gpu.common import Tuning
 from turret.kernels.gpu.tables import LongSegment, RowTable, SegmentTable
-from turret.server.engine.step.gpu.decode_graphs import Body, Outputs
+from turret.server.engine.step.gpu.decode_graphs import Outputs, StepBody
 
 # Large tiles, because the interpreter's time depends on the number of operations, not on their
 # size. Every kernel still needs several splits and passes.
@@ -70,7 +70,7 @@ class FakeCapture:
         self.num_captures = 0
         self.num_replays = 0
 
-    def __call__(self, body: Body) -> tuple[Callable[[], None], Outputs]:
+    def __call__(self, body: StepBody) -> tuple[Callable[[], None], Outputs]:
         self.num_captures += 1
         # A real capture computes nothing; here the first replay has nothing left to do.
         outputs: Any = body()

@@ -138,6 +138,16 @@ def test_whole_modules_are_copied(tmp_path: Path) -> None:
     assert not torch.equal(heads[0](x), model.get_submodule("lm_head")(x))
 
 
+def test_a_missing_package_is_reported_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(peft.AdamssConfig, tmp_path, **ADAMSS[0])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert convert(tmp_path) == 1
+    assert "scikit-learn" in capsys.readouterr().err
+    assert not (tmp_path / "lora").exists()
+
+
 def test_a_different_base_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(peft.AdamssConfig, tmp_path, **ADAMSS[0])
     tiny_llama(attention_bias=True, seed=1).save_pretrained(tmp_path / "base")

@@ -279,7 +279,7 @@ def test_a_run_survives_the_end_of_its_server(tiny_llama: Path, tmp_path: Path) 
 
 
 @contextlib.contextmanager
-def unannounced(num_steps: int | None, title: str) -> Iterator[Any]:
+def unannounced(title: str) -> Iterator[Any]:
     yield lambda row: None
 
 

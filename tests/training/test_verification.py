@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from turret.server.cli import main
 from turret.training.errors import RunError
 from turret.training.verification.checks import Verdict, _case, ask_together, reload
-from turret.training.verification.client import Answer, VerifiedServer
+from turret.training.verification.client import Continuation, VerifiedServer
 
 _TWO_KINDS = {"target_modules": ["q_proj", "down_proj"]}
 _SILENT, _HALF, _OTHER, _REPAIR = "silent", "half", "other", "repair"
@@ -122,9 +122,9 @@ def test_tokens_after_an_omitted_one_are_not_compared(folder: Path) -> None:
     firsts = [len(text[:place].encode()) for place, char in enumerate(text) for _ in char.encode()]
     for left_out, first in enumerate(firsts):
         known = (*tokens[:left_out], *tokens[left_out + 1 :])
-        case = _case(tokenizer, prompt, ids, Answer(text, known, (0.0,) * len(known)))
+        case = _case(tokenizer, prompt, ids, Continuation(text, known, (0.0,) * len(known)))
         assert (case.ids if case else []) == tokens[:first]
-    case = _case(tokenizer, prompt, ids, Answer(text, tuple(tokens), (0.0,) * len(tokens)))
+    case = _case(tokenizer, prompt, ids, Continuation(text, tuple(tokens), (0.0,) * len(tokens)))
     assert case is not None
     assert case.ids == tokens
 
@@ -136,9 +136,9 @@ class _Wavering:
         self.is_busy = False
         self._names: dict[str, Path] = {}
 
-    def ask(self, adapter: str | None, prompt: list[int], max_tokens: int) -> Answer:
+    def ask(self, adapter: str | None, prompt: list[int], max_tokens: int) -> Continuation:
         text = str(self._names.get(adapter or "", adapter))
-        return Answer(text, (1,), (-1.0 - self.is_busy,))
+        return Continuation(text, (1,), (-1.0 - self.is_busy,))
 
     def load(self, name: str, path: Path) -> None:
         self._names.setdefault(name, Path(path.name))

@@ -29,8 +29,8 @@ from turret.training.words import say
 
 _DOWN = "adamss_newB"
 _MAX_CLUSTERS = 4096
-# PEFT always uses this seed, regardless of the config.
-_CLUSTER_SEED = 123456789
+# PEFT always clusters with these settings, regardless of the config.
+_CLUSTERING: Any = {"init": "random", "n_init": 1, "max_iter": 10, "random_state": 123456789}
 # Maximum distance of unit vectors from those in the file, which bf16 moves by up to 4e-3.
 _FAR = 2e-2
 _TRAINING = "chooses what is trained; the tensors show the result"
@@ -108,7 +108,7 @@ def convert(m: Module) -> MadeLora:
         weight = torch.cat((weight, bias.to(weight)[:, None]), dim=1)
     left = _left_vectors(weight, down, m.config.get("random_seed", 0), m.name)
     with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
-        means = KMeans(len(ups), init="random", n_init=1, max_iter=10, random_state=_CLUSTER_SEED)
+        means = KMeans(len(ups), **_CLUSTERING)
         labels = torch.from_numpy(means.fit_predict(left.numpy()))
     rows = [(labels == i).nonzero()[:, 0] for i in range(len(ups))]
     if [len(some) for some in rows] != [len(up) for up in ups]:

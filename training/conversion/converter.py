@@ -20,7 +20,7 @@ from turret.server.errors import InvalidRequestError
 from turret.server.models.families import read_arch
 from turret.server.models.model_source import StoredTensors
 from turret.server.models.sources.model_directory import (
-    Progress,
+    OnProgress,
     fetch_hub_model,
     hub_model_id,
     scale_block,
@@ -31,7 +31,7 @@ from turret.training.conversion import MadeLora
 from turret.training.conversion.kinds import (
     CONVERTED,
     XLORA,
-    Kind,
+    ConvertibleKind,
     check_plain_base,
 )
 from turret.training.conversion.xlora import read_folder, split_xlora
@@ -49,7 +49,7 @@ def convert(
     loras: Sequence[Path] = (),
     dtype: torch.dtype | None,
     device: str,
-    progress: Progress,
+    progress: OnProgress,
 ) -> tuple[str, list[str]]:
     """Write a LoRA that is equivalent to the adapter, or the parts of an X-LoRA.
 
@@ -101,7 +101,7 @@ def convert(
 
 
 def _convert_all(
-    checkpoint: AdapterCheckpoint, kind: Kind, base: BaseModel, progress: Progress
+    checkpoint: AdapterCheckpoint, kind: ConvertibleKind, base: BaseModel, progress: OnProgress
 ) -> tuple[dict[str, MadeLora], dict[str, torch.Tensor]]:
     """The LoRAs of the modules, and the tensors of modules that are saved as a whole."""
     config = dict(checkpoint.config)
@@ -162,7 +162,7 @@ _WEIGHT, _BIAS = ".weight", ".bias"
 
 
 def read_plain_base(
-    model: Path, dtype: torch.dtype | None, device: str, progress: Progress
+    model: Path, dtype: torch.dtype | None, device: str, progress: OnProgress
 ) -> BaseModel:
     """The description of the base for adapters; each weight is read from its file on demand.
 

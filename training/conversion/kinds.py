@@ -26,7 +26,7 @@ from turret.training.words import say
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class ConvertibleKind:
     """A type of adapter that can be converted to a LoRA."""
 
     format_of: Callable[[Mapping[str, Any]], LinearFormat]
@@ -37,9 +37,9 @@ class Kind:
 # X-LoRA is assembled from parts that PEFT saves in several folders; it needs no base.
 ADAMSS = "ADAMSS"
 (XLORA,) = xlora.METHOD.peft_types
-CONVERTED: Mapping[str, Kind] = {
-    ADAMSS: Kind(adamss.format_of, adamss.convert),
-    "PSOFT": Kind(
+CONVERTED: Mapping[str, ConvertibleKind] = {
+    ADAMSS: ConvertibleKind(adamss.format_of, adamss.convert),
+    "PSOFT": ConvertibleKind(
         psoft.format_of,
         psoft.convert,
         "which of two opposite singular vectors comes out is up to the linear algebra library: this"

@@ -13,13 +13,13 @@ from turret.training.base_model import TrainingBase
 from turret.training.errors import ConfigError
 from turret.training.fusion import FusionLoss, FusionModel, read_components
 from turret.training.loss import LossFunction
-from turret.training.methods.method import Settings, TrainingMethod
+from turret.training.methods.method import MethodSettings, TrainingMethod
 from turret.training.settings.checks import component_directories
 from turret.training.words import say
 
 
 class LearnedFusionMethod(TrainingMethod):
-    def attach(self, model: Any, config: Settings, base: TrainingBase) -> Any:
+    def attach(self, model: Any, config: MethodSettings, base: TrainingBase) -> Any:
         try:
             components = read_components(component_directories(config.components), model)
         except TurretError as error:
@@ -27,7 +27,7 @@ class LearnedFusionMethod(TrainingMethod):
             raise ConfigError.of("method.components", why) from error
         return FusionModel(model, components, config.d_k)
 
-    def loss(self, model: Any, config: Settings, device: str) -> LossFunction:
+    def loss(self, model: Any, config: MethodSettings, device: str) -> LossFunction:
         head = model.get_base_model().get_output_embeddings()
         return FusionLoss(model, head, device, config.guidance)
 

@@ -15,13 +15,13 @@ from peft.tuners.shira import layer as shira
 from turret.server.adapters.methods.transforms.oft import dividing
 from turret.training.base_model import TrainingBase
 from turret.training.examples import invocation_before_answers, invocation_of
-from turret.training.methods.method import PeftMethod, Settings, linear_config
+from turret.training.methods.method import MethodSettings, PeftMethod, linear_config
 from turret.training.settings.checks import module_sizes
 
 # LoRA (arXiv 2106.09685), rsLoRA (2312.03732) and DoRA (2402.09353).
 
 
-def _twice_rank(config: Settings, base: TrainingBase) -> float:
+def _twice_rank(config: MethodSettings, base: TrainingBase) -> float:
     return 2.0 * config.rank
 
 
@@ -45,11 +45,11 @@ DORA = PeftMethod(
 # computes the tokens before it, so their keys and values are shared with all other requests.
 
 
-def _written_by_the_template(config: Settings, base: TrainingBase) -> str:
+def _written_by_the_template(config: MethodSettings, base: TrainingBase) -> str:
     return invocation_before_answers(base.tokenizer)
 
 
-def _alora_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+def _alora_config(config: MethodSettings, base: TrainingBase) -> peft.PeftConfig:
     tokens = list(invocation_of(base.tokenizer, config.invocation).tokens)
     make = linear_config(peft.LoraConfig, _LORA_KEYS, alora_invocation_tokens=tokens)
     return make(config, base)
@@ -65,7 +65,7 @@ ALORA = PeftMethod(
 # IA3 (arXiv 2205.05638): one learned factor per output, or per input of the feed-forward.
 
 
-def _ia3_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+def _ia3_config(config: MethodSettings, base: TrainingBase) -> peft.PeftConfig:
     # The paper scales the feed-forward's inner activations: the input of the last product.
     scaled = [name for name in config.targets if name == "down_proj"]
     return linear_config(peft.IA3Config, {}, feedforward_modules=scaled)(config, base)
@@ -85,19 +85,19 @@ IA3 = PeftMethod(name="ia3", peft_config=_ia3_config, adjust=_keep_dtype)
 # OFT (arXiv 2306.07280): blocks of the input are rotated before the base layer.
 
 
-def _oft_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+def _oft_config(config: MethodSettings, base: TrainingBase) -> peft.PeftConfig:
     # Blocks of b inputs cost as much as a LoRA of rank b / 2.
     size = 2 * config.rank
     keys = {"module_dropout": "dropout"}
     return linear_config(peft.OFTConfig, keys, oft_block_size=size)(config, base)
 
 
-def _largest_block(config: Settings, base: TrainingBase) -> int:
+def _largest_block(config: MethodSettings, base: TrainingBase) -> int:
     sizes = module_sizes(base.arch, config.targets)
     return max(dividing(inner, 2 * config.rank) for _, _, inner in sizes)
 
 
-def _other_blocks(config: Settings, base: TrainingBase) -> tuple[str, ...]:
+def _other_blocks(config: MethodSettings, base: TrainingBase) -> tuple[str, ...]:
     """A note if a module's inputs cannot be divided into blocks of the requested size."""
     wanted = 2 * config.rank
     widths = sorted({inner for _, _, inner in module_sizes(base.arch, config.targets)})
@@ -185,7 +185,7 @@ MISS = PeftMethod(name="miss", peft_config=linear_config(peft.MissConfig, _MISS_
 _VECTOR_LENGTH = 256
 
 
-def _vblora_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+def _vblora_config(config: MethodSettings, base: TrainingBase) -> peft.PeftConfig:
     sizes = [size for _, *both in module_sizes(base.arch, config.targets) for size in both]
     keys = {"r": "rank", "vblora_dropout": "dropout"}
     length = math.gcd(_VECTOR_LENGTH, *sizes)
@@ -198,7 +198,7 @@ VBLORA = PeftMethod(name="vblora", peft_config=_vblora_config)
 # SHiRA (arXiv 2406.13175): a few entries of each weight, at random positions, are trained.
 
 
-def _shira_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+def _shira_config(config: MethodSettings, base: TrainingBase) -> peft.PeftConfig:
     # The run's seed is set before a method is attached.
     seed = int(torch.randint(1 << 31, ()))
     made: Any = linear_config(peft.ShiraConfig, {"r": "rank"}, random_seed=seed)(config, base)

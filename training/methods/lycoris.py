@@ -15,7 +15,7 @@ from peft.tuners.lokr.model import LoKrModel
 
 from turret.server.adapters.methods.structured.loha import highest_rank
 from turret.training.base_model import TrainingBase
-from turret.training.methods.method import PeftMethod, Settings, linear_config
+from turret.training.methods.method import MethodSettings, PeftMethod, linear_config
 from turret.training.settings.checks import expand_targets, module_sizes
 
 # Layers for an NF4 base (QLoRA, arXiv 2305.14314), which PEFT lacks.
@@ -136,11 +136,11 @@ def _dropped(layer: Nf4LohaLinear | Nf4LokrLinear, name: str, y: torch.Tensor) -
     return y * (kept / kept.mean() if is_mean_kept else kept)
 
 
-def _own_rank(config: Settings, base: TrainingBase) -> float:
+def _own_rank(config: MethodSettings, base: TrainingBase) -> float:
     return float(config.rank)
 
 
-def _loha_rank(config: Settings, base: TrainingBase) -> int:
+def _loha_rank(config: MethodSettings, base: TrainingBase) -> int:
     sizes = module_sizes(base.arch, expand_targets(base.arch, config.targets))
     return max(1, min(_RANK, *(highest_rank(inner, out) for _, out, inner in sizes)))
 
@@ -156,7 +156,7 @@ _LOKR_KEYS = {
 }
 
 
-def _decomposed_rank(config: Settings, base: TrainingBase) -> int:
+def _decomposed_rank(config: MethodSettings, base: TrainingBase) -> int:
     """The rank to serve; 0 if PEFT decomposes no factor, so that the rank only divides alpha."""
     for _, *sides in module_sizes(base.arch, config.targets):
         if config.rank < max(factorization(side, config.decompose_factor)[1] for side in sides) / 2:

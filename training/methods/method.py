@@ -22,10 +22,10 @@ from turret.training.settings.declared import DECLARED
 
 # A ``MethodConfig`` in which all keys before the current one are filled in, in the order of the
 # method's defaults. Its own types cannot express that these keys are not None.
-Settings = Any
+MethodSettings = Any
 
 
-def _own_rank(config: Settings, base: TrainingBase) -> int:
+def _own_rank(config: MethodSettings, base: TrainingBase) -> int:
     return config.rank or 0
 
 
@@ -45,9 +45,11 @@ class TrainingMethod(ABC):
     """
 
     name: str
-    computed: Mapping[str, Callable[[Settings, TrainingBase], Any]] = field(default_factory=dict)
-    served_rank: Callable[[Settings, TrainingBase], int] = _own_rank
-    notes: Callable[[Settings, TrainingBase], Sequence[str]] = lambda config, base: ()
+    computed: Mapping[str, Callable[[MethodSettings, TrainingBase], Any]] = field(
+        default_factory=dict
+    )
+    served_rank: Callable[[MethodSettings, TrainingBase], int] = _own_rank
+    notes: Callable[[MethodSettings, TrainingBase], Sequence[str]] = lambda config, base: ()
 
     @property
     def learning_rate(self) -> float:
@@ -71,7 +73,7 @@ class TrainingMethod(ABC):
         return config
 
     @abstractmethod
-    def attach(self, model: Any, config: Settings, base: TrainingBase) -> Any:
+    def attach(self, model: Any, config: MethodSettings, base: TrainingBase) -> Any:
         """Add the trainable parameters.
 
         Args:
@@ -84,7 +86,7 @@ class TrainingMethod(ABC):
             ``disable_adapter``. Its parameters with ``requires_grad`` are the trained ones.
         """
 
-    def loss(self, model: Any, config: Settings, device: str) -> LossFunction:
+    def loss(self, model: Any, config: MethodSettings, device: str) -> LossFunction:
         """Create the loss of an attached model; without gradients, it is the cross entropy."""
         return LossFunction(model, model.get_base_model().get_output_embeddings(), device)
 
@@ -111,7 +113,7 @@ class PeftMethod(TrainingMethod):
         adjust: Changes PEFT's model with the adapter, which is its first argument.
     """
 
-    peft_config: Callable[[Settings, TrainingBase], peft.PeftConfig]
+    peft_config: Callable[[MethodSettings, TrainingBase], peft.PeftConfig]
     adjust: Callable[[Any, Any], None] = lambda attached, model: None
 
     def attach(self, model: Any, config: MethodConfig, base: TrainingBase) -> Any:
@@ -136,7 +138,7 @@ class PeftMethod(TrainingMethod):
 
 def linear_config(
     kind: Any, keys: Mapping[str, str], **fixed: Any
-) -> Callable[[Settings, TrainingBase], peft.PeftConfig]:
+) -> Callable[[MethodSettings, TrainingBase], peft.PeftConfig]:
     """A function that makes PEFT's config of a method that changes linear modules.
 
     Args:
@@ -145,7 +147,7 @@ def linear_config(
         fixed: The values of other keys.
     """
 
-    def make(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+    def make(config: MethodSettings, base: TrainingBase) -> peft.PeftConfig:
         values = {name: getattr(config, key) for name, key in keys.items()}
         targets = list(config.targets)
         return kind(task_type="CAUSAL_LM", target_modules=targets, **values, **fixed)
@@ -159,15 +161,15 @@ def linear_config(
 # gets only the resulting prefix or prompt.
 
 
-def _hidden_size(config: Settings, base: TrainingBase) -> int:
+def _hidden_size(config: MethodSettings, base: TrainingBase) -> int:
     return base.arch.hidden_size
 
 
-def _prefix_width(config: Settings, base: TrainingBase) -> int | None:
+def _prefix_width(config: MethodSettings, base: TrainingBase) -> int | None:
     return base.arch.num_kv_heads * base.arch.head_dim if config.prefix_projection else None
 
 
-def _prefix_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+def _prefix_config(config: MethodSettings, base: TrainingBase) -> peft.PeftConfig:
     arch = base.arch
     return peft.PrefixTuningConfig(
         task_type="CAUSAL_LM",
@@ -182,7 +184,7 @@ def _prefix_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
     )
 
 
-def _prompt_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+def _prompt_config(config: MethodSettings, base: TrainingBase) -> peft.PeftConfig:
     is_text = config.init_text is not None
     return peft.PromptTuningConfig(
         task_type="CAUSAL_LM",
@@ -193,7 +195,7 @@ def _prompt_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
     )
 
 
-def _p_tuning_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+def _p_tuning_config(config: MethodSettings, base: TrainingBase) -> peft.PeftConfig:
     return peft.PromptEncoderConfig(
         task_type="CAUSAL_LM",
         num_virtual_tokens=config.num_virtual_tokens,

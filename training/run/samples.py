@@ -18,7 +18,7 @@ _MOST_TOKENS = 64
 Progress: TypeAlias = Callable[[int, int], None]
 # The tokens of a greedy answer to a prompt of an example: at most as many as the third argument,
 # with the end of text if it came. The last argument is whether the adapter answers.
-Answer: TypeAlias = Callable[[Sequence[int], Encoded, int, bool], list[int]]
+AnswerPrompt: TypeAlias = Callable[[Sequence[int], Encoded, int, bool], list[int]]
 
 
 def _nobody(done: int, total: int) -> None:
@@ -26,7 +26,7 @@ def _nobody(done: int, total: int) -> None:
 
 
 def draw_samples(
-    answer: Answer,
+    answer: AnswerPrompt,
     tokenizer: Any,
     examples: Sequence[Encoded],
     on_progress: Progress = _nobody,
@@ -87,7 +87,7 @@ def _reference(example: Encoded) -> tuple[int, ...]:
     return example.tokens[start : start + (rest.index(False) if False in rest else len(rest))]
 
 
-def model_answers(model: Any, tokenizer: Any, device: str) -> Answer:
+def model_answers(model: Any, tokenizer: Any, device: str) -> AnswerPrompt:
     """Greedy answers from the forward call of training.
 
     PEFT's ``generate`` treats prompts differently. After the first call, the cache contains any

@@ -320,12 +320,6 @@ def read_config(
     """
     try:
         tables = parse_toml(path.read_bytes())
-    except IsADirectoryError as error:
-        # Prefer RUN.toml beside the directory to the config.toml that the run wrote into it.
-        beside = (Path(f"{path}.toml"), path / "config.toml")
-        near = next((str(each) for each in beside if each.is_file()), None)
-        text = say("FILE_UNREADABLE", path=path, why=error.strerror, closest=near)
-        raise ConfigFileError(Violation("", text)) from error
     except OSError as error:
         text = unreadable(path, error)
         if isinstance(error, FileNotFoundError) and "closest" not in text.params:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,9 @@ def config_parser(*left_out: str) -> argparse.ArgumentParser:
         metavar="TABLE.KEY=VALUE",
         help="override a key; paths are relative to the config file; repeatable",
     )
-    keys = parser.add_argument_group("keys of the config", "paths are relative to this folder")
+    keys = parser.add_argument_group(
+        "keys of the config", "paths are relative to the working directory"
+    )
     for flag, key, info in flags():
         if flag in left_out:
             continue
@@ -66,14 +69,14 @@ def config_parser(*left_out: str) -> argparse.ArgumentParser:
             keys.add_argument(flag, dest=key, metavar=shown_of(info), help=text)
     parser.add_argument(
         "--threads",
-        type=_threads,
+        type=partial(whole, least=1, most=(1 << 16) - 1),
         metavar="N",
         help="number of computing threads (default: OMP_NUM_THREADS, else the processors that"
         " affinity and the container's quota allow)",
     )
     parser.add_argument(
         "--nice",
-        type=_niceness,
+        type=partial(whole, least=0, most=_NICEST),
         default=_NICENESS,
         metavar="N",
         help="scheduling priority from 0 to 19; higher values give way to other processes"
@@ -138,17 +141,9 @@ def _from_here(flag: str, value: str, folder: Path) -> str:
     return str(Path(value).absolute()) if is_path else value
 
 
-def _threads(text: str) -> int:
-    return whole(text, 1, (1 << 16) - 1)
-
-
-def _niceness(text: str) -> int:
-    return whole(text, 0, _NICEST)
-
-
 def whole(text: str, least: int, most: int) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(say("NOT_A_WHOLE_NUMBER", value=f"{text!r:.40}"))
+        raise argparse.ArgumentTypeError(say("NOT_A_WHOLE_NUMBER", value=f'"{text:.40}"'))
     if not least <= int(text) <= most:
         shown = {"least": least, "most": most, "value": int(text)}
         raise argparse.ArgumentTypeError(say("NOT_IN_RANGE", **shown))

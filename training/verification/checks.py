@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from turret.training.base_model import TrainingBase, Weights, load_model
 from turret.training.errors import RunError
-from turret.training.verification.client import Answer, VerifiedServer
-from turret.training.verification.reference import Rows, adapted, logprobs_of
+from turret.training.verification.client import Continuation, VerifiedServer
+from turret.training.verification.reference import adapted, logprobs_of
 
 # A difference is explained by rounding if it is at most this many times that of PEFT in bf16.
 _ROUNDINGS = 2.0
@@ -164,13 +165,13 @@ def ask_together(
     server: VerifiedServer,
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
-    alone: Mapping[str, Sequence[Answer]],
+    alone: Mapping[str, Sequence[Continuation]],
     verdicts: Mapping[str, Verdict],
 ) -> None:
     """Request all answers again, for different adapters at the same time."""
     places = [(name, number) for number in range(len(prompts)) for name in verdicts]
 
-    def ask(place: tuple[str, int]) -> Answer:
+    def ask(place: tuple[str, int]) -> Continuation:
         name, number = place
         return server.ask(None if name == BASE else name, prompts[number], max_tokens)
 
@@ -184,7 +185,7 @@ def reload(
     adapters: Mapping[str, Path],
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
-    alone: Mapping[str, Sequence[Answer]],
+    alone: Mapping[str, Sequence[Continuation]],
     verdicts: Mapping[str, Verdict],
 ) -> None:
     """Serve all adapters one after another under the same name, which must not mix them up."""
@@ -203,7 +204,7 @@ def reload(
         verdicts[name].reloaded = (verdicts[name].reloaded or 0) + differing
 
 
-def _case(tokenizer: Any, prompt: str, ids: list[int], answer: Answer) -> _Case | None:
+def _case(tokenizer: Any, prompt: str, ids: list[int], answer: Continuation) -> _Case | None:
     """The answer's tokens, or None if the server does not report them."""
     tokens = [token for token in answer.tokens if isinstance(token, int)]
     if len(tokens) < len(answer.tokens):
@@ -221,18 +222,20 @@ def _case(tokenizer: Any, prompt: str, ids: list[int], answer: Answer) -> _Case 
     return _Case(ids, tokens[:count], torch.tensor(answer.logprobs[:count])) if count else None
 
 
-def _rows(model: Any, directory: Path | None, cases: Sequence[_Case]) -> Rows:
+def _rows(model: Any, directory: Path | None, cases: Sequence[_Case]) -> Tensor:
     if directory is None:
         return _all_rows(model, cases)
     with adapted(model, directory) as made:
         return _all_rows(made.model, cases)
 
 
-def _all_rows(model: Any, cases: Sequence[_Case]) -> Rows:
+def _all_rows(model: Any, cases: Sequence[_Case]) -> Tensor:
     return torch.cat([logprobs_of(model, case.prompt, case.ids) for case in cases])
 
 
-def _compare(model: Any, directory: Path | None, cases: Sequence[_Case], verdict: Verdict) -> Rows:
+def _compare(
+    model: Any, directory: Path | None, cases: Sequence[_Case], verdict: Verdict
+) -> Tensor:
     """PEFT's result in fp32; a problem with the adapter is recorded in the verdict."""
     if not cases:
         verdict.problem = "the tokens of the answers are not known"
@@ -245,7 +248,7 @@ def _compare(model: Any, directory: Path | None, cases: Sequence[_Case], verdict
         return torch.empty(0, 2)
 
 
-def _judge(verdict: Verdict, cases: Sequence[_Case], exact: Rows, rough: Rows) -> None:
+def _judge(verdict: Verdict, cases: Sequence[_Case], exact: Tensor, rough: Tensor) -> None:
     served = torch.cat([case.logprobs for case in cases])
     rounding = (rough[:, 0] - exact[:, 0]).abs()
     verdict.tokens = len(served)

@@ -18,7 +18,7 @@ _SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Continuation:
     """A greedy continuation.
 
     Attributes:
@@ -81,7 +81,7 @@ class VerifiedServer:
             return set(self._numbers)
         return {card["id"] for card in self.models if card.get("parent")}
 
-    def ask(self, adapter: str | None, prompt: Sequence[int], max_tokens: int) -> Answer:
+    def ask(self, adapter: str | None, prompt: Sequence[int], max_tokens: int) -> Continuation:
         """Continue a prompt greedily.
 
         Args:
@@ -111,7 +111,7 @@ class VerifiedServer:
             logprobs = found["token_logprobs"]
         else:
             raise RunError(say("NO_LOGPROBS", url=self._url))
-        return Answer(choice["text"], tuple(tokens), tuple(logprobs))
+        return Continuation(choice["text"], tuple(tokens), tuple(logprobs))
 
     def load(self, name: str, path: Path) -> None:
         """Register an adapter by vLLM's API.

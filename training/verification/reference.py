@@ -20,11 +20,9 @@ from peft.utils import ModulesToSaveWrapper
 
 from turret.training.base_model import without_peft_warnings
 
-Rows = torch.Tensor
-
 
 @torch.no_grad()
-def logprobs_of(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> Rows:
+def logprobs_of(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
     """The model's log probabilities for an answer, given its prompt.
 
     Returns:

@@ -16,7 +16,7 @@
 
 #define MAX_VECTORS 16 /* vectors of a head: up to 256 dimensions */
 #define HEADS 4        /* query heads that are computed together, at most */
-#define MOST_QUERIES 32 /* query heads of several rows that share a KV head, at most */
+#define MOST_QUERIES 48 /* query heads of several rows that share a KV head, at most */
 #define FEWEST 6       /* with fewer queries, transposing keys takes longer than it saves */
 
 /* Positions of a block for one KV head; `next` is the same head of the next block. */
@@ -139,7 +139,7 @@ INLINE void gather(const float *p, int64_t p_stride, int64_t vectors, const int 
             }
         }
         for (int j = 0; j < heads; j++)
-            memcpy(acc + (j * all + low) * WIDTH, sums[j], some * sizeof(fvec));
+            for (int64_t d = 0; d < some; d++) *(fvec_at *)(acc + (j * all + low + d) * WIDTH) = sums[j][d];
     }
 }
 
@@ -305,6 +305,11 @@ typedef struct {
     int64_t total, pieces; /* number of keys to read, and of the pieces that it is divided into */
 } Job;
 
+/* Number of keys that rows [number, number + rows) of a span see without a window. */
+INLINE int64_t keys_seen(const Span *span, int64_t number, int64_t rows) {
+    return rows * (span->num_context + number) + rows * (rows + 1) / 2;
+}
+
 /* Number of rows that are computed together. */
 INLINE int64_t chunk_rows(const Heads *h, int64_t left) {
     int64_t group = h->heads / h->kv_heads, rows = group < MOST_QUERIES ? least(MOST_QUERIES / group, left) : 1;
@@ -319,12 +324,12 @@ static void attend_piece(const void *job, int64_t thread, int64_t piece) {
     int64_t low = j->total * piece / j->pieces, high = j->total * (piece + 1) / j->pieces, done = 0;
     for (int64_t s = 0; s < plan->num_spans; s++) {
         const Span *p = &plan->spans[s];
-        int64_t cost = p->num_context + (p->num_new + 1) / 2;
         for (int64_t i = 0, count; i < p->num_new; i += count) {
             count = chunk_rows(j->heads, p->num_new - i);
+            int64_t keys = keys_seen(p, i, count);
             const Span *following = i + count < p->num_new || s + 1 == plan->num_spans ? p : p + 1;
             Chunk chunk = {p, following, i, count, j->heads->kv_heads, 0};
-            for (int64_t kv = 0; kv < j->heads->kv_heads; kv++, done += count * cost) {
+            for (int64_t kv = 0; kv < j->heads->kv_heads; kv++, done += keys) {
                 if (done < low || done >= high) continue;
                 if (kv < chunk.kv_low) chunk.kv_low = kv;
                 chunk.kv_high = kv + 1;
@@ -340,13 +345,11 @@ static void attend_piece(const void *job, int64_t thread, int64_t piece) {
 
 EXPORT void EXPORTED(turret_attend)(const Plan *plan, const Heads *heads) {
     Job job = {plan, heads, 0, plan->num_threads > 1 ? plan->num_threads * PIECES_EACH : 1};
-    for (int64_t s = 0; s < plan->num_spans; s++) {
-        const Span *p = &plan->spans[s];
-        job.total += heads->kv_heads * p->num_new * (p->num_context + (p->num_new + 1) / 2);
-    }
+    for (int64_t s = 0; s < plan->num_spans; s++)
+        job.total += heads->kv_heads * keys_seen(&plan->spans[s], 0, plan->spans[s].num_new);
     Work *work = attend_piece;
 #if HAS_TILES && !defined(ELEMENT_F32)
     if (tiles_attend(heads)) work = attend_packs;
 #endif
-    in_pieces(work, &job, job.pieces, plan->num_threads);
+    in_repeatable_pieces(work, &job, job.pieces, plan->num_threads);
 }

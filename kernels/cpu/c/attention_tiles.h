@@ -259,11 +259,10 @@ static void attend_packs(const void *job, int64_t thread, int64_t piece) {
     tiles_begin(&shapes);
     for (int64_t s = 0; s < plan->num_spans; s++) {
         const Span *span = &plan->spans[s];
-        int64_t cost = span->num_context + (span->num_new + 1) / 2;
         for (int64_t i = 0; i < span->num_new; i += most)
             for (int64_t kv = 0; kv < h->kv_heads; kv++) {
                 int64_t rows = least(span->num_new - i, most), before = done;
-                done += rows * cost;
+                done += keys_seen(span, i, rows);
                 if (before < low || before >= high) continue;
                 for (int64_t head = 0; head < group; head += QUERIES) {
                     Pack pack = {.plan = plan, .h = h, .span = span, .number = i, .rows = rows, .kv = kv,

@@ -94,6 +94,6 @@ EXPORT void turret_dense_product(const bf16 *x, int64_t x_stride, int64_t rows, 
         work = multiply_chunk_of_tiles;
     }
 #endif
-    in_pieces(work, &p, (out_features + CHUNK - 1) / CHUNK, num_threads);
+    in_repeatable_pieces(work, &p, (out_features + CHUNK - 1) / CHUNK, num_threads);
 }
 #endif

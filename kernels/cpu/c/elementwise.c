@@ -101,13 +101,13 @@ static void gated_piece(const void *job, int64_t thread, int64_t piece) {
 EXPORT void EXPORTED(turret_silu_mul)(const element *gate_up, element *out, int64_t rows, int64_t width,
                             int64_t threads) {
     Gated gated = {gate_up, out, width, silu_row};
-    in_pieces(gated_piece, &gated, 2 * rows, rows * width > SMALL ? threads : 1);
+    in_repeatable_pieces(gated_piece, &gated, 2 * rows, rows * width > SMALL ? threads : 1);
 }
 
 EXPORT void EXPORTED(turret_gelu_mul)(const element *gate_up, element *out, int64_t rows, int64_t width,
                             int64_t threads) {
     Gated gated = {gate_up, out, width, gelu_row};
-    in_pieces(gated_piece, &gated, 2 * rows, rows * width > SMALL ? threads : 1);
+    in_repeatable_pieces(gated_piece, &gated, 2 * rows, rows * width > SMALL ? threads : 1);
 }
 
 /* (up + 1) * gate * sigmoid(alpha * gate), with gates capped at the limit and ups clamped to it; gates
@@ -148,7 +148,7 @@ KERNEL static void clamped_piece(const void *job, int64_t thread, int64_t row) {
 EXPORT void EXPORTED(turret_clamped_swiglu)(const element *gate_up, element *out, int64_t rows, int64_t width,
                                   double alpha, double limit, int64_t threads) {
     Clamped clamped = {gate_up, out, width, (float)alpha, (float)limit};
-    in_pieces(clamped_piece, &clamped, rows, rows * width > SMALL ? threads : 1);
+    in_repeatable_pieces(clamped_piece, &clamped, rows, rows * width > SMALL ? threads : 1);
 }
 
 /* Applies rotary positions (arXiv 2104.09864) to the first 2 * pairs features of a head. Pairs are
@@ -213,7 +213,7 @@ EXPORT void EXPORTED(turret_rope_kv_write)(const element *qkv, const float *cos,
                                  int64_t pairs, int64_t is_interleaved, int64_t threads) {
     Rope rope = {qkv, cos, sin, slots, q, k_cache, v_cache,
                  {heads, kv_heads, dim, pairs, is_interleaved}};
-    in_pieces(rope_piece, &rope, rows, rows * heads * dim > SMALL ? threads : 1);
+    in_repeatable_pieces(rope_piece, &rope, rows, rows * heads * dim > SMALL ? threads : 1);
 }
 
 #ifdef ELEMENT_F32

@@ -1,7 +1,9 @@
-/* Packs NF4 codes into the layout that nf4_product.c reads. */
+/* Quantises numbers to NF4 codes, and packs codes into the layout that nf4_product.c reads. */
 #include "team.h"
 #include "vec.h"
 
+#define BLOCK 64 /* numbers that share an absmax */
+#define MIDPOINTS 15
 #define TILE_OUT 32 /* outputs of a tile of codes */
 #define AT_ONCE 128 /* pairs of inputs of a tile whose bytes stay in the cache while they are written */
 
@@ -34,4 +36,44 @@ EXPORT void turret_nf4_pack(const uint8_t *codes, uint8_t *packed, int64_t out_f
                             int64_t in_features, int64_t num_threads) {
     Codes job = {codes, packed, in_features / 2};
     in_pieces(pack_tile, &job, out_features / TILE_OUT, num_threads);
+}
+
+typedef struct {
+    const float *x;
+    const float *midpoints; /* between neighbouring values of NF4 */
+    uint8_t *codes;         /* two a byte, the earlier number in the high bits */
+    float *absmax;
+    int64_t blocks, pieces;
+} Numbers;
+
+/* The code of a number relative to its block's absmax is the number of midpoints below it. NaN gets the last code,
+ * and a block with NaN has the absmax NaN. */
+KERNEL static void quantize_piece(const void *job, int64_t thread, int64_t piece) {
+    const Numbers *n = job;
+    (void)thread;
+    for (int64_t b = n->blocks * piece / n->pieces; b < n->blocks * (piece + 1) / n->pieces; b++) {
+        const float *x = n->x + b * BLOCK;
+        uint32_t magnitudes[BLOCK], top = 0; /* the bits of magnitudes have the order of the numbers */
+        memcpy(magnitudes, x, sizeof magnitudes);
+        for (int i = 0; i < BLOCK; i++) {
+            uint32_t magnitude = magnitudes[i] & 0x7fffffffu;
+            top = magnitude > top ? magnitude : top;
+        }
+        memcpy(n->absmax + b, &top, sizeof top);
+        float absmax = n->absmax[b], scale = 1.0f / (absmax < 1e-38f ? 1e-38f : absmax);
+        for (int i = 0; i < BLOCK; i += LANES) {
+            f32x16 scaled = load_f32(x + i) * scale;
+            i32x16 found = (i32x16){0} + MIDPOINTS;
+            for (int m = 0; m < MIDPOINTS; m++) found += are_at_most(scaled, splat(n->midpoints[m]));
+            uint8_t *codes = n->codes + (b * BLOCK + i) / 2;
+            for (int k = 0; k < LANES / 2; k++) codes[k] = (uint8_t)(found[2 * k] << 4 | found[2 * k + 1]);
+        }
+    }
+}
+
+/* Gives the codes and maxima of bitsandbytes. */
+EXPORT void turret_nf4_quantize(const float *x, const float *midpoints, uint8_t *codes, float *absmax,
+                                int64_t blocks, int64_t num_threads) {
+    Numbers job = {x, midpoints, codes, absmax, blocks, least(blocks, num_threads * PIECES_EACH)};
+    in_pieces(quantize_piece, &job, job.pieces, num_threads);
 }

@@ -194,7 +194,7 @@ EXPORT void NAME(product)(const bf16 *x, int64_t x_stride, int64_t rows, const u
     if (threads > MOST_THREADS) threads = MOST_THREADS;
     for (int64_t t = 0; t < threads; t++) walks[t] = begin_ahead(step, module, t, threads);
     Job job = {&p, walks, tiles, threads * PIECES_EACH < tiles ? threads * PIECES_EACH : tiles};
-    in_pieces(multiply_piece, &job, job.pieces, threads);
+    in_repeatable_pieces(multiply_piece, &job, job.pieces, threads);
     for (int64_t t = 0; t < threads; t++) end_ahead(&walks[t]);
 }
 
@@ -233,7 +233,7 @@ EXPORT void NAME(experts)(const bf16 *x, int64_t x_stride, const int64_t *ends, 
     if (threads > MOST_THREADS) threads = MOST_THREADS;
     Experts job = {x, y, ends, weights, num_experts, x_stride, out_features, in_features, tiles,
                    threads * PIECES_EACH < tiles ? threads * PIECES_EACH : tiles};
-    in_pieces(multiply_share, &job, job.pieces, threads);
+    in_repeatable_pieces(multiply_share, &job, job.pieces, threads);
 }
 
 #ifndef MXFP4
@@ -268,7 +268,7 @@ EXPORT void turret_nf4_slices(const bf16 *x, int64_t rows, const uint8_t *packed
     int64_t tiles = out_features / TILE_OUT, threads = least(least(num_threads, tiles), MOST_THREADS);
     for (int64_t t = 0; t < threads; t++) walks[t] = begin_ahead(step, shape[2], t, threads);
     Slices job = {{&p, walks, tiles, least(threads * PIECES_EACH, tiles)}, shape};
-    in_pieces(multiply_slices, &job, job.job.pieces, threads);
+    in_repeatable_pieces(multiply_slices, &job, job.job.pieces, threads);
     for (int64_t t = 0; t < threads; t++) end_ahead(&walks[t]);
 }
 

@@ -227,7 +227,7 @@ EXPORT int64_t turret_screen(const Screen *screen, const bf16 *x, int64_t x_stri
     for (int64_t r = 0; r < num_rows; r++)
         if (!round_row(screen, x + r * x_stride, pairs + r * screen->in_features / 2, &rows[r])) return -1;
     Job job = {screen, rows, found, low, high, num_rows, tiles};
-    in_pieces(sum_piece, &job, pieces, screen->out_features * screen->in_features > SMALL ? threads : 1);
+    in_repeatable_pieces(sum_piece, &job, pieces, screen->out_features * screen->in_features > SMALL ? threads : 1);
     for (int64_t r = 0; r < num_rows; r++) limits[r] = threshold(&job, pieces, r, slack);
     int64_t count = 0;
     for (int64_t p = 0; p < pieces; p++) {

@@ -46,14 +46,18 @@ static int64_t claim(Share *share, uint64_t number) {
     return -1;
 }
 
-/* Computes pieces until none is left, beginning with the thread's own share. Returns their number. */
+/* Claims the next piece, of the thread's own share if it has one left; returns -1 if there is none. */
+static int64_t claim_any(Share *shares, uint64_t number, int64_t threads, int64_t thread) {
+    int64_t piece = -1;
+    for (int64_t i = 0; i < threads && piece < 0; i++) piece = claim(&shares[(thread + i) % threads], number);
+    return piece;
+}
+
+/* Computes pieces until none is left. Returns their number. */
 static int64_t compute(Share *shares, uint64_t number, int64_t threads, Work *work, const void *job,
                        int64_t thread) {
     int64_t done = 0;
-    for (int64_t i = 0; i < threads; i++) {
-        Share *share = &shares[(thread + i) % threads];
-        for (int64_t piece; (piece = claim(share, number)) >= 0; done++) work(job, thread, piece);
-    }
+    for (int64_t piece; (piece = claim_any(shares, number, threads, thread)) >= 0; done++) work(job, thread, piece);
     return done;
 }
 
@@ -66,8 +70,11 @@ static void in_pieces_openmp(Work *work, const void *job, int64_t pieces, int64_
 
 #ifdef __linux__
 #include <linux/futex.h>
+#include <linux/membarrier.h>
 #include <pthread.h>
 #include <sched.h>
+#include <setjmp.h>
+#include <signal.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -81,8 +88,28 @@ static void in_pieces_openmp(Work *work, const void *job, int64_t pieces, int64_
 #define PUT_ASIDE 400000
 /* How long the processors count as shared after such a pause. */
 #define STAYS_SHARED 200000000
-/* Nanoseconds for which the caller spins until the last pieces are done, before it sleeps. */
+/* Nanoseconds for which the caller spins until the last pieces are done, before it looks for a suspended worker
+ * or sleeps, and for which it then sleeps at most if it can take over a piece. */
 #define SPIN_END 50000
+#define SLEEP_END 500000
+
+/* A worker, and the repeatable piece that it is computing.
+ *
+ * The caller takes a piece from a worker that the system has suspended, and computes it again. The worker must
+ * not go on with the piece when it runs again: the memory that it would write may have another use by then. So
+ * the caller sends it a signal, whose handler leaves the piece. A suspended thread handles its signals before it
+ * does anything else. If it has just been resumed, the system call membarrier interrupts it, and it handles them
+ * then. */
+typedef struct {
+    _Alignas(64) _Atomic uint64_t held; /* like Share.next: the piece and its job; NOTHING or TAKEN */
+    volatile sig_atomic_t can_leave;
+    sigjmp_buf before;
+    pid_t id;
+    clockid_t clock; /* shows the processor time that it has used */
+} Worker;
+
+#define NOTHING 0
+#define TAKEN UINT64_MAX
 
 static struct {
     Share shares[MOST_THREADS];
@@ -92,15 +119,21 @@ static struct {
     _Atomic int64_t pieces, threads;
     _Atomic(Work *) work;
     _Atomic(const void *) job;
+    _Atomic int can_repeat;
+    Worker worker[MOST_THREADS];
+    int leave_signal; /* 0: pieces cannot be taken over */
     _Atomic int64_t shared_until;
     _Atomic int caller_cpu;
     int64_t workers; /* number of worker threads */
     pthread_mutex_t one; /* held during a job: only one runs at a time */
 } team = {.one = PTHREAD_MUTEX_INITIALIZER};
 static _Thread_local int has_own_threads;
+static _Thread_local Worker *own; /* null on threads that are no workers */
 
-static void wait_while(_Atomic uint32_t *word, uint32_t value) {
-    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, 0, 0, 0);
+/* `most`: nanoseconds; 0 for no limit. */
+static void wait_while(_Atomic uint32_t *word, uint32_t value, int64_t most) {
+    struct timespec limit = {0, most};
+    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, most ? &limit : 0, 0, 0);
 }
 
 static void wake(_Atomic uint32_t *word, int count) {
@@ -161,25 +194,100 @@ static void finish(uint32_t pieces) {
         wake(&team.done, 1);
 }
 
+static void leave_piece(int number) {
+    (void)number;
+    if (!own || !own->can_leave || atomic_load(&own->held) != TAKEN) return;
+    own->can_leave = 0;
+    siglongjmp(own->before, 1);
+}
+
+/* Computes a piece that the caller may take over. Returns whether this thread has finished it. */
+static __attribute__((noinline)) int compute_held(uint64_t number, Work *work, const void *job, int64_t thread,
+                                                  int64_t piece) {
+    Worker *const worker = own;
+    const uint64_t mine = number << PIECE_BITS | (uint64_t)piece;
+    atomic_store(&worker->held, mine);
+    if (!sigsetjmp(worker->before, 0)) {
+        worker->can_leave = 1;
+        atomic_signal_fence(memory_order_seq_cst);
+        if (atomic_load(&worker->held) == mine) work(job, thread, piece);
+        atomic_signal_fence(memory_order_seq_cst);
+        worker->can_leave = 0;
+    }
+    return atomic_exchange(&worker->held, NOTHING) != TAKEN;
+}
+
+static int64_t processor_time(const Worker *worker) {
+    struct timespec t = {0};
+    clock_gettime(worker->clock, &t);
+    return t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static int is_suspended(const Worker *worker) {
+    int64_t before = processor_time(worker);
+    for (int i = 0; i < 64; i++) relax();
+    return processor_time(worker) == before;
+}
+
+/* Computes the pieces of suspended workers. Returns their number. */
+static int64_t take_over(uint64_t number, int64_t threads, Work *work, const void *job) {
+    int64_t taken = 0;
+    for (int64_t thread = 1; thread < threads; thread++) {
+        Worker *worker = &team.worker[thread];
+        uint64_t held = atomic_load(&worker->held);
+        if (held == NOTHING || held == TAKEN || held >> PIECE_BITS != number || !is_suspended(worker) ||
+            !atomic_compare_exchange_strong(&worker->held, &held, TAKEN))
+            continue;
+        syscall(SYS_tgkill, getpid(), worker->id, team.leave_signal);
+        syscall(SYS_membarrier, MEMBARRIER_CMD_PRIVATE_EXPEDITED, 0, 0);
+        work(job, 0, PIECE(held));
+        taken++;
+    }
+    return taken;
+}
+
+/* Makes taking over possible, if the system can do it and a real-time signal is free. */
+static void allow_taking_over(void) {
+    if (syscall(SYS_membarrier, MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED, 0, 0)) return;
+    for (int number = SIGRTMAX; number >= SIGRTMIN && !team.leave_signal; number--) {
+        struct sigaction before, leave = {.sa_handler = leave_piece, .sa_flags = SA_NODEFER | SA_RESTART};
+        if (sigaction(number, 0, &before) || before.sa_handler != SIG_DFL) continue;
+        if (!sigaction(number, &leave, 0)) team.leave_signal = number;
+    }
+}
+
 static void *serve(void *argument) {
     int64_t thread = (int64_t)argument;
     uint32_t number = 0;
+    own = &team.worker[thread];
+    own->id = (pid_t)syscall(SYS_gettid);
+    pthread_getcpuclockid(pthread_self(), &own->clock);
+    sigset_t leaving;
+    sigemptyset(&leaving);
+    sigaddset(&leaving, team.leave_signal);
+    pthread_sigmask(SIG_UNBLOCK, &leaving, 0);
     for (;;) {
         if (!spin(&team.number, number, is_shared() ? SPIN_BESIDE : SPIN_ALONE)) {
             atomic_fetch_add(&team.sleepers, 1);
-            while (atomic_load(&team.number) == number) wait_while(&team.number, number);
+            while (atomic_load(&team.number) == number) wait_while(&team.number, number, 0);
             atomic_fetch_sub(&team.sleepers, 1);
         }
         number = atomic_load_explicit(&team.number, memory_order_acquire);
-        /* The next three values may already belong to a later job. If so, no piece can be claimed. */
+        /* The next four values may already belong to a later job. If so, no piece can be claimed. */
         int64_t threads = atomic_load_explicit(&team.threads, memory_order_relaxed);
         Work *work = atomic_load_explicit(&team.work, memory_order_relaxed);
         const void *job = atomic_load_explicit(&team.job, memory_order_relaxed);
         if (thread >= threads) continue;
         int cpu = atomic_load_explicit(&team.caller_cpu, memory_order_relaxed);
         if (sched_getcpu() == cpu) leave(cpu);
-        int64_t done = compute(team.shares, number, threads, work, job, thread);
-        if (done) finish((uint32_t)done);
+        if (atomic_load_explicit(&team.can_repeat, memory_order_relaxed)) {
+            /* Report every piece at once: the caller cannot take over what is finished but not reported. */
+            for (int64_t piece; (piece = claim_any(team.shares, number, threads, thread)) >= 0;)
+                if (compute_held(number, work, job, thread, piece)) finish(1);
+        } else {
+            int64_t done = compute(team.shares, number, threads, work, job, thread);
+            if (done) finish((uint32_t)done);
+        }
     }
     return 0;
 }
@@ -194,6 +302,7 @@ static void after_fork(void) {
 static int64_t start_workers(int64_t count) {
     static int is_watching;
     if (!is_watching) is_watching = !pthread_atfork(0, 0, after_fork);
+    if (!team.workers) allow_taking_over();
     while (team.workers < count) {
         pthread_t thread;
         pthread_attr_t attributes;
@@ -207,7 +316,7 @@ static int64_t start_workers(int64_t count) {
     return team.workers;
 }
 
-static void in_pieces_own(Work *work, const void *job, int64_t pieces, int64_t threads) {
+static void in_pieces_own(Work *work, const void *job, int64_t pieces, int64_t threads, int can_repeat) {
     threads = least(threads, start_workers(threads - 1) + 1);
     uint32_t number = atomic_load_explicit(&team.number, memory_order_relaxed) + 1;
     atomic_store_explicit(&team.done, 0, memory_order_relaxed);
@@ -215,6 +324,8 @@ static void in_pieces_own(Work *work, const void *job, int64_t pieces, int64_t t
     atomic_store_explicit(&team.threads, threads, memory_order_relaxed);
     atomic_store_explicit(&team.work, work, memory_order_relaxed);
     atomic_store_explicit(&team.job, job, memory_order_relaxed);
+    can_repeat = can_repeat && team.leave_signal;
+    atomic_store_explicit(&team.can_repeat, can_repeat, memory_order_relaxed);
     atomic_store_explicit(&team.caller_cpu, sched_getcpu(), memory_order_relaxed);
     deal(team.shares, number, pieces, threads);
     atomic_store(&team.number, number);
@@ -223,8 +334,13 @@ static void in_pieces_own(Work *work, const void *job, int64_t pieces, int64_t t
     finish((uint32_t)compute(team.shares, number, threads, work, job, 0));
     for (uint32_t done; (done = atomic_load(&team.done)) != (uint32_t)pieces;) {
         if (spin(&team.done, done, SPIN_END)) continue;
+        int64_t taken = can_repeat ? take_over(number, threads, work, job) : 0;
+        if (taken) {
+            finish((uint32_t)taken);
+            continue;
+        }
         atomic_store(&team.is_caller_asleep, 1);
-        if ((done = atomic_load(&team.done)) != (uint32_t)pieces) wait_while(&team.done, done);
+        if ((done = atomic_load(&team.done)) != (uint32_t)pieces) wait_while(&team.done, done, can_repeat ? SLEEP_END : 0);
         atomic_store(&team.is_caller_asleep, 0);
     }
 }
@@ -232,14 +348,14 @@ static void in_pieces_own(Work *work, const void *job, int64_t pieces, int64_t t
 /* Sets whether the library's own threads compute the calling thread's kernels from now on. */
 EXPORT void turret_own_threads(int64_t are_wanted) { has_own_threads = are_wanted != 0; }
 
-void in_pieces(Work *work, const void *job, int64_t pieces, int64_t threads) {
+static void divide(Work *work, const void *job, int64_t pieces, int64_t threads, int can_repeat) {
     threads = least(least(threads, pieces), MOST_THREADS);
     if (threads <= 1) {
         for (int64_t piece = 0; piece < pieces; piece++) work(job, 0, piece);
     } else if (!has_own_threads) {
         in_pieces_openmp(work, job, pieces, threads);
     } else if (pthread_mutex_trylock(&team.one) == 0) {
-        in_pieces_own(work, job, pieces, threads);
+        in_pieces_own(work, job, pieces, threads, can_repeat);
         pthread_mutex_unlock(&team.one);
     } else { /* another thread's job is running */
         for (int64_t piece = 0; piece < pieces; piece++) work(job, 0, piece);
@@ -248,7 +364,8 @@ void in_pieces(Work *work, const void *job, int64_t pieces, int64_t threads) {
 #else
 EXPORT void turret_own_threads(int64_t are_wanted) { (void)are_wanted; }
 
-void in_pieces(Work *work, const void *job, int64_t pieces, int64_t threads) {
+static void divide(Work *work, const void *job, int64_t pieces, int64_t threads, int can_repeat) {
+    (void)can_repeat;
     threads = least(least(threads, pieces), MOST_THREADS);
     if (threads <= 1)
         for (int64_t piece = 0; piece < pieces; piece++) work(job, 0, piece);
@@ -256,3 +373,11 @@ void in_pieces(Work *work, const void *job, int64_t pieces, int64_t threads) {
         in_pieces_openmp(work, job, pieces, threads);
 }
 #endif
+
+void in_pieces(Work *work, const void *job, int64_t pieces, int64_t threads) {
+    divide(work, job, pieces, threads, 0);
+}
+
+void in_repeatable_pieces(Work *work, const void *job, int64_t pieces, int64_t threads) {
+    divide(work, job, pieces, threads, 1);
+}

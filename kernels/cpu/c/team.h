@@ -2,8 +2,8 @@
  *
  * Work is divided into pieces, which the threads claim. A thread claims its own share first, so that it
  * reads the same weights in every call, and then pieces that others have not begun. If the system suspends
- * a thread, only the piece that it was computing is delayed. Results do not depend on which thread computes
- * a piece.
+ * a thread, only the piece that it was computing is delayed, or computed again by the caller if it is repeatable.
+ * Results do not depend on which thread computes a piece.
  */
 #ifndef TURRET_TEAM_H
 #define TURRET_TEAM_H
@@ -23,5 +23,9 @@ typedef void Work(const void *job, int64_t thread, int64_t piece);
 /* Calls work(job, thread, piece) for every piece below `pieces`, and returns when all are done. All threads
  * see the caller's earlier writes, and the caller sees their writes afterwards. */
 void in_pieces(Work *work, const void *job, int64_t pieces, int64_t threads);
+
+/* The same for pieces that may be stopped anywhere and computed again by another thread. Such a piece does not
+ * change what it reads, and calls nothing that must not be left. */
+void in_repeatable_pieces(Work *work, const void *job, int64_t pieces, int64_t threads);
 
 #endif

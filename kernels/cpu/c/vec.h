@@ -221,9 +221,14 @@ INLINE void transpose(fvec v[WIDTH]) {
 #undef EXCHANGE
 }
 
+/* The larger of each two lanes; b if one is NaN. */
 INLINE f32x16 max_vec(f32x16 a, f32x16 b) {
+#if WIDTH == 16 /* GCC 12 does not find this instruction */
+    return (f32x16)_mm512_max_ps((__m512)a, (__m512)b);
+#else
     i32x16 larger = are_less(b, a);
     return (f32x16)((larger & (i32x16)a) | (~larger & (i32x16)b));
+#endif
 }
 
 /* e^x, relative error under 2 ulp for x in [-87, 88]; smaller x give 0, larger ones e^88. Cody and

@@ -25,7 +25,7 @@ from typing import BinaryIO, Self
 
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
 from turret.server.adapters.checkpoint.adapter_checkpoint import Findings
-from turret.server.basics.names import HUB_SCHEME, HubId, closest
+from turret.server.basics.names import closest
 from turret.server.basics.work import is_out_of_memory
 from turret.server.errors import AdapterCheckpointError, StorageFailedError
 from turret.server.words import Text, say
@@ -256,9 +256,8 @@ class AdapterRoot:
         pure = PurePosixPath(path)
         if pure.is_absolute() or ".." in pure.parts:
             raise refuse(shown, say("PATH_OUTSIDE_ROOT"))
-        on_hub = f"{HUB_SCHEME}{path}" if HubId.find(path) else None
         if self._root is None:
-            raise refuse(shown, say("NO_ADAPTER_ROOT", closest=on_hub))
+            raise refuse(shown, say("NO_ADAPTER_ROOT"))
         try:
             descriptor, parts = self.walk([], str(pure), _DIRECTORY, shown)
         except NotADirectoryError:
@@ -269,7 +268,7 @@ class AdapterRoot:
                 raise refuse(shown, _cannot_be_read(error)) from None
             if shown != path:
                 raise refuse(shown, say("MISSING_FILE")) from None
-            near = _closest_path(self._root, pure) or on_hub
+            near = _closest_path(self._root, pure)
             raise refuse(shown, say("NO_SUCH_PATH", root=self._root, closest=near)) from None
         return AdapterDirectory(self, descriptor, parts, shown)
 

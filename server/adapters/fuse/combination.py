@@ -134,7 +134,7 @@ class Combination:
         for field in ("energy", "density"):
             share = getattr(self, field)
             if share is not None and not 0.0 < share <= 1.0:
-                found.append((field, invalid(share, "above 0 and at most 1")))
+                found.append((field, invalid(share, "greater than 0 and at most 1")))
         if self.majority_sign_method not in (None, *SIGN_METHODS):
             why = invalid(self.majority_sign_method, f"one of {', '.join(SIGN_METHODS)}")
             found.append(("majority_sign_method", why))

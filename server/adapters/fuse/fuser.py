@@ -97,8 +97,8 @@ def check_operators(members: Sequence[FusionMember], combination: Combination) -
             found.append(_unfit(index, adapter, why))
         elif not combination.is_on_updates and (extra := beyond_low_rank(operators, Bias)):
             why = (
-                f"{combination.name} combines only low-rank factors, not its"
-                f" {' and '.join(extra)}; use a combination with svd"
+                f"{combination.name} cannot include its {' and '.join(extra)}; use a combination"
+                " with svd"
             )
             found.append(_unfit(index, adapter, why))
     refuse_all(found)

@@ -11,13 +11,13 @@ from turret.server.adapters.lowering.lowered import Lowered, finish
 from turret.server.adapters.lowering.pieces import Assembly, Piece
 from turret.server.adapters.lowering.start import Start
 from turret.server.adapters.peft_format.linear_format import LinearFormat
-from turret.server.adapters.peft_format.reading import Format, Module, Reading
+from turret.server.adapters.peft_format.reading import FileFormat, Module, Reading
 
 Pieces = Piece | Iterable[Piece]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method(Format):
+class Method(FileFormat):
     """An adapter method whose tensors are not those of linear modules.
 
     A file in ``methods/`` binds one, or a ``LinearMethod``, to the name ``METHOD``.

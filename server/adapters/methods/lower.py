@@ -119,7 +119,7 @@ def _check_dense(checkpoint: AdapterCheckpoint, base: BaseModel, max_bytes: int 
     kind = str(checkpoint.config.get("peft_type")).upper()
     facts = {"path": checkpoint.path, "method": kind, "bytes": needed}
     if max_bytes:
-        raise BudgetExceededError(say("DENSE_OVER_BUDGET", **facts, host_bytes=max_bytes))
+        raise BudgetExceededError(say("OVER_HOST_MEMORY", **facts, host_bytes=max_bytes))
     raise BudgetExceededError(say("DENSE_NOT_ALLOWED", **facts, flag="--allow-dense-adapters"))
 
 

@@ -26,7 +26,7 @@ from turret.server.adapters.peft_format.config_rules import (
     is_rank,
     optional,
 )
-from turret.server.adapters.peft_format.reading import Base, Format, Reading
+from turret.server.adapters.peft_format.reading import Base, FileFormat, Reading
 from turret.server.words import say
 
 _SIZES: Rules = {
@@ -52,7 +52,7 @@ def _plain(tensors: Mapping[str, torch.Tensor], task: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SoftTokens(Format):
+class SoftTokens(FileFormat):
     """A method that learns embeddings, ``[num_virtual_tokens, hidden]``.
 
     Attributes:

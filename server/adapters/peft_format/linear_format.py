@@ -29,7 +29,7 @@ from turret.server.adapters.peft_format.config_rules import (
     is_rank,
     optional,
 )
-from turret.server.adapters.peft_format.reading import Base, Format, Module, Reading, Tensors
+from turret.server.adapters.peft_format.reading import Base, FileFormat, Module, Reading, TensorMap
 from turret.server.adapters.peft_format.refusals import (
     causes_of_mismatch,
     check_rank,
@@ -187,17 +187,17 @@ class Tensor:
 
 
 # A shape, a function that returns it for a module, or a full declaration.
-Declared = Shape | Tensor | Callable[[Any], Shape | None]
+DeclaredShape = Shape | Tensor | Callable[[Any], Shape | None]
 
 
-def tensor(declared: Declared) -> Tensor:
+def tensor(declared: DeclaredShape) -> Tensor:
     """A declaration as a ``Tensor``."""
     if isinstance(declared, Tensor):
         return declared
     return Tensor((), choose=declared) if callable(declared) else Tensor((declared,))
 
 
-def when(condition: If, shape: Declared) -> Tensor:
+def when(condition: If, shape: DeclaredShape) -> Tensor:
     """A tensor that exists only under a condition."""
     return replace(tensor(shape), condition=condition)
 
@@ -218,7 +218,7 @@ ANY = Tensor(())
 UNREAD = Tensor((), is_optional=True)
 
 
-def optionally(shape: Declared) -> Tensor:
+def optionally(shape: DeclaredShape) -> Tensor:
     """A tensor that may be missing."""
     return replace(tensor(shape), is_optional=True)
 
@@ -243,7 +243,7 @@ PATTERNS: Mapping[str, Check] = {
     "alpha_pattern": is_alpha_pattern,
 }
 # Maps the full names of tensors that modules share to their shapes.
-Shared = Mapping[str, Declared]
+Shared = Mapping[str, DeclaredShape]
 
 
 def _configured(module: Module) -> int:
@@ -251,7 +251,7 @@ def _configured(module: Module) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearFormat(Format):
+class LinearFormat(FileFormat):
     """The checkpoint format of a method.
 
     Attributes:
@@ -274,7 +274,7 @@ class LinearFormat(Format):
         check_all: Checks all modules together, once each of them is valid.
     """
 
-    tensors: Mapping[str, Declared]
+    tensors: Mapping[str, DeclaredShape]
     rank: str | None = "r"
     rank_name: str = "rank"
     rank_of: Callable[[Module], int] = _configured
@@ -505,7 +505,7 @@ class LinearFormat(Format):
         return None if findings.fields & keys else targets
 
     def _check_targets(
-        self, targets: Targets, adapted: Mapping[str, Tensors], base: Base, findings: Findings
+        self, targets: Targets, adapted: Mapping[str, TensorMap], base: Base, findings: Findings
     ) -> None:
         for name in sorted(targets.targeted & base.other_modules):
             findings.add("target_modules", say("NOT_ADAPTABLE", module=name, method=self.name))
@@ -519,7 +519,7 @@ class LinearFormat(Format):
                 first = next(iter(self.tensors))
                 findings.add(f"{name}.{first}", say("MISSING_TENSOR", by="target_modules"))
 
-    def _check_biases(self, reading: Reading, found: Mapping[str, Tensors]) -> None:
+    def _check_biases(self, reading: Reading, found: Mapping[str, TensorMap]) -> None:
         """Checks the ``bias`` key against the biases in the file."""
         if not self.bias:
             return

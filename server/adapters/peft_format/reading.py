@@ -60,7 +60,7 @@ def dora_gain(
 
 T = TypeVar("T")
 Base = BaseModel | BaseSizes
-Tensors = Mapping[str, Any]
+TensorMap = Mapping[str, Any]
 
 
 def _nothing() -> None:
@@ -173,7 +173,7 @@ class Module:
         reading: The whole adapter.
     """
 
-    def __init__(self, name: str, rank: int, tensors: Tensors, reading: Reading) -> None:
+    def __init__(self, name: str, rank: int, tensors: TensorMap, reading: Reading) -> None:
         size = reading.base.modules[name]
         self.name, self.rank, self.tensors = name, rank, tensors
         self.reading: Reading = weakref.proxy(reading)
@@ -222,7 +222,7 @@ class Module:
         return self.reading.targets.scaling(self.name)
 
     @property
-    def shared(self) -> Tensors:
+    def shared(self) -> TensorMap:
         """Tensors that all modules share, by full name."""
         return self.reading.shared
 
@@ -282,7 +282,7 @@ Prepare = Callable[[AdapterCheckpoint, Base, Findings], AdapterCheckpoint]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Format(MethodKeys, ABC):
+class FileFormat(MethodKeys, ABC):
     """The form of a method's checkpoints.
 
     Attributes:

@@ -65,7 +65,7 @@ _BY_NAME = {
     f"base_model.{HEAD}.weight": (HEAD, WHOLE),
 }
 # Maps a role to (name in the file, tensor).
-Found = dict[str, tuple[str, "torch.Tensor"]]
+FoundTensors = dict[str, tuple[str, "torch.Tensor"]]
 
 # PEFT with ``save_embedding_layers``, which a resized vocabulary sets, also saves the content of
 # its wrappers. This maps those additional names to the usual ones.
@@ -113,7 +113,7 @@ class VocabularyPart:
         is_cut: Whether tokens beyond the base's were removed.
     """
 
-    found: dict[str, Found]
+    found: dict[str, FoundTensors]
     rest: dict[str, torch.Tensor]
     ids: dict[str, list[int]] | None
     saved: set[str]
@@ -123,7 +123,7 @@ class VocabularyPart:
     def of(
         cls, checkpoint: AdapterCheckpoint, base: BaseModel, findings: Findings
     ) -> VocabularyPart:
-        found: dict[str, Found] = {EMBEDDING: {}, HEAD: {}}
+        found: dict[str, FoundTensors] = {EMBEDDING: {}, HEAD: {}}
         rest = {}
         for name, tensor in without_wrappers(checkpoint.tensors, findings).items():
             module, role = _BY_NAME.get(name, (None, None))
@@ -374,7 +374,7 @@ def _whole_matrices(
     return matrices
 
 
-def _check_alone(module: str, found: Found, findings: Findings) -> None:
+def _check_alone(module: str, found: FoundTensors, findings: Findings) -> None:
     for role in (ROWS, *LOW_RANK):
         if role in found:
             name = found[role][0]
@@ -393,7 +393,7 @@ def _check_unchanged(
 
 
 def _low_rank(
-    config: Mapping[str, Any], found: Found, base: BaseModel, findings: Findings
+    config: Mapping[str, Any], found: FoundTensors, base: BaseModel, findings: Findings
 ) -> tuple[EmbeddingLowRank | None, dict[str, Any]]:
     """LoRA on the embedding, and changes to the config that the method reads.
 

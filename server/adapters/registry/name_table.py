@@ -260,7 +260,7 @@ class NameTable:
             if name in self._by_name:
                 return self._by_name[name]
             if name in self._aliases:
-                raise AdapterNotFoundError(say("IS_ALIAS", adapters=name))
+                raise AdapterNotFoundError(say("IS_ALIAS", alias=name))
             names = itertools.chain(self._aliases, self._by_name)
             shown = itertools.filterfalse(is_private, names)
             compared = list(itertools.islice(shown, _MOST_COMPARED if suggests else 0))
@@ -475,7 +475,7 @@ class NameTable:
             alias = self._aliases.get(name)
             if alias is not None and ref.draw is not None:
                 if generation is not None:
-                    raise AdapterNotFoundError(say("ALIAS_GENERATION", adapters=name))
+                    raise AdapterNotFoundError(say("ALIAS_GENERATION", alias=name))
                 target = alias.pick(ref.draw)
                 name, generation = target.name, target.generation
             registration = self.find(name, suggests=suggests)

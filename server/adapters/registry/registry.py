@@ -512,7 +512,7 @@ class AdapterRegistry:
         """
         with self._changing_alias(name):
             if self._table.alias(name) is None:
-                raise AdapterNotFoundError(say("NOT_AN_ALIAS", adapters=name))
+                raise AdapterNotFoundError(say("NOT_AN_ALIAS", alias=name))
             self._state.remove_alias(name)
             self._take_alias(name)
 

@@ -53,9 +53,15 @@ _FACTS = "checkpoint.json"
 _INCOMING = "incoming"
 # Marks the directory of a checkpoint that is being replaced. Names cannot contain this character.
 _REPLACED = "~"
-_RUN = re.compile(r"[0-9a-f]{32}:train:[0-9]{1,9}")
+_RUN = re.compile(r"[0-9a-f]{32}:train:[0-9]{1,10}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHOWN_CHARS = 200
+_STARTED = time.time() - time.monotonic()
+
+
+def unix_time() -> float:
+    """The Unix time. Once the process runs, setting the wall clock does not change it."""
+    return _STARTED + time.monotonic()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +87,7 @@ class Checkpoint:
     owner: str
     base: str
     config: LearnerConfig
-    time: float = field(default_factory=time.time)
+    time: float = field(default_factory=unix_time)
     expires: float | None = None
     size: int = 0
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -93,7 +99,7 @@ class Checkpoint:
 
     @property
     def is_expired(self) -> bool:
-        return self.expires is not None and self.expires <= time.time()
+        return self.expires is not None and self.expires <= unix_time()
 
 
 _CHECKPOINT = TypeAdapter(Checkpoint)
@@ -165,14 +171,18 @@ class Checkpoints:
         with reporting_disk_faults():
             return shutil.disk_usage(self._folder).free
 
-    def find(self, owner: str, path: str) -> Checkpoint:
+    def find(self, owner: str | None, path: str) -> Checkpoint:
         """The checkpoint with this path.
+
+        Args:
+            owner: The client; None if it has proved that it may see the checkpoint.
+            path: The path.
 
         Raises:
             TrainingNotFoundError: The checkpoint does not exist, or belongs to another client.
         """
         found = self._all.get(path)
-        if found is None or found.owner != owner or found.is_expired:
+        if found is None or owner not in (None, found.owner) or found.is_expired:
             raise not_found(path)
         return found
 

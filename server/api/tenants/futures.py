@@ -115,9 +115,6 @@ class Futures:
         self._bytes: Counter[str] = Counter()
         self._count: Counter[str] = Counter()
 
-    def __len__(self) -> int:
-        return len(self._all)
-
     def find(self, owner: str, request_id: str) -> Future | None:
         """A future of an owner; None if it does not exist or its result was dropped."""
         found = self._all.get(request_id)

@@ -42,7 +42,7 @@ class AskedPass:
 
 
 class Refused(Exception):
-    """The value that was being checked is invalid, and noted as a violation."""
+    """Raised when a value is invalid, after the violation has been recorded."""
 
 
 class DatumReader:

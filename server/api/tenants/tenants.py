@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -51,7 +51,7 @@ _SHOWN_CHARS = 80
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Model:
+class TenantModel:
     """An adapter in training.
 
     Attributes:
@@ -93,7 +93,7 @@ class Model:
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Sampler:
+class SavedSampler:
     """Weights to sample from.
 
     Attributes:
@@ -139,8 +139,8 @@ class Session:
     lasts: float | None = None
     is_numbered: bool = True
     seen: float = field(default_factory=time.monotonic)
-    models: dict[str, Model] = field(default_factory=dict)
-    samplers: dict[str, Sampler] = field(default_factory=dict)
+    models: dict[str, TenantModel] = field(default_factory=dict)
+    samplers: dict[str, SavedSampler] = field(default_factory=dict)
 
 
 def unknown_model(model_id: str) -> TrainingNotFoundError:
@@ -162,7 +162,6 @@ class Sessions:
         self._futures = futures
         self._all: dict[str, Session] = {}
         self._waiting_bytes: Counter[str] = Counter()
-        self._arriving: Counter[str] = Counter()
         # Models that are being dropped, and names of adapters that are being unregistered.
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -200,7 +199,7 @@ class Sessions:
         session.seen = time.monotonic()
         return session
 
-    def models(self, owner: str, *, is_numbered: bool | None = None) -> list[Model]:
+    def models(self, owner: str, *, is_numbered: bool | None = None) -> list[TenantModel]:
         """All models of an owner, or those of one kind of sessions (see ``Session``)."""
         return [
             model
@@ -209,30 +208,19 @@ class Sessions:
             if model.owner == owner and is_numbered in (None, session.is_numbered)
         ]
 
-    def of(self, model: Model) -> Session:
+    def of(self, model: TenantModel) -> Session:
         """The session of a model that was just found."""
         return self._all[model.model_id.partition(":")[0]]
 
     @property
     def bytes_by_owner(self) -> Counter[str]:
-        """The size of each owner's sampler files, including those that are being written."""
-        found = self._arriving.copy()
+        """The size of each owner's sampler files."""
+        found: Counter[str] = Counter()
         for session in self._all.values():
             found[session.owner] += sum(each.size for each in session.samplers.values())
         return found
 
-    @contextmanager
-    def arriving(self, owner: str, size: int) -> Iterator[None]:
-        """Count the files of a sampler that is written while the block runs."""
-        self._arriving[owner] += size
-        try:
-            yield
-        finally:
-            self._arriving[owner] -= size
-            if not self._arriving[owner]:
-                del self._arriving[owner]
-
-    def model(self, owner: str, model_id: str, *, is_numbered: bool = True) -> Model:
+    def model(self, owner: str, model_id: str, *, is_numbered: bool = True) -> TenantModel:
         """A model, whose use counts as a sign of life.
 
         Args:
@@ -253,7 +241,7 @@ class Sessions:
         model.used = time.time()
         return model
 
-    def sampler(self, owner: str, sampler_id: str) -> Sampler:
+    def sampler(self, owner: str, sampler_id: str) -> SavedSampler:
         """A sampler, whose use counts as a sign of life.
 
         Raises:
@@ -269,7 +257,7 @@ class Sessions:
 
     def add_model(
         self, session: Session, number: int, config: LearnerConfig, metadata: dict[str, str]
-    ) -> Model:
+    ) -> TenantModel:
         """A new model; ``number`` identifies it within the session.
 
         Raises:
@@ -279,11 +267,13 @@ class Sessions:
         self._check_limit(owner, MAX_MODELS, "models in training", self.models(owner))
         model_id = f"{session.session_id}:train:{number}"
         log = CommandLog(self._futures, self._waiting_bytes)
-        model = Model(model_id=model_id, owner=owner, config=config, metadata=metadata, log=log)
+        model = TenantModel(
+            model_id=model_id, owner=owner, config=config, metadata=metadata, log=log
+        )
         session.models[model_id] = model
         return model
 
-    def add_sampler(self, session: Session, sampler: Sampler) -> None:
+    def add_sampler(self, session: Session, sampler: SavedSampler) -> None:
         """Add a sampler; if there are too many, close the least recently used one.
 
         A sampler that had the same id ends.
@@ -313,7 +303,7 @@ class Sessions:
         del session.samplers[oldest.sampler_id]
         self._withdraw(oldest)
 
-    def drop_model(self, model: Model) -> None:
+    def drop_model(self, model: TenantModel) -> None:
         """Forget a model. A running pass ends early, and any other running command completes."""
         session = self._all.get(model.model_id.partition(":")[0])
         if session is not None:
@@ -345,12 +335,12 @@ class Sessions:
             await asyncio.wait(self._ending)
 
     def _check_limit(
-        self, owner: str, most: int, what: str, found: Sequence[Session] | Sequence[Model]
+        self, owner: str, most: int, what: str, found: Sequence[Session] | Sequence[TenantModel]
     ) -> None:
         if sum(each.owner == owner for each in found) >= most:
             raise QueueFullError(say("TRAINING_LIMIT_REACHED", most=most, what=what))
 
-    async def _drop(self, model: Model) -> None:
+    async def _drop(self, model: TenantModel) -> None:
         model.log.abandon()
         # Drop the adapter now: this ends a running pass, which could take hours.
         await self._drop_learner(model)
@@ -360,11 +350,13 @@ class Sessions:
         if model.inflight and self._gate.is_open:
             await self.training().withdraw(model.inflight)
 
-    async def _drop_learner(self, model: Model) -> None:
-        if model.learner is not None and self._gate.is_open:
-            await self.training().drop(model.learner)
+    async def _drop_learner(self, model: TenantModel) -> None:
+        # A command that is still running finds no adapter from now on.
+        learner, model.learner = model.learner, None
+        if learner is not None and self._gate.is_open:
+            await self.training().drop(learner)
 
-    def _withdraw(self, sampler: Sampler) -> None:
+    def _withdraw(self, sampler: SavedSampler) -> None:
         if sampler.is_own and self._gate.is_open:
             self._later(self._withdrawn(sampler.adapter))
 
@@ -414,6 +406,7 @@ class Tenants:
         self._checkpoints: Checkpoints | None = None
         # Messages with sequences are read one at a time, because each takes memory and a lock.
         self._reading = FairPool(ThreadPoolExecutor(1, "turret-pass"))
+        self._writing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._sweeper: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -459,23 +452,27 @@ class Tenants:
         """
         return self.gate.enter().model_info
 
-    def check_disk(self, owner: str) -> None:
-        """Check that a client may write another checkpoint or sampler.
+    @contextlib.asynccontextmanager
+    async def writing(self, owner: str) -> AsyncIterator[None]:
+        """Let a client write a checkpoint or a sampler within the block.
 
-        All clients together may use half of the disk space that would be free without their files,
-        and one token half of that. Files that a client is still writing, one set per model, do not
-        count yet.
+        A client's files are written one after another. So its share counts all of them, and it
+        takes only one of the threads that write files.
 
         Raises:
-            InvalidRequestError: The client has used its share.
+            InvalidRequestError: The client has used its share of the disk.
         """
-        used = self.checkpoints.bytes_by_owner + self.sessions.bytes_by_owner
-        all_used = used.total()
-        most = (self.checkpoints.bytes_free + all_used) // 2
-        share = most // 2 if owner else most
-        if used[owner] >= share or all_used >= most:
-            text = say("TRAINING_DISK_FULL", used=used[owner], most=share)
-            raise InvalidRequestError.of("path", text)
+        async with self._writing[owner]:
+            # All clients together may use half of the disk space that would be free without their
+            # files, and one token half of that.
+            used = self.checkpoints.bytes_by_owner + self.sessions.bytes_by_owner
+            all_used = used.total()
+            most = (self.checkpoints.bytes_free + all_used) // 2
+            share = most // 2 if owner else most
+            if used[owner] >= share or all_used >= most:
+                text = say("TRAINING_DISK_FULL", used=used[owner], most=share)
+                raise InvalidRequestError.of("path", text)
+            yield
 
     async def read(self, tenant: bytes, read: Callable[[], _T]) -> _T:
         """The result of reading a message, which may take long, off the event loop."""
@@ -485,7 +482,7 @@ class Tenants:
 
     async def save(
         self,
-        model: Model,
+        model: TenantModel,
         kind: str,
         name: str,
         *,
@@ -499,7 +496,6 @@ class Tenants:
             InvalidRequestError: The name is invalid or taken, or the client has too many.
         """
         training = self.sessions.training()
-        self.check_disk(model.owner)
 
         async def write(folder: Path) -> None:
             await training.save(model.number, folder, with_optimizer=kind == "weights")
@@ -515,9 +511,10 @@ class Tenants:
         )
         if ttl_seconds is not None:
             draft = replace(draft, expires=draft.time + ttl_seconds)
-        return await self.checkpoints.save(draft, write, overwrite=overwrite)
+        async with self.writing(model.owner):
+            return await self.checkpoints.save(draft, write, overwrite=overwrite)
 
-    async def load(self, model: Model, path: str, *, with_optimizer: bool) -> Checkpoint:
+    async def load(self, model: TenantModel, path: str, *, with_optimizer: bool) -> Checkpoint:
         """Continue a model from a checkpoint.
 
         Raises:
@@ -535,11 +532,11 @@ class Tenants:
         await training.load(model.number, folder, with_optimizer=with_optimizer)
         return checkpoint
 
-    async def publish(self, model: Model) -> Published:
+    async def publish(self, model: TenantModel) -> Published:
         """Register the present weights as the next generation of ``model.inflight``."""
-        self.check_disk(model.owner)
-        model.inflight = model.adapter
-        return await self.sessions.training().publish(model.number, model.inflight)
+        async with self.writing(model.owner):
+            model.inflight = model.adapter
+            return await self.sessions.training().publish(model.number, model.inflight)
 
     async def _sweep(self) -> None:
         while True:

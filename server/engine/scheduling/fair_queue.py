@@ -186,14 +186,10 @@ class FairQueue(Generic[T]):
             self._forget(item.group)
 
     def charge(self, group: Hashable, num_tokens: int) -> None:
-        """Record tokens computed for a busy group."""
+        """Record tokens computed for a busy group; right after it, a negative number undoes it."""
         if group in self._served:
             self._served[group] += num_tokens
             self._fair_share += num_tokens / len(self._served)
-
-    def refund(self, group: Hashable, num_tokens: int) -> None:
-        """Take back a charge, right after it, for tokens that were not computed after all."""
-        self.charge(group, -num_tokens)
 
     def _count(self, item: T, change: int) -> None:
         self._length += change

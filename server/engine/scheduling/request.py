@@ -144,7 +144,7 @@ class StopConditions:
         most = self.max_tokens
         if most is not None:
             _check_least("stop.max_tokens", most, 1)
-        least, other = self.min_tokens, "stop.max_tokens"
+        least, other = self.min_tokens, "max_tokens"
         _check_least("stop.min_tokens", least, 0)
         is_within = most is None or least <= most
         _check(is_within, "stop.min_tokens", "EXCEEDS_FIELD", other=other, most=most, value=least)
@@ -176,7 +176,7 @@ class ResponseOptions:
     def __post_init__(self) -> None:
         _check_range("options.top_n", self.top_n, 0, MAX_TOP_N)
         has_logprobs = self.top_n == 0 or self.logprobs
-        _check(has_logprobs, "options.top_n", "NEEDS_FIELD", other="options.logprobs")
+        _check(has_logprobs, "options.top_n", "NEEDS_FIELD", other="logprobs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,7 +218,7 @@ class Request:
             "answer_so_far",
             "ANSWER_COMPLETE",
             found=so_far,
-            other="stop.max_tokens",
+            other="max_tokens",
             most=most,
         )
         _check(

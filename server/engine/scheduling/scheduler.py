@@ -230,6 +230,7 @@ class Scheduler:
 
     Attributes:
         base_generation: Counts the base weights; part of every KV key. Set by ``change_base``.
+        max_num_seqs: See below.
         is_draining: While True, running sequences (including preempted ones) run to their end and
             no others are admitted.
 
@@ -276,7 +277,7 @@ class Scheduler:
         self._attention_span = attention_span
         # The rows that prompts may still take in a step, if none of them had a context.
         self._room = math.inf
-        self._max_num_seqs = max_num_seqs
+        self.max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         # Both limits drop below their maximum after a step that ran out of memory (see
         # ``abandon``).
@@ -287,11 +288,6 @@ class Scheduler:
         self._preempt_after_seconds = preempt_after_seconds
         # The sequence that was next in the last step but did not fit.
         self._blocked: Sequence | None = None
-
-    @property
-    def max_num_seqs(self) -> int:
-        """The most sequences that may run at once."""
-        return self._max_num_seqs
 
     @property
     def has_work(self) -> bool:
@@ -422,8 +418,13 @@ class Scheduler:
             step: The step as it was scheduled.
             seconds: The time of the step; the cost of rows is learned from steps that only decode.
         """
-        if self._cost is not None and seconds is not None:
-            self._learn(self._cost, step, seconds)
+        # A sequence with a first pass computes two rows per token, which distorts a row's cost.
+        if (
+            self._cost is not None
+            and seconds is not None
+            and all(i.num_new == 1 and i.sequence.first_pass is None for i in step.scheduled)
+        ):
+            self._cost.took(sum(item.num_rows for item in step.scheduled), seconds)
         for item in step.scheduled:
             self._held.computed(item.sequence, item.num_new)
 
@@ -456,17 +457,17 @@ class Scheduler:
         for item in step.scheduled:
             self._drafts.take_back(item.sequence)
             # Refund before preempting: the same groups must be busy as when they were charged.
-            self.waiting.refund(item.sequence.group, item.num_new)
+            self.waiting.charge(item.sequence.group, -item.num_new)
         sequences = [item.sequence for item in step.scheduled]
         tokens = sum(item.num_new for item in step.scheduled)
         victims = set[Sequence]()
         if is_too_large:
-            is_least = len(sequences) == 1 and tokens <= self._max_num_seqs
+            is_least = len(sequences) == 1 and tokens <= self.max_num_seqs
             if is_least and not step.scheduled[0].draft:
                 return None
             self._drafts.is_paused = True
             # Keep enough tokens for a decode step of all sequences.
-            self._num_tokens = max(tokens // 2, self._max_num_seqs)
+            self._num_tokens = max(tokens // 2, self.max_num_seqs)
             self._num_seqs = max(len(self.running) - 1, 1)
             if len(sequences) > 1:
                 victims.add(max(sequences, key=self.running.index))
@@ -494,14 +495,8 @@ class Scheduler:
         self._held.free(sequence)
         sequence.state = SequenceState.FINISHED
         self._drafts.is_paused = False
-        self._num_seqs = min(self._num_seqs + 1, self._max_num_seqs)
+        self._num_seqs = min(self._num_seqs + 1, self.max_num_seqs)
         self._num_tokens = min(2 * self._num_tokens, self._max_num_batched_tokens)
-
-    @staticmethod
-    def _learn(cost: StepCost, step: Step, seconds: float) -> None:
-        # A sequence with a first pass computes two rows per token, which distorts a row's cost.
-        if all(item.num_new == 1 and item.sequence.first_pass is None for item in step.scheduled):
-            cost.took(sum(item.num_rows for item in step.scheduled), seconds)
 
     def _step_tokens(self, num_decodes: int) -> int:
         """Maximum number of tokens in the next step: fewer if prompts are read beside decodes."""
@@ -581,8 +576,8 @@ class Scheduler:
         most = max(holding, key=lambda s: places[s.tenant], default=None)
         if most is not None and waiting.tenant and places[most.tenant] > own + 1:
             return most
-        # Take nothing from a mix that holds as few as the waiting one, nor from another tenant that
-        # holds as few.
+        # Take a place only from a mix, and only from another tenant, that holds more places than
+        # the waiting one.
         richer = [
             s
             for s in holding

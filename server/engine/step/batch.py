@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -193,18 +193,22 @@ def _first_position(sequence: Sequence) -> int:
 NOTHING_ADDED: Mapping[Sequence, torch.Tensor] = {}
 
 
-def plan_vocabulary(
-    rows: Iterable[tuple[Sequence, range]], store: AdapterStore, device: torch.device
+def changed_rows(
+    rows: Iterable[tuple[Sequence, range]],
+    store: AdapterStore,
+    device: torch.device,
+    part: Literal["embedding", "head"],
 ) -> list[VocabularyGroup]:
-    """Groups rows by the changes that their mixes make to the vocabulary.
+    """Groups rows by the changes that their mixes make to the embedding or the head.
 
     Args:
         rows: Sequences and their rows. The store holds the adapters of their mixes.
         store: Holds the adapters.
         device: Where the step is computed.
+        part: The part of the model.
 
     Returns:
-        One group per mix that changes anything; none for most steps.
+        One group per mix that changes the part; none for most steps.
     """
     numbers: dict[tuple[tuple[str, float], ...], list[int]] = {}
     members: dict[tuple[tuple[str, float], ...], list[tuple[VocabularyChange, float]]] = {}
@@ -220,24 +224,10 @@ def plan_vocabulary(
             numbers.setdefault(mix, []).extend(its_rows)
             members[mix] = [(change, weight) for _, weight, change in found]
     return [
-        VocabularyGroup(upload(torch.tensor(numbers[mix]), device), members[mix]) for mix in numbers
+        VocabularyGroup(upload(torch.tensor(numbers[mix]), device), changes)
+        for mix, changes in members.items()
+        if any(c.changes_head if part == "head" else c.changes_embedding for c, _ in changes)
     ]
-
-
-def changed_embeddings(
-    rows: Iterable[tuple[Sequence, range]], store: AdapterStore, device: torch.device
-) -> list[VocabularyGroup]:
-    """The groups of rows whose embeddings adapters change; see ``plan_vocabulary``."""
-    groups = plan_vocabulary(rows, store, device)
-    return [g for g in groups if any(change.changes_embedding for change, _ in g.members)]
-
-
-def changed_heads(
-    rows: Iterable[tuple[Sequence, range]], store: AdapterStore, device: torch.device
-) -> list[VocabularyGroup]:
-    """The groups of rows whose head adapters change; see ``plan_vocabulary``."""
-    groups = plan_vocabulary(rows, store, device)
-    return [g for g in groups if any(change.changes_head for change, _ in g.members)]
 
 
 def added_logits(
@@ -492,6 +482,7 @@ class BatchBuilder:
             )
             for window in set(self._arch.windows)
         }
+        its_rows = [(p.item.sequence, range(p.row_start, p.last_row + 1)) for p in placed]
         return StepInput(
             token_ids=self._tensor(rows.token_ids),
             positions=self._tensor(rows.positions),
@@ -500,7 +491,7 @@ class BatchBuilder:
             adapters=adapters,
             soft=rows.soft.on(self._device),
             added=rows.added.on(self._device),
-            embeddings=self._changed_embeddings(placed),
+            embeddings=changed_rows(its_rows, self._store, self._device, "embedding"),
         )
 
     def _span(self, place: Placed) -> SequenceSpan:
@@ -508,10 +499,6 @@ class BatchBuilder:
         context = sequence.num_computed
         used = sequence.blocks[: -(-(context + num_new) // self._block_size)]
         return SequenceSpan(place.row_start, num_new, context, used, sequence.num_padding)
-
-    def _changed_embeddings(self, placed: list[Placed]) -> list[VocabularyGroup]:
-        rows = [(p.item.sequence, range(p.row_start, p.last_row + 1)) for p in placed]
-        return changed_embeddings(rows, self._store, self._device)
 
     def _bind_adapters(
         self, short: list[Scheduled], long: list[Placed], given: dict[str, torch.Tensor]

@@ -22,7 +22,7 @@ from turret.server.engine.step.batch import (
     Placed,
     StepScalings,
     added_logits,
-    changed_heads,
+    changed_rows,
     own_logits,
     scalings_of,
 )
@@ -124,7 +124,7 @@ class Executor(ABC, Generic[_D, _S]):
             ``[rows, vocab]`` fp32, from ``[rows, hidden]``.
         """
         rows = [(sequence, range(hidden.shape[0]))]
-        logits = self._decoder.logits(hidden, changed_heads(rows, self.store, hidden.device))
+        logits = self._decoder.logits(hidden, changed_rows(rows, self.store, hidden.device, "head"))
         added = added_logits(rows, hidden, self._decoder, self.store)
         return own_logits(logits, sequence, added.get(sequence))
 
@@ -193,7 +193,7 @@ class TorchExecutor(Executor[Decoder, StepStore]):
         if rows:
             index = torch.tensor(rows, device=hidden.device)
             samples = sampled_rows(placed)
-            changes = changed_heads(samples, self.store, hidden.device)
+            changes = changed_rows(samples, self.store, hidden.device, "head")
             states = hidden.index_select(0, index)
             if not changes and all(takes_likeliest(sequence) for sequence, _ in samples):
                 likeliest = self._find_likeliest(states)

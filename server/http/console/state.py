@@ -122,7 +122,7 @@ async def state(exchange: Exchange) -> None:
         found["figures"] = await asyncio.to_thread(figures, services.metrics)
     if is_admin:
         found["merged"] = _merged(services.adapters.merge_state())
-        found["failures"] = [dataclasses.asdict(each) for each in services.failures.newest()]
+        found["failures"] = [dataclasses.asdict(each) for each in services.failures][::-1]
     await exchange.reply.json(found, headers={"cache-control": "no-store"})
 
 

@@ -56,14 +56,17 @@ class InputUsage(Answer):
     total_tokens: int
 
 
-class _Generated(Answer):
+class _Headed(Answer):
     id: str
     object: str
     created: int
     model: str
     system_fingerprint: str
-    usage: Usage
     adapters_used: list[AdapterUse]
+
+
+class _Generated(_Headed):
+    usage: Usage
 
 
 class _Choice(Answer):
@@ -165,15 +168,10 @@ class Labels(Answer):
     num_classes: int
 
 
-class Classification(Answer):
-    id: str
-    object: Literal["list"]
-    created: int
-    model: str
-    system_fingerprint: str
+class Classification(_Headed):
+    object: Literal["list"]  # type: ignore[assignment]
     data: list[Labels]
     usage: InputUsage
-    adapters_used: list[AdapterUse]
 
 
 class Tokens(Answer):

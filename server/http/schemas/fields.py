@@ -334,10 +334,6 @@ def _integral(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 def are_token_ids(values: list[Any]) -> bool:
     """Whether all values are integers that fit a message. There may be a million of them."""
     if values and set(map(type, values)) != {int}:
@@ -479,6 +475,17 @@ def _few_parts(value: Any, *place: str) -> Any:
     return value
 
 
+def text_or_list(things: str, wrap: Callable[[str], Any], schema: Any) -> BeforeValidator:
+    """A validator that accepts a text instead of a list of things; ``wrap`` makes it a thing."""
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, str | list):
+            raise wrong_at(wrong_type(f"a string or a list of {things}", value))
+        return [wrap(value)] if isinstance(value, str) else value
+
+    return BeforeValidator(check, json_schema_input_type=str | schema)
+
+
 class TextPart(BaseModel):
     """A part of a text."""
 
@@ -501,11 +508,7 @@ Texts = Annotated[list[str], Field(fail_fast=True)]
 StopTexts = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=limits.MAX_STOP_STRING_CHARS)]],
     Field(fail_fast=True),
-    BeforeValidator(
-        _listed,
-        json_schema_input_type=str
-        | Annotated[list[str], Field(max_length=limits.MAX_STOP_STRINGS)],
-    ),
+    text_or_list("strings", str, Annotated[list[str], Field(max_length=limits.MAX_STOP_STRINGS)]),
 ]
 TokenId = Annotated[int, Field(ge=0, le=UINT32)]
 TokenIds = Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)]

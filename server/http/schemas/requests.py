@@ -29,6 +29,7 @@ from turret.server.http.schemas.fields import (
     not_one_of,
     short,
     text_of,
+    text_or_list,
     unsupported,
     wrong_at,
     wrong_type,
@@ -95,20 +96,20 @@ class Asking(Body):
     guided_whitespace_pattern: Any = unsupported()
     use_beam_search: Any = unsupported(False)
     length_penalty: Any = unsupported(1, 1.0)
-    prompt_logprobs: Any = unsupported(instead="`echo` with `logprobs`")
+    prompt_logprobs: Any = unsupported(instead="echo with logprobs")
     truncate_prompt_tokens: Any = unsupported()
-    allowed_token_ids: Any = unsupported(instead="`logit_bias` or a constraint")
-    bad_words: Any = unsupported([], instead="`logit_bias` or a constraint")
+    allowed_token_ids: Any = unsupported(instead="logit_bias or a constraint")
+    bad_words: Any = unsupported([], instead="logit_bias or a constraint")
     logits_processors: Any = unsupported([])
     skip_special_tokens: Any = unsupported(True)
     return_token_ids: Any = unsupported(False)
     priority: Any = unsupported(0)
-    lora: Any = unsupported([], instead="`model`")
-    lora_path: Any = unsupported(instead="`model`")
+    lora: Any = unsupported([], instead="model")
+    lora_path: Any = unsupported(instead="model")
     suffix: Any = unsupported("")
     prompt_embeds: Any = unsupported()
-    functions: Any = unsupported([], instead="`tools`")
-    function_call: Any = unsupported("none", "auto", instead="`tool_choice`")
+    functions: Any = unsupported([], instead="tools")
+    function_call: Any = unsupported("none", "auto", instead="tool_choice")
 
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
@@ -142,7 +143,7 @@ class ChatOnly(Body):
         max_length=limits.MAX_TEMPLATE_CHARS,
         description="A Jinja template to use instead. Requires --trust-request-chat-template.",
     )
-    documents: Any = unsupported([], instead="`chat_template_kwargs`")
+    documents: Any = unsupported([], instead="chat_template_kwargs")
 
     @property
     def effort(self) -> str | None:
@@ -294,12 +295,12 @@ class Message(Body):
     name: Any = ignored()
     tool_calls: list[ToolCall] = Field([], max_length=limits.MAX_TOOL_CALLS, fail_fast=True)
     tool_call_id: str = ""
-    function_call: Any = unsupported({}, "", instead="`tool_calls`")
+    function_call: Any = unsupported({}, "", instead="tool_calls")
 
     @model_validator(mode="after")
     def _is_complete(self) -> Message:
         if self.role == "function":
-            raise wrong_at(say("NOT_SUPPORTED_USE", instead="`tool`"), "role")
+            raise wrong_at(say("NOT_SUPPORTED_USE", instead="tool"), "role")
         # Answers that consist only of calls or reasoning have no content, and clients send them
         # back without it.
         if self.content is None and self.role != "assistant":
@@ -536,10 +537,6 @@ class Item(Body):
         return self
 
 
-def _as_item(value: Any) -> Any:
-    return [{"role": "user", "content": value}] if isinstance(value, str) else value
-
-
 _Items = Annotated[list[Item], Field(min_length=1, max_length=limits.MAX_CHAT_MESSAGES)]
 ShortText = Annotated[str, Field(max_length=512)]
 
@@ -547,9 +544,13 @@ ShortText = Annotated[str, Field(max_length=512)]
 class ResponseRequest(Generating, ChatOnly, WithTools):
     """Asks for the answer to a conversation, which is not stored."""
 
-    names: ClassVar = names_with("input", "top_logprobs") | {"stop.max_tokens": "max_output_tokens"}
+    names: ClassVar = names_with("input", "top_logprobs") | dict.fromkeys(
+        ("stop.max_tokens", "max_tokens"), "max_output_tokens"
+    )
 
-    input: Annotated[_Items, BeforeValidator(_as_item, json_schema_input_type=str | _Items)]
+    input: Annotated[
+        _Items, text_or_list("items", lambda text: {"role": "user", "content": text}, _Items)
+    ]
     instructions: str | None = None
     max_output_tokens: Count | None = Field(None, ge=1)
     n: Int = Field(1, ge=1, le=1)
@@ -566,7 +567,7 @@ class ResponseRequest(Generating, ChatOnly, WithTools):
     previous_response_id: Any = unsupported()
     conversation: Any = unsupported()
     background: Any = unsupported(False)
-    prompt: Any = unsupported(instead="`input`")
+    prompt: Any = unsupported(instead="input")
     truncation: Any = unsupported("disabled")
     context_management: Any = unsupported([])
     moderation: Any = unsupported()
@@ -608,16 +609,14 @@ class Block(Body):
         return self
 
 
-def _as_blocks(value: Any) -> Any:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
 _Blocks = Annotated[list[Block], Field(max_length=limits.MAX_CHAT_MESSAGES, fail_fast=True)]
 
 
 class Turn(Body):
     role: Literal["user", "assistant", "system"]
-    content: Annotated[_Blocks, BeforeValidator(_as_blocks, json_schema_input_type=str | _Blocks)]
+    content: Annotated[
+        _Blocks, text_or_list("blocks", lambda text: {"type": "text", "text": text}, _Blocks)
+    ]
 
 
 def _few_blocks(value: Any) -> Any:

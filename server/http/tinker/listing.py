@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import tarfile
-import time
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from hashlib import blake2b
+from hmac import compare_digest
 from pathlib import Path
 from typing import Any
 
-from turret.server.api.tenants.checkpoints import KINDS, Checkpoint
-from turret.server.basics.codes import Code
+from turret.server.api.access import MAX_EXPORTS
+from turret.server.api.tenants.checkpoints import KINDS, Checkpoint, not_found, unix_time
+from turret.server.api.tenants.tenants import unknown_model
 from turret.server.http.endpoint import Exchange, Json
 from turret.server.http.refusals import HttpRefusal
 from turret.server.http.tinker.schemas import OfPath, Ttl
-from turret.server.http.tinker.state import Link, TinkerState
+from turret.server.http.tinker.sessions import TinkerState
 from turret.server.words import say
 
 _MOST_LISTED = 100
 # An archive contains neither files that only serve to resume training, nor the server's own files.
 _ARCHIVED = ("adapter_config.json", "adapter_model.safetensors")
 _LINK_SECONDS = 900.0
-# Maximum number of links of one owner. At the limit, the oldest link is dropped.
-_MAX_LINKS = 1024
 _PIECE_BYTES = 1 << 18
+# Signs links, so that nobody can make one. Links end with the process.
+_KEY, _SIGNATURE_BYTES = secrets.token_bytes(32), 16
 
 
 async def weights_info(state: TinkerState, exchange: Exchange, body: OfPath) -> Json:
@@ -130,8 +134,7 @@ async def get_run(state: TinkerState, exchange: Exchange) -> Json:
     for run in _runs(state, state.owner(exchange)):
         if run.run_id == wanted:
             return _run_json(state, run)
-    text = say("TRAINED_MODEL_NOT_FOUND", model=wanted[:80])
-    raise HttpRefusal(404, Code.NOT_FOUND, text)
+    raise unknown_model(wanted)
 
 
 async def list_run_checkpoints(state: TinkerState, exchange: Exchange) -> Json:
@@ -155,10 +158,6 @@ def _named(state: TinkerState, exchange: Exchange) -> Checkpoint:
     return state.tenants.checkpoints.find(state.owner(exchange), wanted)
 
 
-def _folder(state: TinkerState, exchange: Exchange) -> Path:
-    return state.tenants.checkpoints.folder(_named(state, exchange))
-
-
 async def delete_checkpoint(state: TinkerState, exchange: Exchange) -> Json:
     """Remove a checkpoint."""
     await state.tenants.checkpoints.remove(_named(state, exchange))
@@ -168,59 +167,72 @@ async def delete_checkpoint(state: TinkerState, exchange: Exchange) -> Json:
 async def set_ttl(state: TinkerState, exchange: Exchange, body: Ttl) -> Json:
     """Change when a checkpoint is removed."""
     seconds = body.ttl_seconds
-    expires = None if seconds is None else time.time() + seconds
+    expires = None if seconds is None else unix_time() + seconds
     await state.tenants.checkpoints.expire_at(_named(state, exchange), expires)
     return {}
 
 
-# Files. Clients download them without a token, so the links contain a secret.
+# Files. Clients download them without a token, by links that contain what they are for.
 
 
-def _link(state: TinkerState, exchange: Exchange, folder: Path, name: str, expires: float) -> str:
-    for old in [key for key, link in state.links.items() if link.expires < time.time()]:
-        del state.links[old]
-    owner = state.owner(exchange)
-    own = [key for key, link in state.links.items() if link.owner == owner]
-    if len(own) >= _MAX_LINKS:
-        del state.links[own[0]]
-    secret = secrets.token_urlsafe(24)
-    state.links[secret] = Link(owner, folder, name, expires)
+def _link(exchange: Exchange, checkpoint: Checkpoint, name: str, expires: float) -> str:
+    """A link to a file of a checkpoint, or to an archive of all files if the name is empty."""
+    text = f"{expires} {checkpoint.path} {name}".encode()
+    secret = urlsafe_b64encode(_signature(text) + text).decode()
     host = exchange.request.headers.get("host", "")
     return f"{exchange.request.url.scheme}://{host}/api/v1/archives/{secret}"
 
 
+def _signature(text: bytes) -> bytes:
+    return blake2b(text, digest_size=_SIGNATURE_BYTES, key=_KEY).digest()
+
+
 async def archive(state: TinkerState, exchange: Exchange) -> Json:
     """Make a link to an archive with the adapter's files."""
-    folder, expires = _folder(state, exchange), time.time() + _LINK_SECONDS
-    url = _link(state, exchange, folder, "", expires)
-    return {"url": url, "expires": _time(expires)}
+    checkpoint, expires = _named(state, exchange), unix_time() + _LINK_SECONDS
+    return {"url": _link(exchange, checkpoint, "", expires), "expires": _time(expires)}
 
 
 async def file_urls(state: TinkerState, exchange: Exchange) -> Json:
     """Make a link to each of the adapter's files."""
-    folder, expires = _folder(state, exchange), time.time() + _LINK_SECONDS
-    files = await asyncio.to_thread(_files, folder)
-    urls = {info.name: _link(state, exchange, folder, info.name, expires) for info, _ in files}
+    checkpoint, expires = _named(state, exchange), unix_time() + _LINK_SECONDS
+    urls = {name: _link(exchange, checkpoint, name, expires) for name in _ARCHIVED}
     return {"urls": urls, "expires": _time(expires)}
 
 
 async def download(state: TinkerState, exchange: Exchange) -> None:
     """Send a file, or an archive: an uncompressed tar file."""
-    link = state.links.get(exchange.request.path_params["secret"])
-    files = []
-    if link is not None and link.expires >= time.time():
-        found = await asyncio.to_thread(_files, link.folder)
-        files = [(info, path) for info, path in found if link.name in ("", info.name)]
-    if link is None or not files:
-        raise HttpRefusal(404, Code.NOT_FOUND, say("RESULT_GONE"))
-    if link.name:
-        ((info, path),) = files
+    checkpoint, name = _linked(state, exchange.request.path_params["secret"])
+    found = await asyncio.to_thread(_files, state.tenants.checkpoints.folder(checkpoint))
+    found = [each for each in found if name in ("", each[0].name)]
+    if not found:
+        raise not_found(checkpoint.path)
+    if name:
+        ((info, path),) = found
         size, parts, kind = info.size, _content(path, info.size), "application/octet-stream"
     else:
-        size = sum(tarfile.BLOCKSIZE + _padded(info.size) for info, _ in files)
-        size, parts, kind = size + 2 * tarfile.BLOCKSIZE, _tar(files), "application/x-tar"
+        size = sum(tarfile.BLOCKSIZE + _padded(info.size) for info, _ in found)
+        size, parts, kind = size + 2 * tarfile.BLOCKSIZE, _tar(found), "application/x-tar"
     headers = {"content-type": kind, "content-length": str(size)}
-    await exchange.reply.stream(parts, headers)
+    with exchange.call.party.shares.transfer("downloads", MAX_EXPORTS, checkpoint.owner):
+        await exchange.reply.stream(parts, headers)
+
+
+def _linked(state: TinkerState, secret: str) -> tuple[Checkpoint, str]:
+    """The checkpoint and the name of the file in a link.
+
+    Raises:
+        HttpRefusal: The link has expired, or is none of ``_link``.
+        TrainingNotFoundError: The checkpoint does not exist any more.
+    """
+    with contextlib.suppress(ValueError):
+        data = urlsafe_b64decode(secret)
+        signature, text = data[:_SIGNATURE_BYTES], data[_SIGNATURE_BYTES:]
+        if compare_digest(signature, _signature(text)):
+            expires, path, name = text.decode().split(" ")
+            if float(expires) >= unix_time():
+                return state.tenants.checkpoints.find(None, path), name
+    raise HttpRefusal(404, say("RESULT_GONE"))
 
 
 def _files(folder: Path) -> list[tuple[tarfile.TarInfo, Path]]:

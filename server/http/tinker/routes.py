@@ -8,8 +8,8 @@ from typing import Any
 
 from turret.server.http.endpoint import TRAINING, Exchange, Json, Route
 from turret.server.http.schemas.fields import Body
-from turret.server.http.tinker import handshake, listing, sampling, schemas, training
-from turret.server.http.tinker.state import TinkerState
+from turret.server.http.tinker import listing, sampling, schemas, sessions, training
+from turret.server.http.tinker.sessions import TinkerState
 
 _Handler = Callable[..., Awaitable[Json | None]]
 _API = "/api/v1"
@@ -39,16 +39,16 @@ def routes(state: TinkerState) -> tuple[Route, ...]:
     often = partial(sent, is_frequent=True)
     return (
         # The client makes these calls by itself.
-        sent("/client/config", handshake.config, schemas.Anything),
-        often("/client/dynamic_config", handshake.dynamic_config, schemas.Anything),
-        route("/get_server_capabilities", handshake.capabilities),
-        route("/healthz", handshake.healthz, service=""),
-        often("/telemetry", handshake.telemetry, schemas.Anything),
-        sent("/create_session", handshake.create_session, schemas.CreateSession),
-        often("/session_heartbeat", handshake.heartbeat, schemas.OfSession),
-        sent("/sessions/{session}/finish", handshake.finish, schemas.Anything),
-        often("/retrieve_future", handshake.retrieve, schemas.OfRequest),
-        sent("/cancel_future", handshake.cancel, schemas.OfRequest),
+        sent("/client/config", sessions.config, schemas.Anything),
+        often("/client/dynamic_config", sessions.dynamic_config, schemas.Anything),
+        route("/get_server_capabilities", sessions.capabilities),
+        route("/healthz", sessions.healthz, service=""),
+        often("/telemetry", sessions.telemetry, schemas.Anything),
+        sent("/create_session", sessions.create_session, schemas.Typed),
+        often("/session_heartbeat", sessions.heartbeat, schemas.OfSession),
+        sent("/sessions/{session}/finish", sessions.finish, schemas.Anything),
+        often("/retrieve_future", sessions.retrieve, schemas.OfRequest),
+        sent("/cancel_future", sessions.cancel, schemas.OfRequest),
         # Training.
         sent("/create_model", training.create_model, schemas.CreateModel),
         sent("/get_info", training.get_info, schemas.OfModel),

@@ -6,22 +6,17 @@ import asyncio
 import contextlib
 from dataclasses import dataclass
 
+from turret.server import errors
 from turret.server.api.call import Call
 from turret.server.api.inference_answers import converted, together
 from turret.server.api.tenants.futures import Future, Result
-from turret.server.api.tenants.tenants import Sampler
+from turret.server.api.tenants.tenants import SavedSampler
 from turret.server.basics.codes import Code
 from turret.server.basics.work import turret_error
-from turret.server.errors import (
-    InvalidRequestError,
-    QueueFullError,
-    TrainingNotFoundError,
-    UnavailableError,
-)
 from turret.server.http.choices import blamed_on
 from turret.server.http.endpoint import Exchange, Json
 from turret.server.http.tinker.schemas import CreateSampler, Sample
-from turret.server.http.tinker.state import TinkerState, session_gone
+from turret.server.http.tinker.sessions import TinkerState, session_gone
 from turret.server.http.tinker.wire import PROTOBUF, result_of_samples
 from turret.server.words import say
 from turret.v1 import adapters_pb2, inference_pb2
@@ -40,13 +35,12 @@ async def create_sampler(state: TinkerState, exchange: Exchange, body: CreateSam
     session = state.session(exchange, body.session_id)
     sampler_id = f"{session.session_id}:sample:{body.sampling_session_seq_id}"
     if sampler_id not in session.samplers:
-        sampler = Sampler(sampler_id=sampler_id, owner=owner, path=body.model_path)
+        sampler = SavedSampler(sampler_id=sampler_id, owner=owner, path=body.model_path)
         if body.model_path is not None:
             checkpoint = state.tenants.checkpoints.find(owner, body.model_path)
             name = f"training/{session.session_id}/s{body.sampling_session_seq_id}"
             folder = state.tenants.checkpoints.folder(checkpoint)
-            state.tenants.check_disk(owner)
-            with state.tenants.sessions.arriving(owner, checkpoint.size):
+            async with state.tenants.writing(owner):
                 published = await state.tenants.sessions.training().serve(folder, name)
             sampler.generation, sampler.size = published.generation, published.size
             sampler.adapter, sampler.is_own = name, True
@@ -54,10 +48,10 @@ async def create_sampler(state: TinkerState, exchange: Exchange, body: CreateSam
             state.check_base(body.base_model)
         else:
             choices = "base_model, model_path"
-            raise InvalidRequestError.of("model_path", say("ONE_REQUIRED", choices=choices))
+            raise errors.InvalidRequestError.of("model_path", say("ONE_REQUIRED", choices=choices))
         try:
             state.tenants.sessions.add_sampler(session, sampler)
-        except TrainingNotFoundError:
+        except errors.TrainingNotFoundError:
             raise session_gone(session.session_id) from None
     answer = {"type": "create_sampling_session", "sampling_session_id": sampler_id}
     return answer
@@ -109,7 +103,7 @@ async def sample(state: TinkerState, exchange: Exchange, body: Sample) -> Json:
     return {"request_id": request_id, "sample_sequence_ids": future.sequence_ids}
 
 
-def _message(sampler: Sampler, body: Sample) -> inference_pb2.GenerateRequest:
+def _message(sampler: SavedSampler, body: Sample) -> inference_pb2.GenerateRequest:
     """The request for one sequence."""
     params = body.sampling_params
     message = inference_pb2.GenerateRequest()
@@ -139,7 +133,9 @@ def _message(sampler: Sampler, body: Sample) -> inference_pb2.GenerateRequest:
     last = body.prompt_logprobs_last_n
     if last is not None and not (body.prompt_logprobs and last < length):
         path, most = "prompt_logprobs_last_n", max(length - 1, 1)
-        raise InvalidRequestError.of(path, say("NOT_IN_RANGE", least=1, most=most, value=last))
+        raise errors.InvalidRequestError.of(
+            path, say("NOT_IN_RANGE", least=1, most=most, value=last)
+        )
     return message
 
 
@@ -148,7 +144,7 @@ class _Samples:
     """Samples some sequences for one request."""
 
     state: TinkerState
-    sampler: Sampler
+    sampler: SavedSampler
     body: Sample
     message: inference_pb2.GenerateRequest
     call: Call
@@ -161,7 +157,7 @@ class _Samples:
             futures.settle(future, await self._result())
         except asyncio.CancelledError:
             code = Code.CANCELLED
-            futures.fail(future, UnavailableError(say("REQUEST_ENDED")))
+            futures.fail(future, errors.UnavailableError(say("REQUEST_ENDED")))
         except Exception as error:
             found = turret_error(error)
             code = found.code
@@ -211,7 +207,7 @@ class _Samples:
             message.sampling.seed = (message.sampling.seed + index) % _SEEDS
         answer = await self._answer(message)
         if answer.finish_reason == inference_pb2.GenerateResponse.CANCELLED:
-            raise UnavailableError(say("REQUEST_ENDED"))
+            raise errors.UnavailableError(say("REQUEST_ENDED"))
         return answer
 
     async def _answer(
@@ -223,7 +219,7 @@ class _Samples:
             try:
                 with blamed_on("prompt"):
                     return await inference.generate_whole(message, self.call)
-            except QueueFullError:
+            except errors.QueueFullError:
                 # The client already waits for the result, so it would not repeat the request.
                 tries -= 1
                 if not tries:

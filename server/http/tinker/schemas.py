@@ -32,8 +32,6 @@ MAX_PATH_CHARS = 256
 MAX_NOTES, MAX_KEY_CHARS, MAX_NOTE_CHARS = 16, 64, 512
 _MOST_NUMBER = (1 << 31) - 1
 _MOST_SEED = (1 << 63) - 1
-# A clone of a sampling client numbers its requests from a multiple of a billion.
-_MOST_SAMPLE = _MOST_SEED
 
 Id = Annotated[str, Field(max_length=MAX_ID_CHARS)]
 Path = Annotated[str, Field(max_length=MAX_PATH_CHARS)]
@@ -48,17 +46,16 @@ class Anything(Body):
     """An object whose fields do not matter."""
 
 
-class CreateSession(Body):
-    """POST /api/v1/create_session."""
+class Typed(Body):
+    """A body that may state its type."""
 
     type: Any = ignored()
 
 
-class OfSession(Body):
+class OfSession(Typed):
     """A body that names a session."""
 
     session_id: Id
-    type: Any = ignored()
 
 
 class LoraConfig(Body):
@@ -77,23 +74,20 @@ class Optimizer(Body):
     type: Literal["adamw"] = "adamw"
 
 
-class CreateModel(Body):
+class CreateModel(OfSession):
     """POST /api/v1/create_model."""
 
-    session_id: Id
     model_seq_id: Number
     base_model: Path
     lora_config: LoraConfig
     user_metadata: Notes = Field({})
     optimizer_config: Optimizer = Optimizer()
-    type: Any = ignored()
 
 
-class OfModel(Body):
+class OfModel(Typed):
     """A body that names a model."""
 
     model_id: Id
-    type: Any = ignored()
 
 
 def _adam(name: str, default: float) -> Any:
@@ -121,38 +115,36 @@ class OptimStep(OfModel):
     optimizer_params: Any = unsupported()
 
 
-class SaveWeights(OfModel):
-    """POST /api/v1/save_weights."""
+class Save(OfModel):
+    """A body that saves weights."""
 
     seq_id: Number
     path: Path | None = None
     ttl_seconds: Seconds | None = None
-    overwrite: bool = False
     user_metadata: Notes = Field({})
 
 
-class SaveExternal(OfModel):
+class SaveWeights(Save):
+    """POST /api/v1/save_weights."""
+
+    overwrite: bool = False
+
+
+class SaveExternal(Save):
     """POST /api/v1/save_weights_external."""
 
-    seq_id: Number
-    path: Path
-    ttl_seconds: Seconds | None = None
-    user_metadata: Notes = Field({})
+    path: Path  # type: ignore[assignment]
     age_encryption_recipients: Any = unsupported([])
 
 
-class SaveForSampler(OfModel):
+class SaveForSampler(Save):
     """POST /api/v1/save_weights_for_sampler."""
 
-    seq_id: Number
-    path: Path | None = None
     sampling_session_seq_id: Number | None = None
     kind: Literal["snapshot", "inflight"] = "snapshot"
-    ttl_seconds: Seconds | None = None
-    user_metadata: Notes = Field({})
 
 
-class LoadWeights(Body):
+class LoadWeights(Typed):
     """POST /api/v1/load_weights: into a model, or into a new one of a session."""
 
     path: Path
@@ -166,7 +158,6 @@ class LoadWeights(Body):
     optimizer_config: Optimizer = Optimizer()
     # Access to checkpoints of other accounts.
     weights_access_token: Any = unsupported("")
-    type: Any = ignored()
 
 
 class CreateSampler(OfSession):
@@ -238,11 +229,12 @@ class SamplingParams(Body):
     top_p: float = Field(1.0, gt=0, le=1)
 
 
-class Sample(Body):
+class Sample(Typed):
     """POST /api/v1/asample."""
 
     sampling_session_id: Id
-    seq_id: int = Field(ge=0, le=_MOST_SAMPLE)
+    # A clone of a sampling client numbers its requests from a multiple of a billion.
+    seq_id: int = Field(ge=0, le=_MOST_SEED)
     prompt: Prompt
     sampling_params: SamplingParams
     num_samples: int = Field(1, ge=1, le=MAX_SAMPLES)
@@ -255,7 +247,6 @@ class Sample(Body):
     record_stability_info: Any = unsupported(False)
     base_model: Any = unsupported(instead="sampling_session_id")
     model_path: Any = unsupported(instead="sampling_session_id")
-    type: Any = ignored()
 
 
 class OfRequest(Body):

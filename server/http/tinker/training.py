@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Any
 
 from turret.closest import closest
 from turret.server.api.tenants.checkpoints import Checkpoint
 from turret.server.api.tenants.futures import Future, Result
-from turret.server.api.tenants.tenants import Model, Sampler
-from turret.server.basics.codes import Code
+from turret.server.api.tenants.tenants import SavedSampler, TenantModel
 from turret.server.errors import InvalidRequestError
 from turret.server.http.endpoint import Exchange, Json
 from turret.server.http.refusals import HttpRefusal
 from turret.server.http.schemas.fields import Body, Sent, wrong_type
 from turret.server.http.tinker import schemas, wire
-from turret.server.http.tinker.state import TinkerState, gone, number_of
+from turret.server.http.tinker.sessions import TinkerState, gone, number_of
 from turret.server.training.trainer import AdamParams, LearnerConfig
 from turret.server.words import say
 
@@ -25,17 +24,12 @@ from turret.server.words import say
 METHOD_NOTE, _OWN_NOTES = "turret.method", "turret."
 _SHOWN_CHARS = 40
 
-Work = Callable[[TinkerState, Model, Any], Awaitable[Result]]
+Work = Callable[[TinkerState, TenantModel, Any], Awaitable[Result]]
 
 
 def _promise(future: Future, model_id: str) -> Json:
     """The id of a result that comes later."""
     return {"request_id": future.request_id, "model_id": model_id}
-
-
-async def _fail(error: Exception) -> Result:
-    """A command that fails. It uses its number, so that later commands do not wait for it."""
-    raise error
 
 
 async def command(work: Work, kind: type[Body], state: TinkerState, exchange: Exchange) -> Json:
@@ -58,10 +52,13 @@ async def _command(
         raise InvalidRequestError.of("model_id", wrong_type("a string", model_id))
     number = number_of(sent.raw.get("seq_id"))
     model = state.tenants.sessions.model(state.owner(exchange), model_id)
-    try:
-        run = partial(work, state, model, sent.checked(kind))
-    except InvalidRequestError as error:
-        run = partial(_fail, error)
+    # While the command waits, only these are kept of what was sent.
+    kept = Sent(sent.body, sent.wrong)
+
+    async def run() -> Result:
+        # A command that fails uses its number too, so that later ones do not wait for it.
+        return await work(state, model, kept.checked(kind))
+
     return _promise(state.command(exchange, model, number, run), model.model_id)
 
 
@@ -86,7 +83,7 @@ async def create_model(state: TinkerState, exchange: Exchange, body: schemas.Cre
         unembed=lora.train_unembed,
     )
 
-    async def begin(model: Model) -> Result:
+    async def begin(model: TenantModel) -> Result:
         return Result.of(model_id=model.model_id, type="create_model")
 
     return await _create(state, exchange, body, config, begin)
@@ -97,7 +94,7 @@ async def _create(
     exchange: Exchange,
     body: schemas.CreateModel | schemas.LoadWeights,
     config: LearnerConfig,
-    begin: Callable[[Model], Awaitable[Result]],
+    begin: Callable[[TenantModel], Awaitable[Result]],
 ) -> Json:
     """Add a model to a session; its first command creates it.
 
@@ -166,8 +163,7 @@ async def unload_model(state: TinkerState, exchange: Exchange, body: schemas.OfM
 async def forward_backward(state: TinkerState, exchange: Exchange) -> Json:
     """Compute losses and, unless told otherwise, their gradients."""
     if exchange.media_type != wire.PROTOBUF:
-        text = say("NOT_A_MESSAGE_TYPE", wanted=wire.PROTOBUF)
-        raise HttpRefusal(415, Code.INVALID_ARGUMENT, text)
+        raise HttpRefusal(415, say("NOT_A_MESSAGE_TYPE", wanted=wire.PROTOBUF))
     body = await exchange.read_body()
     tenants, tenant = state.tenants, exchange.call.tenant
     info, training = tenants.info(), tenants.sessions.training()
@@ -193,11 +189,13 @@ async def forward_backward(state: TinkerState, exchange: Exchange) -> Json:
     return _promise(future, model.model_id)
 
 
-async def optim_step(state: TinkerState, model: Model, body: schemas.OptimStep) -> Result:
+async def optim_step(state: TinkerState, model: TenantModel, body: schemas.OptimStep) -> Result:
     """Change a model's weights by the gradients since the last step."""
     adam = AdamParams(**body.adam_params.model_dump())
     metrics = await state.tenants.sessions.training().step(model.number, adam)
-    return Result.of(metrics=wire.finite_metrics(metrics))
+    # JSON has no other numbers.
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    return Result.of(metrics=finite)
 
 
 # Weights.
@@ -205,9 +203,9 @@ async def optim_step(state: TinkerState, model: Model, body: schemas.OptimStep) 
 
 async def _save(
     state: TinkerState,
-    model: Model,
+    model: TenantModel,
     kind: str,
-    body: schemas.SaveWeights | schemas.SaveForSampler | schemas.SaveExternal,
+    body: schemas.Save,
     *,
     overwrite: bool = False,
 ) -> Checkpoint:
@@ -221,20 +219,22 @@ async def _save(
     )
 
 
-async def save_weights(state: TinkerState, model: Model, body: schemas.SaveWeights) -> Result:
+async def save_weights(state: TinkerState, model: TenantModel, body: schemas.SaveWeights) -> Result:
     """Save a model with its optimizer, to continue from later."""
     saved = await _save(state, model, "weights", body, overwrite=body.overwrite)
     return Result.of(path=saved.path, type="save_weights")
 
 
-async def save_external(state: TinkerState, model: Model, body: schemas.SaveExternal) -> Result:
+async def save_external(
+    state: TinkerState, model: TenantModel, body: schemas.SaveExternal
+) -> Result:
     """Save a model's weights for download."""
     saved = await _save(state, model, "external_weights", body)
     return Result.of(path=saved.path, size_bytes=saved.size, type="save_weights_external")
 
 
 async def save_for_sampler(
-    state: TinkerState, model: Model, body: schemas.SaveForSampler
+    state: TinkerState, model: TenantModel, body: schemas.SaveForSampler
 ) -> Result:
     """Save a model's weights for sampling, or make a sampler of them without saving."""
     if body.sampling_session_seq_id is None:
@@ -245,11 +245,13 @@ async def save_for_sampler(
     return Result.of(path=path, sampling_session_id=sampler_id, type=kind)
 
 
-async def _snapshot(state: TinkerState, model: Model, body: schemas.SaveForSampler) -> Sampler:
+async def _snapshot(
+    state: TinkerState, model: TenantModel, body: schemas.SaveForSampler
+) -> SavedSampler:
     """A sampler with a model's present weights, or one that always uses its newest ones."""
     session_id = model.model_id.partition(":")[0]
     session = state.tenants.sessions.find(model.owner, session_id)
-    sampler = Sampler(
+    sampler = SavedSampler(
         sampler_id=f"{session_id}:sample:{body.sampling_session_seq_id}",
         owner=model.owner,
         adapter=model.adapter,
@@ -257,10 +259,11 @@ async def _snapshot(state: TinkerState, model: Model, body: schemas.SaveForSampl
     if body.kind == "inflight":
         await state.tenants.publish(model)
     else:
-        state.tenants.check_disk(model.owner)
         sampler.adapter = f"{model.adapter}/{body.sampling_session_seq_id}"
         sampler.is_own = True
-        published = await state.tenants.sessions.training().publish(model.number, sampler.adapter)
+        async with state.tenants.writing(model.owner):
+            training = state.tenants.sessions.training()
+            published = await training.publish(model.number, sampler.adapter)
         sampler.generation, sampler.size = published.generation, published.size
     state.tenants.sessions.add_sampler(session, sampler)
     return sampler
@@ -279,12 +282,12 @@ async def load_weights(state: TinkerState, exchange: Exchange) -> Json:
         state.check_base(body.base_model)
     config = state.tenants.checkpoints.find(state.owner(exchange), body.path).config
 
-    async def begin(model: Model) -> Result:
+    async def begin(model: TenantModel) -> Result:
         return await _load(state, model, body)
 
     return await _create(state, exchange, body, config, begin)
 
 
-async def _load(state: TinkerState, model: Model, body: schemas.LoadWeights) -> Result:
+async def _load(state: TinkerState, model: TenantModel, body: schemas.LoadWeights) -> Result:
     checkpoint = await state.tenants.load(model, body.path, with_optimizer=body.optimizer)
     return Result.of(path=checkpoint.path, model_id=model.model_id, type="load_weights")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -254,8 +254,3 @@ def _top(
     return _Samples.TopLogprobs(
         token_ids=ids.tobytes(), logprobs=logprobs.tobytes(), k=width, length=len(tokens)
     )
-
-
-def finite_metrics(values: Mapping[str, float]) -> dict[str, float]:
-    """Metrics that JSON can hold."""
-    return {name: value for name, value in values.items() if math.isfinite(value)}

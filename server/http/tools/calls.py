@@ -45,7 +45,7 @@ class CallGrown:
     text: str
 
 
-Piece = Said | Thought | CallBegun | CallGrown
+AnswerPiece = Said | Thought | CallBegun | CallGrown
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,10 @@ from turret.server.http.tools.calls import (
     ARGUMENTS,
     CALL_ID,
     FORMS,
+    AnswerPiece,
     CallBegun,
     CallGrown,
     Form,
-    Piece,
     Said,
     Thought,
     kind_of,
@@ -29,7 +29,7 @@ from turret.server.http.tools.calls import (
 )
 
 _T = TypeVar("_T")
-Parser = Generator[Piece | None, None, _T]
+Parser = Generator[AnswerPiece | None, None, _T]
 Tools = Mapping[str, Mapping[str, Any]]
 
 
@@ -71,7 +71,7 @@ class Source:
             pass
         return rest
 
-    def until(self, mark: str, kind: Callable[[str], Piece]) -> Parser[bool]:
+    def until(self, mark: str, kind: Callable[[str], AnswerPiece]) -> Parser[bool]:
         """Yield the text before a mark, and take the mark; returns whether it was found."""
         while True:
             said, found, rest = self.text.partition(mark)
@@ -169,7 +169,7 @@ def _channels(source: Source, names: Container[str]) -> Parser[None]:
 _MESSAGE_END = re.compile("|".join(map(re.escape, (*ENDS, CHANNEL))))
 
 
-def _message(source: Source, kind: Callable[[str], Piece]) -> Parser[int]:
+def _message(source: Source, kind: Callable[[str], AnswerPiece]) -> Parser[int]:
     """The text of a message up to the mark that begins the next header; returns its length."""
     length = 0
     while True:
@@ -484,6 +484,9 @@ def _is_followed(source: Source, form: Form) -> Parser[bool]:
     return False
 
 
+_PART_CHARS = 8 << 10
+
+
 class AnswerReader:
     """Reads one answer.
 
@@ -531,22 +534,24 @@ class AnswerReader:
 
         self._parser = parse(self._source)
 
-    def feed(self, text: str) -> list[Piece]:
+    def feed(self, text: str) -> list[AnswerPiece]:
         """Append text, and return the pieces that are now certain; every call has an id."""
-        self._source.text += text
-        pieces: list[Piece] = []
-        for piece in self._parser:
-            if piece is None:
-                break
-            if isinstance(piece, Said):
-                is_wanted = not self._is_forced
-            else:
-                is_wanted = isinstance(piece, Thought) or self._is_parallel or not piece.index
-            if is_wanted:
-                pieces.append(self._with_id(piece) if isinstance(piece, CallBegun) else piece)
+        pieces: list[AnswerPiece] = []
+        # Each step of a parser copies the text, so give it a whole answer in parts.
+        for start in range(0, len(text) or 1, _PART_CHARS):
+            self._source.text += text[start : start + _PART_CHARS]
+            for piece in self._parser:
+                if piece is None:
+                    break
+                if isinstance(piece, Said):
+                    is_wanted = not self._is_forced
+                else:
+                    is_wanted = isinstance(piece, Thought) or self._is_parallel or not piece.index
+                if is_wanted:
+                    pieces.append(self._with_id(piece) if isinstance(piece, CallBegun) else piece)
         return pieces
 
-    def finish(self) -> list[Piece]:
+    def finish(self) -> list[AnswerPiece]:
         """The last pieces, after the answer has ended."""
         self._source.is_over = True
         return self.feed("")
@@ -558,7 +563,7 @@ class AnswerReader:
         return call if call.call_id else dataclasses.replace(call, call_id=made)
 
 
-def delta_of(piece: Piece) -> dict[str, Any]:
+def delta_of(piece: AnswerPiece) -> dict[str, Any]:
     """The delta of a stream's event for a piece."""
     if isinstance(piece, Said):
         return {"content": piece.text}

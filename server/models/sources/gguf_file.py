@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from turret.server.errors import TurretError
 from turret.server.models.encoder import LLAMA3
 from turret.server.models.sources.gguf_header import check_gguf, check_whole, refuse
 from turret.server.models.sources.gguf_layouts import WANTED, GgufLayout, Pair, layout_of
@@ -467,16 +468,13 @@ def read_gguf_tokenizer(path: Path, fields: Mapping[str, Any], layout: GgufLayou
     if is_bytes and pre not in _KNOWN:
         raise refuse(path, "GGUF_TOKENIZER_UNSUPPORTED", pre=pre)
     kind: Any = AutoTokenizer if layout.tokenizer == "auto" else PreTrainedTokenizerFast
-    tokenizer = kind.from_pretrained(path.parent, gguf_file=path.name, **_bos_rule(fields))
+    # Older files of Llama 3 and Mistral Nemo lack the rule.
+    lacks_bos = "tokenizer.ggml.add_bos_token" not in fields and fields.get(_PRE) in _WITH_BOS
+    rule = {"add_bos_token": True} if lacks_bos else {}
+    tokenizer = kind.from_pretrained(path.parent, gguf_file=path.name, **rule)
     if is_bytes and pre in _AS_LLAMA3:
         _split_as_llama3(tokenizer)
     return tokenizer
-
-
-def _bos_rule(fields: Mapping[str, object]) -> dict[str, bool]:
-    """Add the BOS rule that older files of Llama 3 and Mistral Nemo lack."""
-    is_silent = "tokenizer.ggml.add_bos_token" not in fields
-    return {"add_bos_token": True} if is_silent and fields.get(_PRE) in _WITH_BOS else {}
 
 
 def _split_as_llama3(tokenizer: Any) -> None:
@@ -521,15 +519,18 @@ def open_gguf(path: Path) -> GgufModel:
     try:
         reader = gguf.GGUFReader(path)
         fields = {key: field.contents() for key, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        if fields.get("split.count", 1) > 1:
+            raise refuse(path, "GGUF_SPLIT")
+        by_name = {tensor.name: tensor for tensor in reader.tensors}
+        if "token_embd.weight" not in by_name:
+            raise refuse(path, "TENSOR_MISSING", name="token_embd.weight")
+        config, layout = read_gguf_config(path, fields, by_name)
+        tensors = GgufTensors(path, by_name, layout, config)
+        ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+        eos = list(dict.fromkeys(int(end) for end in ends if end is not None))
+        return GgufModel(config, read_gguf_tokenizer(path, fields, layout), eos, tensors)
+    except (TurretError, MemoryError):
+        raise
+    except Exception as error:
+        # The libraries that read a damaged file raise errors of any type.
         raise refuse(path, "GGUF_UNREADABLE", problem=error) from None
-    if fields.get("split.count", 1) > 1:
-        raise refuse(path, "GGUF_SPLIT")
-    by_name = {tensor.name: tensor for tensor in reader.tensors}
-    if "token_embd.weight" not in by_name:
-        raise refuse(path, "TENSOR_MISSING", name="token_embd.weight")
-    config, layout = read_gguf_config(path, fields, by_name)
-    tensors = GgufTensors(path, by_name, layout, config)
-    ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    eos = list(dict.fromkeys(int(end) for end in ends if end is not None))
-    return GgufModel(config, read_gguf_tokenizer(path, fields, layout), eos, tensors)

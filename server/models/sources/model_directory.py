@@ -7,14 +7,17 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from turret.server.basics.files import why_lfs_pointer
 from turret.server.basics.names import HubId
 from turret.server.errors import HubError, HubUnavailableError, InvalidRequestError
 from turret.server.hub import Repository, cache_dir, cached_repository, download, find_repository
+from turret.server.log import OnProgress
 from turret.server.models import families
 from turret.server.words import Text, say
 
@@ -27,6 +30,8 @@ _TOKENIZERS = ("tokenizer*.json", "*.model", "vocab.json", "vocab.txt", "tekken.
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 # The limit of safetensors itself.
 _MAX_HEADER_BYTES = 100_000_000
+# Errors of files with other content than expected.
+_DAMAGES = ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError
 _HUB_CACHE = re.compile(r".*/models--(.+?)--(.+)/snapshots/[0-9a-f]{40}")
 
 
@@ -201,7 +206,7 @@ def files_missing(model: object, missing: Sequence[str], names: Sequence[str]) -
 def _check_whole(file: Path) -> None:
     """Reject a file that is only a Git LFS pointer, or does not end where its tensors do.
 
-    Only the header is read. Everything else in it is checked when the tensors are read.
+    Only the header is read.
     """
     size = file.stat().st_size
     with file.open("rb") as opened:
@@ -216,7 +221,10 @@ def _check_whole(file: Path) -> None:
         table: dict[str, Any] = json.loads(text)
         ends = [entry["data_offsets"][1] for name, entry in table.items() if name[:2] != "__"]
         whole = 8 + length + max(ends, default=0)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        if size == whole:
+            # This checks shapes, dtypes and offsets.
+            safe_open(file, framework="np")
+    except _DAMAGES:
         raise _refuse(say("FILE_DAMAGED", path=file)) from None
     if size != whole:
         raise _refuse(say("FILE_WRONG_SIZE", path=file, found=size, expected=whole))
@@ -234,7 +242,7 @@ def indexed_files(index: Path) -> list[str]:
     try:
         names = set(json.loads(data)["weight_map"].values())
         paths = {name: PurePosixPath(name) for name in names}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except _DAMAGES:
         paths = {}
     if not paths:
         raise _refuse(say("FILE_DAMAGED", path=index))
@@ -290,9 +298,6 @@ _SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 _CONFIG = "config.json"
 _ADAPTER_CONFIG = "adapter_config.json"
 
-# Called with (description, done, total).
-Progress = Callable[[str, int, int], None]
-
 
 def hub_model_id(model: Path) -> HubId | None:
     """The hub model that ``--model`` refers to; None if it is a path on this machine."""
@@ -334,7 +339,7 @@ def cached_model(hub_id: HubId) -> Path:
     return folder
 
 
-def fetch_hub_model(hub_id: HubId, progress: Progress) -> tuple[Path, str]:
+def fetch_hub_model(hub_id: HubId, progress: OnProgress) -> tuple[Path, str]:
     """Fetch a model's files to the hub's cache.
 
     Args:
@@ -366,7 +371,8 @@ def _describe(hub_id: HubId) -> tuple[Repository, Path]:
         raise _refuse(say("HUB_CACHE_INCOMPLETE", model=hub_id))
     if _CONFIG not in files:
         raise _refuse(_what_else(hub_id, files))
-    _check_weights(hub_id, files)
+    if {WEIGHTS, INDEX}.isdisjoint(files):
+        raise _refuse(say("MODEL_HAS_NO_WEIGHTS", model=hub_id, file=WEIGHTS))
     if not has_tokenizer(files):
         raise _refuse(say("NO_TOKENIZER", model=hub_id))
     wanted = [name for name in (_CONFIG, INDEX) if name in files]
@@ -382,11 +388,6 @@ def _what_else(hub_id: HubId, files: Mapping[str, int]) -> Text:
     if ggufs:
         return say("MODEL_IS_GGUF", model=hub_id, file=ggufs[0])
     return say("MODEL_HAS_NO_CONFIG", model=hub_id)
-
-
-def _check_weights(hub_id: HubId, files: Iterable[str]) -> None:
-    if {WEIGHTS, INDEX}.isdisjoint(files):
-        raise _refuse(say("MODEL_HAS_NO_WEIGHTS", model=hub_id, file=WEIGHTS))
 
 
 def _small(files: Iterable[str]) -> list[str]:
@@ -408,7 +409,7 @@ def _weights(repository: Repository, folder: Path) -> list[str]:
     return names
 
 
-def _download(repository: Repository, names: list[str], progress: Progress) -> None:
+def _download(repository: Repository, names: list[str], progress: OnProgress) -> None:
     what = f"Downloading {repository.id.repository} (MiB)"
     folder = cache_dir() / repository.id.snapshot
     missing = [name for name in names if not (folder / name).is_file()]

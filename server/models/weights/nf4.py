@@ -32,6 +32,7 @@ from turret.server.models.weights.nf4_cpu import (
     nf4_product,
     nf4_transposed_product,
     pack,
+    quantize,
 )
 
 # ``bitsandbytes.functional``, imported in a tenth of its time.
@@ -90,8 +91,18 @@ class Nf4Weight:
     @classmethod
     def quantize(cls, weight: torch.Tensor) -> Nf4Weight:
         """Quantise ``[out, in]`` as bitsandbytes does, with double quantisation."""
-        packed, state = functional.quantize_4bit(
-            weight.contiguous(), blocksize=BLOCKSIZE, quant_type="nf4", compress_statistics=True
+        packed, absmax = quantize(weight)
+        offset = absmax.mean()
+        nested_codes, nested = functional.quantize_blockwise(absmax - offset, blocksize=256)
+        state = functional.QuantState(
+            absmax=nested_codes,
+            shape=weight.shape,
+            code=functional.get_4bit_type("nf4", device=weight.device.type),
+            blocksize=BLOCKSIZE,
+            quant_type="nf4",
+            dtype=weight.dtype,
+            offset=offset,
+            state2=nested,
         )
         return cls(packed, state)
 

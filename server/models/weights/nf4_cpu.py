@@ -27,6 +27,32 @@ def has_library_product(device: torch.device) -> bool:
     return device.type == "cpu" and bool(functional.has_avx512bf16())
 
 
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encode numbers in NF4 as bitsandbytes does, by its own code if there is no kernel.
+
+    Returns:
+        The codes, ``[numbers / 2, 1]`` uint8, the earlier number in the high bits; and the largest
+        magnitude of each block, fp32.
+    """
+    code = _code()
+    if not has_kernels(weight.device) or weight.numel() % _BLOCKSIZE:
+        return torch.ops.bitsandbytes.quantize_4bit(
+            weight.contiguous(), _BLOCKSIZE, "nf4", torch.uint8
+        )
+    numbers, midpoints = weight.float().contiguous(), (code[:-1] + code[1:]) / 2
+    codes = torch.empty(numbers.numel() // 2, 1, dtype=torch.uint8)
+    absmax = torch.empty(numbers.numel() // _BLOCKSIZE)
+    functions().turret_nf4_quantize(
+        numbers.data_ptr(),
+        midpoints.data_ptr(),
+        codes.data_ptr(),
+        absmax.data_ptr(),
+        len(absmax),
+        num_threads(),
+    )
+    return codes, absmax
+
+
 def pack(codes: torch.Tensor, packed: torch.Tensor) -> None:
     """Write a weight in bitsandbytes' packed CPU layout.
 

@@ -64,7 +64,7 @@ def test_dense_updates_over_the_host_budget_are_never_built(
 ) -> None:
     reader = loader(tmp_path, "FOURIERFT", NEEDED - 1, Allowed(dense=True))
     monkeypatch.setattr("torch.fft.ifft2", lambda *_: pytest.fail("it was made"))
-    with pytest.raises(BudgetExceededError, check=says("DENSE_OVER_BUDGET", bytes=NEEDED)):
+    with pytest.raises(BudgetExceededError, check=says("OVER_HOST_MEMORY", bytes=NEEDED)):
         reader.lower(reader.read(Source("a")))
 
 

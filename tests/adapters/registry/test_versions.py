@@ -253,7 +253,7 @@ def test_requests_are_divided_by_weight(make: Registries) -> None:
     own, _ = registry.tokenizers.find([AdapterRef(name="prod", draw=0.0)])
     assert own is None
     # Only a request may name an alias.
-    with pytest.raises(AdapterNotFoundError, check=says("IS_ALIAS", adapters="prod")):
+    with pytest.raises(AdapterNotFoundError, check=says("IS_ALIAS", alias="prod")):
         registry.acquire(refs(["prod"]))
 
 

@@ -296,9 +296,9 @@ def test_unwritable_files_are_reported_before_any_request(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--no-base"], say("NO_MIX", flag="--no-base")),
-        (["-m", "sql", "-m", "sql=1.0"], say("SAME_MIX_TWICE")),
-        (["--metric", "label_accuracy"], say("METRIC_NEEDS_LABELS")),
+        (["--no-base"], "--no-base: " + say("NEEDS_FIELD", other="--mix")),
+        (["-m", "sql", "-m", "sql=1.0"], "--mix: " + say("DUPLICATE", value="sql")),
+        (["--metric", "label_accuracy"], "--metric: " + say("NEEDS_FIELD", other="--labels")),
         (
             ["--labels", "Lima,Muscat"],
             "capitals.jsonl:2: completion: " + say("ANSWER_NOT_A_LABEL", value="N'Djamena"),

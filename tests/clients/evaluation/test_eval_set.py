@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,21 @@ def test_training_and_evaluation_report_an_unknown_key_alike(
         assert str(raised.value).startswith(f"{path}:1: {field}: ")
         text, of_keys = texts_of(raised.value)
         assert (text.reason, text.params.get("closest"), of_keys.reason) == (reason, near, keys)
+
+
+def test_a_key_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    path = tmp_path / "test.jsonl"
+    path.write_text(json.dumps({"\x1b[2J\nerror": "a"}))
+    with pytest.raises(DataError) as raised:
+        read_examples(path)
+    assert str(raised.value).startswith(f"{path}:1: \\x1b[2J\\nerror: ")
+
+
+def test_a_row_of_many_labels_is_read_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "test.jsonl"
+    labels = [str(number) for number in range(200_000)]
+    path.write_text(json.dumps({"prompt": "a", "labels": labels}))
+    before = time.process_time()
+    assert read_eval_set(path)[0].labels == tuple(labels)
+    # Comparing each label with all others would take minutes.
+    assert time.process_time() - before < 10

@@ -97,7 +97,7 @@ def _refuse_mix(_request: object, context: grpc.ServicerContext) -> None:
     [
         (MergeActiveError("a merge is active"), HINTS["MERGE_ACTIVE"]),
         (AdapterClassifiesError("trained to classify"), HINTS["ADAPTER_CLASSIFIES"]),
-        (HeadMissingError("no head"), HINTS["HEAD_MISSING"]),
+        (HeadMissingError("no head"), ""),
         (ServiceElsewhereError("it is elsewhere"), HINTS["SERVICE_ELSEWHERE"]),
         (AdapterBusyError("is held", metadata={"adapter": "sql"}), HINTS["ADAPTER_BUSY"]),
         (
@@ -123,8 +123,7 @@ def test_an_error_ends_with_the_command_to_run_next(
 def test_both_tables_have_a_hint_for_the_same_reasons():
     assert HINTS.keys() == OF_PYTHON.keys()
     reasons = {kind.reason for kind in vars(errors).values() if hasattr(kind, "reason")}
-    codes = {"UNIMPLEMENTED"}
-    assert HINTS.keys() <= reasons | codes | UNREACHED | {"REQUEST_TOO_LARGE", "ANSWER_TOO_LARGE"}
+    assert HINTS.keys() <= reasons | UNREACHED | {"REQUEST_TOO_LARGE", "ANSWER_TOO_LARGE"}
 
 
 @pytest.mark.parametrize("verb", [("generate", "a"), ("health",)])
@@ -161,7 +160,7 @@ def test_the_labels_of_a_head_are_shown(run: Run, server: FakeTurret):
 
 
 @pytest.mark.parametrize(
-    ("argument", "said"), [("", say("PROMPT_EMPTY")), ("-", say("STANDARD_INPUT_EMPTY"))]
+    ("argument", "said"), [("", say("EMPTY")), ("-", say("STANDARD_INPUT_EMPTY"))]
 )
 @pytest.mark.parametrize("flags", [("--chat",), ("--system", "a")])
 def test_an_empty_chat_is_refused(
@@ -169,7 +168,7 @@ def test_an_empty_chat_is_refused(
 ):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     code, out, err = run("generate", *flags, argument)
-    assert (code, out, err) == (2, "", f"error: {said}\n")
+    assert (code, out, err) == (2, "", f"error: PROMPT: {said}\n")
 
 
 @pytest.mark.parametrize("flag", ["--answers", "--plot"])
@@ -234,7 +233,7 @@ def test_chat_remembers_turns_and_switches_adapters(run: Run, server: FakeTurret
     code, out, err = run("chat", "--temperature", "0")
     assert code == 0
     missing, unknown = err.splitlines()
-    assert missing.startswith("error: NOT_FOUND (ADAPTER_NOT_FOUND): no adapter nope; /adapters ")
+    assert missing.startswith("error: NOT_FOUND (ADAPTER_NOT_FOUND): no adapter nope")
     assert "/nonsense" in unknown
     first, second, third = server.inference.requests
     said = [(m.role, m.content) for m in second.chat.messages]

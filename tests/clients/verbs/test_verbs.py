@@ -85,6 +85,13 @@ def test_prompt_from_standard_input(run: Run, monkeypatch):
     assert run("generate", "-")[1] == "fromstdin\n"
 
 
+def test_an_answer_cannot_steer_the_terminal(run: Run, monkeypatch):
+    answer = "a\x1b]0;title\x07\x9b2Jb"
+    assert run("generate", answer)[1] == f"{answer}\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert run("generate", answer)[1] == "a]0;title2Jb\n"
+
+
 def test_failed_call_prints_one_line(run: Run):
     code, out, err = run("generate", "a", "-a", "nope", "--json")
     assert (code, out) == (1, "")
@@ -162,7 +169,7 @@ def test_errors_say_what_to_do_next(run: Run, server: FakeTurret, capsys):
     assert parse_and_run("generate", "a", "--address", f"127.0.0.1:{port}") == 1
     other.stop(None)
     err = capsys.readouterr().err
-    assert err.startswith("error: UNIMPLEMENTED: Method not found!; check that 127.0.0.1:")
+    assert err == f"error: UNIMPLEMENTED: {say('NOT_OFFERED')}\n"
     err = run("health", "--tls")[2]
     assert err.startswith("error: UNAVAILABLE (TLS_FAILED): ")
     server.inference.wants_token = True
@@ -183,7 +190,7 @@ def test_errors_say_what_to_do_next(run: Run, server: FakeTurret, capsys):
         ),
         (["--token", "Bearer t"], f"--token: {say('INCLUDES_BEARER')}"),
         (["--token", "ü"], f"--token: {say('NOT_ASCII')}"),
-        (["--logprobs"], say("FLAG_NEEDS_JSON", flag="--logprobs")),
+        (["--logprobs"], "--logprobs: " + say("NEEDS_FIELD", other="--json")),
     ],
 )
 def test_an_error_names_the_flag_that_cannot_work(arguments: list[str], complaint: str, capfd):

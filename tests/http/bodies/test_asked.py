@@ -12,7 +12,6 @@ from turret.server.engine.scheduling.request import Request, SamplingParams
 from turret.server.errors import (
     AdapterClassifiesError,
     AdapterExistsError,
-    HeadMissingError,
     InvalidRequestError,
     MergeActiveError,
     PromptTooLongError,
@@ -128,7 +127,6 @@ def test_the_ranges_of_fields_match_the_engine() -> None:
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (HeadMissingError.of("adapters", "no head"), "head_missing"),
         (AdapterClassifiesError.of("adapters", "a"), "adapter_classifies"),
         (AdapterExistsError("is taken"), "adapter_exists"),
         (MergeActiveError("is merged"), "merge_active"),

@@ -98,6 +98,8 @@ async def _check_hidden(one: Tenant, harness: EngineHarness) -> None:
     (name,) = (info.name for info in harness.registry.list())
     listed = (await one.client.get("/v1/models")).json()["data"]
     assert len(listed) == 1
+    seen = (await one.client.get("/console/state", params={"find": "training"})).json()
+    assert seen["adapters"] == {"shown": [], "matching": 0, "total": 0}
     # The error for an unknown name suggests similar ones.
     similar = {"model": f"{name}0", "prompt": "a"}
     answer = await one.client.post("/v1/completions", json=similar)

@@ -26,7 +26,7 @@ static void check_attention(int64_t heads, int64_t kv_heads, int64_t dim, int64_
     float *k = floats(POSITIONS * kv_heads * dim), *v = floats(POSITIONS * kv_heads * dim);
     float *qkv = floats(rows * per * dim), *cos = floats(rows * dim / 2), *sin = floats(rows * dim / 2);
     float *q = floats(rows * heads * dim), *out = floats(rows * heads * dim), *one = floats(rows * heads * dim);
-    int64_t stride = fmax(heads, 32) * (2 * dim + POSITIONS + 32);
+    int64_t stride = fmax(heads, 48) * (2 * dim + POSITIONS + 32);
     float *scratch = floats(threads * stride);
     double *expected = calloc(rows * heads * dim, sizeof(double));
     float *sinks = has_sinks ? floats(heads) : 0;

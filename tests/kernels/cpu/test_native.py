@@ -22,7 +22,7 @@ from kernel_traffic import error_ratio
 from turret.kernels.cpu import native, row_adapters
 from turret.kernels.cpu.layers import NativeAttentionPlan, paged_attention
 from turret.kernels.cpu.row_adapters import (
-    Entry,
+    CStruct,
     ModuleSizes,
     ModuleTable,
     ProjectionShape,
@@ -47,11 +47,11 @@ def threads(request: Any) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def _entries(part: dict[str, torch.Tensor]) -> list[Entry]:
+def _entries(part: dict[str, torch.Tensor]) -> list[CStruct]:
     """A module's operators, from their tensors by name."""
     vectors = (name for name in part if name not in "ab")
     low_rank = [row_adapters.low_rank(part["a"], part["b"])] if "a" in part else []
-    return [*low_rank, *(Entry(name, (part[name],)) for name in vectors)]
+    return [*low_rank, *(CStruct(name, (part[name],)) for name in vectors)]
 
 
 class Adapters:

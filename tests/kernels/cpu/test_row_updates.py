@@ -22,7 +22,7 @@ from torch import Tensor
 
 from turret.kernels.cpu import native, row_adapters
 from turret.kernels.cpu.row_adapters import (
-    Entry,
+    CStruct,
     ModuleSizes,
     ModuleTable,
     ProjectionShape,
@@ -34,7 +34,7 @@ from turret.kernels.cpu.row_adapters import (
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 
 # Entries of a module's table, and the update as a dense matrix in float64.
-Update = tuple[list[Entry], Tensor]
+Update = tuple[list[CStruct], Tensor]
 Mix = Sequence[tuple[int, float]]
 # One row, a row beside it, and more rows than a tile: some end within a tile.
 SEGMENTS: list[tuple[int, int, Mix]] = [

@@ -88,14 +88,32 @@ FAULTS = {
 HANGS = "two threads claim a piece"
 
 
+# Faults that need no race to show.
+CERTAIN_FAULTS = {
+    "a worker goes on with a piece that was taken": ("    siglongjmp(own->before, 1);\n", ""),
+    "no piece is taken": ("held >> PIECE_BITS != number ||", "held >> PIECE_BITS == number ||"),
+}
+
+
+def with_fault(folder: Path, right: str, wrong: str) -> Path:
+    text = (FOLDER / "team.c").read_text()
+    assert right in text
+    (folder / "team.c").write_text(text.replace(right, wrong))
+    return folder / "team.c"
+
+
+@pytest.mark.parametrize("fault", CERTAIN_FAULTS)
+def test_a_planted_fault_in_taking_over_is_found(fault: str, tmp_path: Path) -> None:
+    checks = build(tmp_path, "-O2", source=with_fault(tmp_path, *CERTAIN_FAULTS[fault]))
+    result = run(checks, "2")
+    assert result.returncode == 1
+    assert "a stopped worker" in result.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(fault: str, tmp_path: Path, sanitizer: str) -> None:
-    right, wrong = FAULTS[fault]
-    text = (FOLDER / "team.c").read_text()
-    assert right in text
-    (tmp_path / "team.c").write_text(text.replace(right, wrong))
-    checks = build(tmp_path, "-O1", sanitizer, source=tmp_path / "team.c")
+    checks = build(tmp_path, "-O1", sanitizer, source=with_fault(tmp_path, *FAULTS[fault]))
     for _ in range(10):  # whether a race shows depends on which thread the system runs when
         try:
             result = run(checks, "7", "own", timeout=8 if fault == HANGS else 300)

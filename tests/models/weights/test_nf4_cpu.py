@@ -58,6 +58,33 @@ def test_weights_are_packed_as_bitsandbytes_packs_them(
     assert torch.equal(linear.absmax, state.absmax)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_are_quantised_as_bitsandbytes_quantises_them(dtype: torch.dtype) -> None:
+    code = bnb_functional.get_4bit_type("nf4", device="cpu")
+    weight = torch.randn(96, 192, generator=torch.Generator().manual_seed(1))
+    # All values and the midpoints between them, exactly as some block scales them.
+    weight[0, :16], weight[0, 16:31], weight[0, 31:64] = code, (code[:-1] + code[1:]) / 2, 0
+    weight[1] = 0
+    weight[2] *= 1e-39
+    weight[3, 5], weight[4, 7], weight[5, 9] = float("nan"), float("inf"), -float("inf")
+    weight[6] *= 1e37
+    found, expected = Nf4Weight.quantize(weight.to(dtype)), _by_bitsandbytes(weight.to(dtype))
+    parts, wanted = found.to_tensors("w"), expected.to_tensors("w")
+    assert parts.keys() == wanted.keys()
+    for name, part in parts.items():
+        torch.testing.assert_close(part, wanted[name], rtol=0, atol=0, equal_nan=True)
+    ragged = weight[:1, :100]
+    assert torch.equal(Nf4Weight.quantize(ragged).packed, _by_bitsandbytes(ragged).packed)
+
+
+def _by_bitsandbytes(weight: torch.Tensor) -> Nf4Weight:
+    return Nf4Weight(
+        *bnb_functional.quantize_4bit(
+            weight.contiguous(), blocksize=BLOCKSIZE, quant_type="nf4", compress_statistics=True
+        )
+    )
+
+
 _IMPORTS = """
 import sys, torch
 replaced = torch.compile, torch._disable_dynamo

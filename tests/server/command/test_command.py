@@ -157,6 +157,12 @@ def test_an_interrupt_while_modules_load_leaves_no_traceback(
     assert command is serve or done.stderr.endswith("\nstopped\n")
 
 
+def test_the_usage_shows_required_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["adapters", "fuse", "--help"])
+    assert " -a NAME" in capsys.readouterr().out.partition("\n\n")[0]
+
+
 def test_the_help_is_the_same_without_heavy_imports() -> None:
     assert build_parser("").format_help() == build_parser(None).format_help()
 
@@ -174,14 +180,14 @@ def test_the_help_is_the_same_without_heavy_imports() -> None:
         ),
         # A prefix of a flag is not accepted, because a later version may have another flag with it.
         (["generate", "--max-token", "3", "x"], '"--max-tokens"'),
-        (["serve", "--max", "3"], " --max\n"),
+        (["serve", "--max", "3"], '"--max"\n'),
         (["adapters", "lst"], 'turret adapters: error: .*"list"'),
-        (["--versoin"], ' --versoin; .*"--version"'),
+        (["--versoin"], '"--versoin"; .*"--version"'),
         (["serve", "--max-lora-rank", "64"], '"--max-rank"'),
         (["train", "rum", "x"], '"run"'),
         # A common prefix alone is not a similarity.
-        (["score", "--max-tokens", "5", "x"], " --max-tokens\n"),
-        (["generate", "--adres=x"], ' --adres; .*"--address"'),
+        (["score", "--max-tokens", "5", "x"], '"--max-tokens"\n'),
+        (["generate", "--adres=x"], '"--adres"; .*"--address"'),
         (["generate", "hi", "there"], server_say("UNQUOTED_TEXT", count=1, values="there")),
         (["adapters", "list", "hi"], "turret adapters list: error: .*hi\n"),
         (["health", "a", "b"], server_say("UNEXPECTED_ARGUMENTS", count=2, values="a b")),
@@ -189,6 +195,16 @@ def test_the_help_is_the_same_without_heavy_imports() -> None:
         (["generate", "--max-tokens", "1.5", "x"], say("NOT_A_WHOLE_NUMBER", value='"1.5"')),
         (["generate", "--top-p", "much", "x"], say("NOT_A_NUMBER", value='"much"')),
         (["adapters", "list", "--jsn"], 'turret adapters list: .*"--json"'),
+        (["adapters", "load", "x"], "PATH: "),
+        (["adapters", "fuse"], "--adapter: .*; NAME: "),
+        (["generate", "-x"], '"-x"'),
+        (["adapters"], "ACTION: "),
+        (["serve", "--max-rank"], "--max-rank: "),
+        (["generate", "x", "--json=1"], "--json: "),
+        (["generate", "x", "-a"], "--adapter: "),
+        (["generate", "x", "--token", "a", "--token-from", "b"], "--token-from: .*--token\n"),
+        (["compile", "--compute-capability", "7.5"], "--compute-capability: .*8.0.*7.5"),
+        (["train", "sweep", "--ranks", "0"], "--ranks: "),
     ],
 )
 def test_a_typo_is_reported_on_two_lines(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from start_problems import parse, read, refused
 
-from turret.server.basics.settings import SettingsError, format_byte_size, parse_byte_size
+from turret.server.basics.settings import format_byte_size, parse_byte_size
 from turret.server.cli import main
 from turret.server.command.flags import Settings, settings
 from turret.server.config import (
@@ -142,12 +142,6 @@ def test_an_exposed_address_needs_tls_and_tokens(name: str, address: str) -> Non
         assert refused(flag, address, *missing) == {(f"listen.{name}", "ADDRESS_EXPOSED")}
     parse(flag, address, *TLS, "--token-file", "t")
     parse(flag, address, "--insecure")
-
-
-def test_localhost_is_suggested_for_a_misspelling() -> None:
-    with pytest.raises(SettingsError) as caught:
-        parse("--address", "locahost:1")
-    assert caught.value.violations[0].text.params["closest"] == "localhost"
 
 
 def test_a_repeated_flag_adds_a_value() -> None:

@@ -66,6 +66,9 @@ def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:
     config.write_text('{"model_type": "bert"}')
     assert "bert" in said(tmp_path)
     assert ", ".join(served_types()) in said(tmp_path)
+    for kind in (["llama"], {"a": 1}):
+        config.write_text(json.dumps({"model_type": kind}))
+        assert said(tmp_path).params["key"] == "model_type"
     config.write_text("[" * 100_000)
     assert says("JSON_TOO_NESTED")(said(tmp_path))
     layers = {"num_hidden_layers": 1025}
@@ -100,7 +103,7 @@ def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").touch()
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../1"}}')
     assert said(tmp_path).reason == "INDEX_LEAVES_DIRECTORY"
-    for damaged in ("{", "[]", "{}", '{"weight_map": {"a": 1}}'):
+    for damaged in ("{", "[]", "{}", '{"weight_map": {"a": 1}}', "[" * 100_000):
         (tmp_path / "model.safetensors.index.json").write_text(damaged)
         assert said(tmp_path).reason == "FILE_DAMAGED"
     config.write_text('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}')
@@ -121,6 +124,8 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 123\
         (lambda data: data + b"0", "FILE_WRONG_SIZE"),
         (lambda data: data.replace(b"data_offsets", b"DATA_OFFSETS"), "FILE_DAMAGED"),
         (lambda _: b"<!doctype html><title>Sign in", "FILE_DAMAGED"),
+        (lambda data: data.replace(b'"shape":[300]', b'"shape":[-30]'), "FILE_DAMAGED"),
+        (lambda _: (100_000).to_bytes(8, "little") + b"[" * 100_000, "FILE_DAMAGED"),
     ],
 )
 def test_damaged_weights(spoil: Callable[[bytes], bytes], reason: str, tmp_path: Path) -> None:

@@ -507,6 +507,26 @@ async def test_owners_take_turns_and_then_their_adapters(
         assert min(ends) >= 13
 
 
+async def test_soft_tokens_count_as_tokens_of_a_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+
+    class Counted(TrainingPass):
+        def forward(self) -> None:
+            super().forward()
+            rows.append(len(self.hidden))
+
+    monkeypatch.setattr(service, "TrainingPass", Counted)
+    async with started(tmp_path) as (_, training):
+        learner = await training.create(LearnerConfig(method="prompt_tuning", rank=60, seed=1))
+        # With its soft tokens, a pair of these sequences fits a chunk, and four chunks a pass.
+        data = [learned([1, 2])] * 20
+        results = await training.pass_over(learner, data, "cross_entropy", {})
+        assert len(results) == len(data)
+        assert rows == [8 * 61, 8 * 61, 4 * 61]
+
+
 async def test_a_full_disk_is_reported_as_such(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from builders.bases.tiny_models import EOS, VOCAB_SIZE, tiny_tokenizer
 
 from turret.server.constraints.compiler import ConstraintCompiler
-from turret.server.constraints.grammar import ConstraintSpec, Kind
+from turret.server.constraints.grammar import ConstraintKind, ConstraintSpec
 from turret.server.constraints.matcher import Constraint, Matcher
 from turret.server.models.tokenizer import Tokenizer
 
@@ -18,7 +18,7 @@ def make_tokenizer() -> Tokenizer:
     return Tokenizer(tiny_tokenizer(), frozenset({EOS}), VOCAB_SIZE)
 
 
-def compiled(kind: Kind, *texts: str) -> Constraint:
+def compiled(kind: ConstraintKind, *texts: str) -> Constraint:
     """A compiled constraint for the tiny models; raises the errors of the compilation."""
     return _compiler()._compile(ConstraintSpec(kind, texts))
 

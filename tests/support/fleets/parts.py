@@ -11,8 +11,8 @@ from typing import Any
 from turret.fleet.follower import Change, Follower
 from turret.fleet.protocol import (
     AdapterUsage,
-    Base,
     Entry,
+    FleetBase,
     FleetState,
     Join,
     generations_of,
@@ -47,7 +47,7 @@ class Disk:
 
     names: dict[str, SavedRegistration] = dataclasses.field(default_factory=dict)
     aliases: dict[str, Alias] = dataclasses.field(default_factory=dict)
-    base: Base = dataclasses.field(default_factory=Base)
+    base: FleetBase = dataclasses.field(default_factory=FleetBase)
     history: dict[str, list[tuple[Any, ...] | None]] = dataclasses.field(default_factory=dict)
     files: dict[str, str] = dataclasses.field(default_factory=dict)
     crash_in: int = 0
@@ -72,7 +72,7 @@ class Disk:
     def read(self, *, sweeps: bool) -> list[SavedRegistration]:
         return list(self.names.values())
 
-    def read_base(self) -> Base:
+    def read_base(self) -> FleetBase:
         return self.base
 
     def write(self, saved: SavedRegistration) -> None:
@@ -108,7 +108,7 @@ class Disk:
         if past[-1] != now:
             past.append(now)
 
-    def write_base(self, base: Base) -> None:
+    def write_base(self, base: FleetBase) -> None:
         self._begin_write()
         self.base = base
         self._step()

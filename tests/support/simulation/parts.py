@@ -233,8 +233,11 @@ def check_progress(sequence: Sequence, pool: BlockPool) -> None:
 class Silent:
     """Metrics that are not read."""
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args, **keywords: None
+    def __getattr__(self, name: str) -> Silent:
+        return self
+
+    def __call__(self, *args: object, **keywords: object) -> Silent:
+        return self
 
 
 class Letters(TokenStream):

@@ -296,6 +296,6 @@ EXPORT void turret_adapt(const Step *step, const int64_t *shape, const bf16 *x, 
     Job job = {step, &p, {0}, {0}, threads > 1 ? threads * PIECES_EACH : 1};
     shrink(step, &p, &job.shrinking);
     expand(step, &p, &job.expanding);
-    in_pieces(shrink_piece, &job, job.pieces, threads);
+    in_repeatable_pieces(shrink_piece, &job, job.pieces, threads);
     in_pieces(expand_piece, &job, job.pieces, threads);
 }

@@ -82,7 +82,7 @@ EXPORT void turret_input_change(const Step *step, int64_t module, int64_t in_fea
                                 const bf16 *x, int64_t x_stride, const int64_t *rows,
                                 const int64_t *members, int64_t count, double start, bf16 *out) {
     Job job = {step, x, rows, members, out, module, in_features, x_stride, (float)start};
-    in_pieces(change_piece, &job, count, step->num_threads);
+    in_repeatable_pieces(change_piece, &job, count, step->num_threads);
 }
 
 typedef struct {
@@ -110,5 +110,5 @@ static void change_or_copy(const void *job, int64_t thread, int64_t n) {
 EXPORT void turret_change_inputs(const Step *step, int64_t module, const Inputs *inputs, const bf16 *x,
                           int64_t rows, int64_t in_features, bf16 *out) {
     Changes job = {step, inputs, x, out, module, in_features, rows};
-    in_pieces(change_or_copy, &job, inputs->count * rows, step->num_threads);
+    in_repeatable_pieces(change_or_copy, &job, inputs->count * rows, step->num_threads);
 }

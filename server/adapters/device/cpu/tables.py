@@ -16,7 +16,7 @@ import torch
 from turret.kernels.cpu import row_adapters
 from turret.kernels.cpu.layers import PROJECTIONS, NativePlace
 from turret.kernels.cpu.row_adapters import (
-    Entry,
+    CStruct,
     ExpertAdapters,
     ExpertTable,
     ModuleSizes,
@@ -259,13 +259,13 @@ class _PieceSums:
         return self._known[key]
 
 
-def _entry(part: Operator, pieces: _PieceSums) -> Entry | None:
+def _entry(part: Operator, pieces: _PieceSums) -> CStruct | None:
     """An operator's entry in its module's table; None if it has no kernel."""
     match part:
         case LowRank():
             return row_adapters.low_rank(None if part.a in pieces else part.a, part.b)
         case Gain() | Bias() | InputGain():
-            return Entry(part.name, (part.values,))
+            return CStruct(part.name, (part.values,))
         case Hadamard():
             w1a, w2a = _transposed(part)
             return row_adapters.hadamard(w1a, part.w1b, w2a, part.w2b)

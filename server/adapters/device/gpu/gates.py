@@ -24,9 +24,9 @@ from turret.kernels.gpu.tables import (
     upload,
 )
 from turret.server.adapters.device.gpu.pack import (
-    Form,
     GpuPack,
-    Place,
+    PackPlace,
+    StepForm,
     components_of,
     gate_in,
     gates_of,
@@ -147,7 +147,7 @@ class GpuGates(Part):
         return more
 
     def bind(
-        self, runs: Sequence[tuple[int, int, Members]], form: Form
+        self, runs: Sequence[tuple[int, int, Members]], form: StepForm
     ) -> tuple[list[LongSegment], GpuStepGates]:
         """The segments of a step, and its gates.
 
@@ -216,7 +216,7 @@ class GpuGates(Part):
         return [word for layer in words for own in layer for word in own]
 
 
-def _member(place: Place, weight: float) -> SegmentMember:
+def _member(place: PackPlace, weight: float) -> SegmentMember:
     return SegmentMember(place.rank_start, place.rank_end, place.slot, weight)
 
 

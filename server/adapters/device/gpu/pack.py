@@ -23,7 +23,7 @@ from turret.server.adapters.operators.vectors import Gain
 # The form of a step, which determines its launches: pairs of a kind of packed operator and a
 # projection, and pairs of a slot table and a position in the mixes. A step can run in any form that
 # contains its own, because the additional kernels find empty tables.
-Form = frozenset[tuple[Hashable, Hashable]]
+StepForm = frozenset[tuple[Hashable, Hashable]]
 
 # The kinds of packed operators in a form. A bias counts as a gain: the kernel looks up both or
 # neither, so that fewer variants are compiled.
@@ -34,7 +34,7 @@ RANK_ALIGNMENT = 8
 
 
 @dataclass(slots=True)
-class Place:
+class PackPlace:
     """Ranks ``[rank_start, rank_end)`` of every matrix, and a slot of every table."""
 
     rank_start: int
@@ -51,10 +51,10 @@ class Placement:
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._places: dict[str, Place] = {}
+        self._places: dict[str, PackPlace] = {}
 
     @property
-    def places(self) -> Mapping[str, Place]:
+    def places(self) -> Mapping[str, PackPlace]:
         return self._places
 
     @staticmethod
@@ -66,11 +66,11 @@ class Placement:
         """Whether ``width`` ranks are free side by side."""
         return self._find(width) is not None
 
-    def put(self, key: str, width: int) -> Place:
+    def put(self, key: str, width: int) -> PackPlace:
         """Places an adapter in the first gap that is large enough. The caller has made room."""
         start = self._find(width)
         assert start is not None, "the pack makes room before an adapter is placed"
-        place = self._places[key] = Place(start, start + width, self._find_slot())
+        place = self._places[key] = PackPlace(start, start + width, self._find_slot())
         return place
 
     def remove(self, key: str) -> None:
@@ -207,7 +207,7 @@ class GpuPackedProjection:
                     # Copy first, because source and target may overlap.
                     matrix[:, first : first + end - start] = matrix[:, start:end].clone()
 
-    def put(self, operators: AdapterOperators, place: Place) -> None:
+    def put(self, operators: AdapterOperators, place: PackPlace) -> None:
         """Copy an adapter's factors, gains and biases into a place, which is cleared first."""
         self._clear(place)
         found = self._layout.of(operators, self.name)
@@ -225,7 +225,7 @@ class GpuPackedProjection:
             for layers, bias in by_layers((i, ops.bias) for i, ops in own if ops.bias is not None):
                 self.bias[layers, place.slot, columns] = bias
 
-    def put_gates(self, operators: AdapterOperators, place: Place) -> None:
+    def put_gates(self, operators: AdapterOperators, place: PackPlace) -> None:
         """Copies the factors of an adapter's gates into a place that holds nothing else."""
         self._clear(place)
         found, components = self._layout.of(operators, self.name), components_of(operators)
@@ -245,7 +245,7 @@ class GpuPackedProjection:
                     for ranks, target in moves:
                         b[layers, here][:, target] = factor[:, ranks]
 
-    def _clear(self, place: Place) -> None:
+    def _clear(self, place: PackPlace) -> None:
         for table in (self.gain_delta, self.bias, self.slice_ranks):
             table[:, place.slot] = 0
         for matrix in (self.a, *self.b) if place.rank_end > place.rank_start else ():
@@ -304,7 +304,7 @@ class GpuPack(Part):
         modules = layout.num_layers * sum(map(len, layout.projections.values()))
         padding = 4 * modules * (padded(self.num_slots, 4) - self.num_slots)
         self.num_bytes = ranks * self._rank_bytes + self.num_slots * slot_bytes + padding
-        self._forms: dict[str, Form] = {}
+        self._forms: dict[str, StepForm] = {}
         self._placement = Placement(ranks)
         self.projections = {
             name: GpuPackedProjection(layout, name, dtype, device, ranks, self.num_slots)
@@ -312,15 +312,15 @@ class GpuPack(Part):
         }
 
     @property
-    def places(self) -> Mapping[str, Place]:
+    def places(self) -> Mapping[str, PackPlace]:
         """The place of each adapter, by key."""
         return self._placement.places
 
-    def form(self, key: str) -> Form:
+    def form(self, key: str) -> StepForm:
         """The form of an adapter's packed operators."""
         return self._forms[key]
 
-    def gates(self, key: str) -> Place | None:
+    def gates(self, key: str) -> PackPlace | None:
         """The place of an adapter's gate components: ranks and a slot of their own."""
         return self.places.get(_gates_of(key))
 
@@ -360,7 +360,7 @@ class GpuPack(Part):
         self._placement.remove(_gates_of(key))
         self._forms.pop(key, None)
 
-    def _place(self, key: str, width: int) -> Place:
+    def _place(self, key: str, width: int) -> PackPlace:
         """A place of ``width`` ranks."""
         if not self._placement.has_room(width):
             moves = self._placement.compact()

@@ -24,7 +24,7 @@ from turret.kernels.gpu.tables import (
     SegmentTable,
     upload,
 )
-from turret.server.adapters.device.gpu.pack import Form, GpuPack, padded
+from turret.server.adapters.device.gpu.pack import GpuPack, StepForm, padded
 from turret.server.adapters.device.gpu.uploads import aligned, apart
 from turret.server.adapters.device.store import (
     ExpertPairs,
@@ -280,7 +280,7 @@ class GpuSlotTables(Part):
             yield from ((place, position) for position in range(count))
 
     def bind(
-        self, runs: Sequence[tuple[int, int, Members]], tables: GpuTables, form: Form
+        self, runs: Sequence[tuple[int, int, Members]], tables: GpuTables, form: StepForm
     ) -> GpuStepSlotTables:
         """Load a step's tables.
 

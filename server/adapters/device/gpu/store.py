@@ -22,7 +22,7 @@ from turret.kernels.gpu.low_rank import Shrink, segmented_expand
 from turret.kernels.gpu.nf4 import Epilogue
 from turret.kernels.gpu.tables import SegmentTable
 from turret.server.adapters.device.gpu.gates import GpuGates, GpuStepGates
-from turret.server.adapters.device.gpu.pack import PACKED, Form, GpuPack, GpuPackedProjection
+from turret.server.adapters.device.gpu.pack import PACKED, GpuPack, GpuPackedProjection, StepForm
 from turret.server.adapters.device.gpu.slot_tables import (
     GpuSlotTables,
     GpuStepSlotTables,
@@ -75,14 +75,14 @@ class GpuAdapterStep:
 
     projections: Mapping[str, GpuPackedProjection]
     table: SegmentTable
-    form: Form
+    form: StepForm
     slot_tables: GpuStepSlotTables
     gates: GpuStepGates
     addresses: Hashable
     others: StepReference | None = None
 
     @property
-    def signature(self) -> tuple[Form, Hashable]:
+    def signature(self) -> tuple[StepForm, Hashable]:
         """Identifies a step's launches and their addresses; see the module docstring."""
         return self.form, self.addresses
 
@@ -230,7 +230,7 @@ class GpuStore(AdapterStore):
             self._uploads.taken()
         return True
 
-    def form(self, mixes: Iterable[Members]) -> Form:
+    def form(self, mixes: Iterable[Members]) -> StepForm:
         """The kinds of operators for which a step with these mixes launches kernels."""
         parts = set[tuple[Hashable, Hashable]]()
         for mix in {tuple(mix) for mix in mixes}:
@@ -244,7 +244,7 @@ class GpuStore(AdapterStore):
         tables: GpuTables,
         given: Mapping[str, torch.Tensor] = MappingProxyType({}),
         num_decode: int | None = None,
-        form: Form | None = None,
+        form: StepForm | None = None,
     ) -> GpuAdapterStep:
         """Load a step's tables.
 

@@ -22,9 +22,9 @@ _log = logging.getLogger(__name__)
 
 # Outputs of a step; the tensors keep their addresses, and a replay overwrites them.
 Outputs = tuple[torch.Tensor, torch.Tensor]
-Body = Callable[[], Outputs]
+StepBody = Callable[[], Outputs]
 # Kind (number of rows, and whether embeddings are computed before), form and addresses.
-Key = Any
+GraphKey = Any
 
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 _LARGE_BUCKET = 64
@@ -37,7 +37,7 @@ SIGHTS, WINDOW, _MAX_FAILURES = 8, 256, 3
 class Capture(Protocol):
     """How bodies are captured."""
 
-    def __call__(self, body: Body) -> tuple[Callable[[], None], Outputs]:
+    def __call__(self, body: StepBody) -> tuple[Callable[[], None], Outputs]:
         """Capture a body without running it.
 
         Returns:
@@ -73,7 +73,7 @@ class CudaCapture:
         self._stream = torch.cuda.Stream(device, priority=-1)
         self._pool: Any = None
 
-    def __call__(self, body: Body) -> tuple[Callable[[], None], Outputs]:
+    def __call__(self, body: StepBody) -> tuple[Callable[[], None], Outputs]:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
@@ -126,14 +126,14 @@ class DecodeGraphs:
         self._epoch: Hashable = None
         self._step = self._resumes = self._failures = 0
         # The latest steps in which a form was seen.
-        self._seen: dict[Key, deque[int]] = {}
+        self._seen: dict[GraphKey, deque[int]] = {}
         # Kind → the number of the first recent step without a suitable graph, and the joint form of
         # all such steps.
         self._missing: dict[Hashable, tuple[int, frozenset[Any]]] = {}
         # The graph that was used last comes last.
-        self._graphs: OrderedDict[Key, tuple[Callable[[], None], Outputs]] = OrderedDict()
+        self._graphs: OrderedDict[GraphKey, tuple[Callable[[], None], Outputs]] = OrderedDict()
 
-    def run(self, epoch: Hashable, key: Key, body: Body) -> Outputs:
+    def run(self, epoch: Hashable, key: GraphKey, body: StepBody) -> Outputs:
         """Run a step, captured if possible.
 
         Args:
@@ -175,7 +175,7 @@ class DecodeGraphs:
         self._missing[kind] = since, union | own
         return union | own
 
-    def prepare(self, epoch: Hashable, key: Key, body: Body) -> None:
+    def prepare(self, epoch: Hashable, key: GraphKey, body: StepBody) -> None:
         """Capture a step before it is needed. Runs it uncaptured once, which compiles its kernels.
 
         Args:
@@ -203,7 +203,7 @@ class DecodeGraphs:
             self._seen.clear()
             self._epoch = epoch
 
-    def _is_due(self, key: Key) -> bool:
+    def _is_due(self, key: GraphKey) -> bool:
         """Record that a form occurs in this step; returns whether it should be captured."""
         self._step += 1
         if len(self._seen) > 8 * self._capacity:
@@ -213,7 +213,7 @@ class DecodeGraphs:
         is_common = len(sights) == SIGHTS and self._step - sights[0] < WINDOW
         return is_common and self._step >= self._resumes
 
-    def _add(self, capture: Capture, key: Key, body: Body) -> bool:
+    def _add(self, capture: Capture, key: GraphKey, body: StepBody) -> bool:
         """Capture a body; returns whether it worked.
 
         If memory ran out, all other graphs have been dropped.

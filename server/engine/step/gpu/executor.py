@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from turret.server.adapters.adapter import Mix
-from turret.server.adapters.device.gpu.pack import Form
+from turret.server.adapters.device.gpu.pack import StepForm
 from turret.server.adapters.device.gpu.store import GpuAdapterStep, GpuStore
 from turret.server.adapters.device.gpu.uploads import empty_cache
 from turret.server.adapters.device.store import Resident
@@ -31,8 +31,7 @@ from turret.server.engine.step.batch import (
     StepRows,
     StepScalings,
     added_logits,
-    changed_embeddings,
-    changed_heads,
+    changed_rows,
     collect_decode_rows,
     collect_rows,
     decode_spans,
@@ -40,7 +39,13 @@ from turret.server.engine.step.batch import (
     runs_of,
     scalings_of,
 )
-from turret.server.engine.step.gpu.decode_graphs import Body, Capture, DecodeGraphs, Key, buckets
+from turret.server.engine.step.gpu.decode_graphs import (
+    Capture,
+    DecodeGraphs,
+    GraphKey,
+    StepBody,
+    buckets,
+)
 from turret.server.engine.step.gpu.sampler import GpuSampler
 from turret.server.engine.step.gpu.tables import (
     AttentionWords,
@@ -49,6 +54,7 @@ from turret.server.engine.step.gpu.tables import (
     StepTables,
 )
 from turret.server.engine.step.runner import Computed, Executor, fill_prefix, sampled_rows
+from turret.server.log import OnProgress
 from turret.server.models.decoding.gpu_decoder import GpuDecoder, GpuStep
 from turret.server.models.decoding.layer_ops import KvCache
 
@@ -109,11 +115,8 @@ def measure(work: Callable[[], object], device: torch.device) -> int:
 
 _log = logging.getLogger(__name__)
 
-# Called with a description, the number of finished forms, and the total number.
-Progress = Callable[[str, int, int], None]
 
-
-def warm_up(executor: GpuExecutor, progress: Progress) -> None:
+def warm_up(executor: GpuExecutor, progress: OnProgress) -> None:
     """Compile the kernels of steps and capture the common decode steps.
 
     Kernels that only some adapters need (LoHa, LoKr, experts) are compiled when such an adapter is
@@ -139,7 +142,7 @@ def warm_up(executor: GpuExecutor, progress: Progress) -> None:
         executor.free_memory()
 
 
-def compile_steps(executor: GpuExecutor, progress: Progress) -> None:
+def compile_steps(executor: GpuExecutor, progress: OnProgress) -> None:
     """The first part of ``warm_up``: launch every kernel of steps."""
     packed = executor.packed_forms()
     with torch.inference_mode():
@@ -314,7 +317,7 @@ class GpuExecutor(Executor[GpuDecoder, GpuStore]):
         inputs = self._padding(self._decode, form if low_rank else None, bucket)
         self._graphs.prepare(self._epoch(), self._key(inputs), self._body(self._decode, inputs))
 
-    def compile(self, packed: Form | None) -> None:
+    def compile(self, packed: StepForm | None) -> None:
         """Compile the kernels of all steps with these packed kinds.
 
         Args:
@@ -330,7 +333,7 @@ class GpuExecutor(Executor[GpuDecoder, GpuStore]):
             inputs = self._padding(self._mixed, packed, rows, num_decode)
             self._body(self._mixed, inputs)()
 
-    def packed_forms(self) -> list[Form | None]:
+    def packed_forms(self) -> list[StepForm | None]:
         """Every set of packed kinds that a step can have; None is a step without adapters."""
         names = self._decoder.arch.linears()
         sets = [(LowRank,), (Gain,), (LowRank, Gain), (LowRank, Gate), (LowRank, Gain, Gate)]
@@ -338,7 +341,7 @@ class GpuExecutor(Executor[GpuDecoder, GpuStore]):
         return [None, *forms]
 
     def _padding(
-        self, tables: StepTables, form: Form | None, rows: int, num_decode: int | None = None
+        self, tables: StepTables, form: StepForm | None, rows: int, num_decode: int | None = None
     ) -> GpuStep:
         """A step with only padding, whose keys and values go to block 0, which is never read."""
         num_decode, adapters = rows if num_decode is None else num_decode, None
@@ -451,10 +454,10 @@ class GpuExecutor(Executor[GpuDecoder, GpuStore]):
             adapters=adapters,
             soft=rows.soft.on(device),
             added=rows.added.on(device),
-            embeddings=changed_embeddings(its_rows, self.store, device),
+            embeddings=changed_rows(its_rows, self.store, device, "embedding"),
         )
         hidden, logits = self._body(tables, inputs)()
-        heads = changed_heads(drawn, self.store, device)
+        heads = changed_rows(drawn, self.store, device, "head")
         self._change_heads(hidden.index_select(0, inputs.sample_rows), logits, heads, tables)
         return hidden, logits
 
@@ -522,12 +525,12 @@ class GpuExecutor(Executor[GpuDecoder, GpuStore]):
         return self._blocks.epoch, self._decoder.epoch
 
     @staticmethod
-    def _key(inputs: GpuStep) -> Key:
+    def _key(inputs: GpuStep) -> GraphKey:
         """Identifies the kernels that a decode step launches, and the tables that they read."""
         kind, adapters = (len(inputs.token_ids), inputs.embedded is not None), inputs.adapters
         return kind, *((frozenset(), None) if adapters is None else adapters.signature)
 
-    def _body(self, tables: StepTables, inputs: GpuStep) -> Body:
+    def _body(self, tables: StepTables, inputs: GpuStep) -> StepBody:
         """All launches of a step, once its tables are on the device."""
 
         def body() -> tuple[torch.Tensor, torch.Tensor]:
@@ -563,7 +566,7 @@ class GpuExecutor(Executor[GpuDecoder, GpuStore]):
         adapters = tuple(members.values())
         self.store.prepare(adapters)
         its_rows = [(sequence, range(row, row + 1)) for row, sequence in enumerate(sequences)]
-        embeddings = changed_embeddings(its_rows, self.store, self._decoder.device)
+        embeddings = changed_rows(its_rows, self.store, self._decoder.device, "embedding")
         step, runs, self._bound = None, runs_of(its_rows), None
         if adapters:
             bucket = next(size for size in self._buckets if size >= len(sequences))
@@ -577,6 +580,6 @@ class GpuExecutor(Executor[GpuDecoder, GpuStore]):
             self.store.version,
             step,
             embeddings,
-            changed_heads(its_rows, self.store, self._decoder.device),
+            changed_rows(its_rows, self.store, self._decoder.device, "head"),
         )
         return self._bound

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from collections.abc import Sequence as SequenceOf
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -213,20 +213,16 @@ class StepTables:
         """Number of copies to the device so far."""
         return self._memory.num_copies + self._adapter_memory.num_copies
 
-    @contextlib.contextmanager
-    def step(self) -> Iterator[None]:
+    def step(self) -> AbstractContextManager[None]:
         """A context in which a step's rows, attention and sampling are loaded.
 
         Its end sends them.
         """
-        with self._memory.step():
-            yield
+        return self._memory.step()
 
-    @contextlib.contextmanager
-    def adapters(self) -> Iterator[None]:
+    def adapters(self) -> AbstractContextManager[None]:
         """A context in which the tables of the rows' adapters are loaded. Its end sends them."""
-        with self._adapter_memory.step():
-            yield
+        return self._adapter_memory.step()
 
     def attention_words(self, spans: SequenceOf[int]) -> AttentionWords:
         """The description of a step for attention, by window, on the host."""

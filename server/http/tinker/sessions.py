@@ -1,16 +1,107 @@
-"""Handlers of all calls except training and sampling: features, capabilities, sessions, results."""
+"""The state of the Tinker API, and the handlers of its sessions and results."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-from turret.server.api.tenants.futures import Result
+from turret.server.api.services import Services
+from turret.server.api.tenants.futures import Future, Result
 from turret.server.api.tenants.reading import MAX_DATUMS
+from turret.server.api.tenants.tenants import Session, TenantModel
+from turret.server.basics.names import BASE
+from turret.server.errors import InvalidRequestError, TrainingNotFoundError
 from turret.server.http.endpoint import Exchange, Json
-from turret.server.http.schemas.fields import Body
+from turret.server.http.refusals import HttpRefusal
+from turret.server.http.schemas.fields import Body, wrong_type
 from turret.server.http.tinker.schemas import OfRequest, OfSession
-from turret.server.http.tinker.state import TinkerState, gone
+from turret.server.words import say
+
+_SHOWN_CHARS = 200
+
+
+class TinkerState:
+    """The state of the Tinker API. Belongs to one event loop.
+
+    Args:
+        services: The services; they must have tenants.
+
+    Attributes:
+        tenants: The state of training that all protocols share.
+    """
+
+    def __init__(self, services: Services) -> None:
+        assert services.tenants is not None
+        self.services = services
+        self.tenants = services.tenants
+
+    def owner(self, exchange: Exchange) -> str:
+        """Identifies the client by its token; empty if the server accepts every caller."""
+        return self.tenants.owner(exchange.call.party)
+
+    def session(self, exchange: Exchange, session_id: str) -> Session:
+        """A session of the client, which counts as a sign of life.
+
+        Raises:
+            HttpRefusal: The session has ended, or belongs to another client.
+        """
+        try:
+            return self.tenants.sessions.find(self.owner(exchange), session_id)
+        except TrainingNotFoundError:
+            raise session_gone(session_id) from None
+
+    def check_base(self, name: str) -> None:
+        """Check that a name is that of the base model.
+
+        Raises:
+            HttpRefusal: It is another name.
+        """
+        if name not in (BASE, self.tenants.info().name):
+            raise HttpRefusal(404, say("NO_SUCH_MODEL", model=name[:_SHOWN_CHARS]))
+
+    def command(
+        self,
+        exchange: Exchange,
+        model: TenantModel,
+        number: int,
+        run: Callable[[], Awaitable[Result]],
+        size: int = 0,
+    ) -> Future:
+        """The future of a command. A command that was sent before already has one.
+
+        Raises:
+            HttpRefusal: The command was sent before, and its result is no longer kept.
+            QueueFullError: Too many commands wait.
+        """
+        owner, request_id = model.owner, f"{model.model_id}:{number}"
+        if found := self.tenants.futures.find(owner, request_id):
+            return found
+        if model.log.is_past(number):
+            raise gone()
+        return model.log.add(number, owner, request_id, run, size)
+
+
+def session_gone(session_id: str) -> HttpRefusal:
+    """The error for a session that has ended. Its status makes clients stop their heartbeats."""
+    return HttpRefusal(410, say("SESSION_NOT_FOUND", session=session_id[:_SHOWN_CHARS]))
+
+
+def gone() -> HttpRefusal:
+    """The error for a result that does not exist or is no longer kept."""
+    return HttpRefusal(410, say("RESULT_GONE"))
+
+
+def number_of(raw: Any, path: str = "seq_id") -> int:
+    """The number of a command.
+
+    Raises:
+        InvalidRequestError: The value is not a valid number.
+    """
+    if type(raw) is not int or not 0 < raw < 1 << 31:
+        raise InvalidRequestError.of(path, wrong_type("a positive integer", raw))
+    return raw
+
 
 # The client divides lists of sequences into requests of this size, which leaves room for the rest
 # of a body of 4 MiB.
@@ -20,7 +111,6 @@ _CONFIG: dict[str, Any] = {
     "fwdbwd_max_chunk_bytes_count": _CHUNK_BYTES,
     "sample_max_concurrent_requests": 256,
 }
-_DYNAMIC_CONFIG: dict[str, Any] = {"sample_cancel_enabled": True}
 # Clients wait for 45 seconds.
 POLL_SECONDS = 20.0
 # How often a waiting call checks whether the server is shutting down.
@@ -34,7 +124,7 @@ async def config(state: TinkerState, exchange: Exchange, _body: Body) -> Json:
 
 async def dynamic_config(state: TinkerState, exchange: Exchange, _body: Body) -> Json:
     """Tell the client which features to use from now on."""
-    return _DYNAMIC_CONFIG
+    return {"sample_cancel_enabled": True}
 
 
 async def telemetry(state: TinkerState, exchange: Exchange, _body: Body) -> Json:
