@@ -1,4 +1,4 @@
-"""Chat and completions over HTTP: the client's answers."""
+"""Chat and completions over HTTP: the client's answers, and how many are computed at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Uploads of adapters over HTTP, as tar archives made by Python and by tar itself."""
+"""Adapters over HTTP: uploads as tar archives made by Python and by tar itself, and loads."""
 
 from __future__ import annotations
 
