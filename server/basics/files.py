@@ -132,7 +132,8 @@ def read_regular(path: Path) -> bytes:
 
 def unreadable(path: Path, error: OSError) -> Text:
     """The reason why a file named by a user cannot be read."""
-    near = None if path.exists() else closest_path(path, Path.is_file)
+    # Unlike `Path.exists`, this supports names that are too long for the system.
+    near = None if os.path.exists(path) else closest_path(path, Path.is_file)
     return say("FILE_UNREADABLE", path=path, why=error.strerror, closest=near)
 
 
