@@ -97,7 +97,8 @@ class CheckpointTensors:
     ) -> None:
         self.fidelity = Fidelity()
         self._quantizes_all = quantizes_all
-        self._stored = StoredTensors(weight_files(folder), experts)
+        self._files = weight_files(folder)
+        self._stored = StoredTensors(self._files, experts)
         self._read: set[str] = set()
         # Weight → names of its quantisation state. They are indexed once, because there may be
         # 100,000 names.
@@ -114,6 +115,14 @@ class CheckpointTensors:
         """See ``StoredTensors``."""
         self._read.add(name)
         return self._stored.get(name, is_kept=is_kept)
+
+    def mapped(self, name: str) -> torch.Tensor:
+        """A tensor as a part of a mapped file, which must not change.
+
+        It has a mapping of its own, so that the pages of other tensors are not kept with it.
+        """
+        self._read.add(name)
+        return StoredTensors(self._files, None).get(name, is_kept=False)
 
     def of_shape(self, name: str, *shape: int) -> torch.Tensor:
         tensor = self.get(name)
@@ -191,7 +200,10 @@ def load_decoder(
     tensors = CheckpointTensors(source.weights, arch.experts, quantizes_all=source.quantizes_all)
 
     def dense(name: str) -> torch.Tensor:
-        return tensors.get(name).to(dtype=dtype, device=device)
+        # Files in the cache never change, so that the mapped file itself can serve. Writing to new
+        # memory is what takes longest in loading.
+        stored = tensors.get(name) if source.fidelity is None else tensors.mapped(name)
+        return stored.to(dtype=dtype, device=device)
 
     embedding = dense("model.embed_tokens.weight")
     layers = []
