@@ -96,7 +96,7 @@ def test_demo_without_examples_suggests_the_flag(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert main(["demo", "--once", "--examples", str(tmp_path)]) == 2
-    assert "--examples DIR" in capsys.readouterr().err
+    assert "--examples" in capsys.readouterr().err
 
 
 @needs_model
