@@ -14,7 +14,7 @@ import logging
 import random
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,17 @@ def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerUnde
         yield server
 
 
+@pytest.fixture
+def tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Saves a tiny model of an architecture; what is derived from it is written beside it."""
+    from builders.bases.tiny_models import save_tiny_model
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return lambda architecture, **changes: save_tiny_model(
+        architecture, tmp_path / "model", **changes
+    )
+
+
 @pytest.fixture(scope="module")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The directory of a tiny llama.
@@ -144,3 +155,34 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         yield save_tiny_model("llama", folder / "model")
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run the test on one thread, and on several."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def preempted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
+    """The preempted sequences, each with the number of tokens that it had generated.
+
+    Requests are admitted even if blocks will run out later.
+    """
+    from turret.server.engine.scheduling.scheduler import Scheduler
+
+    found: list[tuple[Any, int]] = []
+    preempt = Scheduler._preempt
+
+    def counted(self: Scheduler, sequence: Any, now: float) -> None:
+        found.append((sequence, sequence.num_generated))
+        preempt(self, sequence, now)
+
+    monkeypatch.setattr(Scheduler, "_preempt", counted)
+    monkeypatch.setattr(Scheduler, "_will_run_out", lambda *_: False)
+    return found

@@ -12,7 +12,7 @@ import pytest
 import torch
 from builders.adapters import edit_config, edit_tensors
 from builders.methods import load_adapter, make_config, quiet, save_adapter
-from method_oracle import prompt_of, twin
+from method_oracle import prompt_of, serve, twin
 from safetensors.torch import load_file
 from servers.engine_harness import EngineHarness, make_request
 from transformers import AutoModelForSequenceClassification
@@ -98,11 +98,8 @@ async def test_bfloat16_is_as_exact_as_peft(tmp_path: Path) -> None:
     half = copy.deepcopy(exact_base).to(torch.bfloat16)
     prompts = [prompt_of(length, length) for length in range(60, 200, 5)]
     ours, theirs = [], []
-    async with EngineHarness.start(
-        twin("llama", torch.bfloat16).folder,
-        tmp_path,
-        dtype="bfloat16",
-        adapters=["lora", "dora"],
+    async with serve(
+        twin("llama", torch.bfloat16), tmp_path, dtype="bfloat16", adapters=["lora", "dora"]
     ) as harness:
         for name in ("lora", "dora"):
             exact, peer = (load_adapter(base, tmp_path / name) for base in (exact_base, half))
@@ -151,9 +148,7 @@ async def test_each_kind_of_adapter_takes_its_own_requests(tmp_path: Path) -> No
         save("llama", tmp_path, name)
     method, keys, _ = ADAPTERS["lora"]
     save_adapter(twin("llama").model, make_config(method, **keys), tmp_path / "causal")
-    async with EngineHarness.start(
-        twin("llama").folder, tmp_path, adapters=["lora", "one", "causal"]
-    ) as harness:
+    async with serve("llama", tmp_path, adapters=["lora", "one", "causal"]) as harness:
         refused: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
             (("lora",), {}, "ADAPTER_CLASSIFIES"),
             (("lora", "causal"), {"score": True}, "ADAPTER_CLASSIFIES"),
@@ -182,7 +177,7 @@ LABELS = {"0": "negative", "1": "neutral", "2": "positive"}
 
 
 async def load(root: Path) -> Any:
-    async with EngineHarness.start(twin("llama").folder, root, adapters=["lora"]) as harness:
+    async with serve("llama", root, adapters=["lora"]) as harness:
         return await harness.run(make_request([5, 6, 7], "lora", pooling=CLASSIFY))
 
 

@@ -10,8 +10,8 @@ from unittest.mock import patch
 import pytest
 import torch
 from builders.methods import make_config, save_adapter
-from method_oracle import prompt_of, twin
-from servers.engine_harness import EngineHarness, make_request
+from method_oracle import prompt_of, serve, twin
+from servers.engine_harness import make_request
 
 from turret.server.engine.scheduling.request import SamplingParams
 from turret.server.engine.scheduling.sequence import Step
@@ -73,13 +73,9 @@ async def test_answers_are_those_of_a_device_with_memory(
     save_adapter(base.model, make_config("lora"), tmp_path / "lora")
     save_adapter(base.model, make_config("prefix_tuning", **PREFIX), tmp_path / "prefix")
     sizes: dict[str, Any] = {"max_num_seqs": 6, "max_num_batched_tokens": 24}
-    async with EngineHarness.start(
-        base.folder, tmp_path, adapters=("lora", "prefix"), **sizes
-    ) as harness:
+    async with serve(base, tmp_path, adapters=("lora", "prefix"), **sizes) as harness:
         expected = await harness.run_all(requests())
-    async with EngineHarness.start(
-        base.folder, tmp_path, adapters=("lora", "prefix"), **sizes
-    ) as harness:
+    async with serve(base, tmp_path, adapters=("lora", "prefix"), **sizes) as harness:
         memory = _Memory(getattr(owner, name), size, most)
         with patch.object(owner, name, lambda *args: memory(*args)):
             found = await harness.run_all(requests())
@@ -90,7 +86,7 @@ async def test_answers_are_those_of_a_device_with_memory(
 
 async def test_a_step_that_fits_after_memory_is_freed_preempts_no_request(tmp_path: Path) -> None:
     base = twin("llama")
-    async with EngineHarness.start(base.folder, tmp_path) as harness:
+    async with serve(base, tmp_path) as harness:
         run, failed = TorchExecutor.run, []
         freed = patch.object(TorchExecutor, "free_memory", lambda self: failed.append("freed"))
 
@@ -110,7 +106,7 @@ async def test_running_out_of_memory_on_a_cpu_is_handled_as_on_a_gpu(tmp_path: P
     """On a CPU, torch raises a RuntimeError, as for any other fault."""
     base = twin("llama")
     told = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 5 bytes"
-    async with EngineHarness.start(base.folder, tmp_path) as harness:
+    async with serve(base, tmp_path) as harness:
         run, errors = TorchExecutor.run, [RuntimeError(told), MemoryError()]
         due = [errors.pop()]
 

@@ -12,7 +12,7 @@ import torch
 from builders.bases.tiny_models import save_tiny_model
 from builders.methods import load_adapter, make_config, quiet, save_adapter
 from builders.random_adapters import AdapterSpec, arch_of, write_adapter
-from method_oracle import prompt_of, twin
+from method_oracle import prompt_of, serve, twin
 from safetensors.torch import load_file
 from servers.engine_harness import EngineHarness, make_request
 from servers.gpu_serving import gpu_serving
@@ -58,9 +58,7 @@ async def test_pooled_states_are_those_of_transformers_and_peft(root: Path) -> N
     base = twin("qwen3")
     asked = [LAST, MEAN, Pooling(), Pooling(kind=PoolingKind.MEAN, dimensions=24)]
     prompts = [prompt_of(length, length) for length in LENGTHS]
-    async with EngineHarness.start(
-        base.folder, root, adapters=list(ADAPTERS), max_num_batched_tokens=48
-    ) as harness:
+    async with serve(base, root, adapters=list(ADAPTERS), max_num_batched_tokens=48) as harness:
         plain = [states_of(base.model, prompt) for prompt in prompts]
         for name in ("", *ADAPTERS):
             oracle = load_adapter(base.model, root / name) if name else base.model
@@ -87,9 +85,7 @@ async def test_bfloat16_is_as_exact_as_peft(tmp_path: Path) -> None:
         )
     prompts = [prompt_of(length, length) for length in (60, 150, 200, 97)]
     names = ("", "lora", "dora")
-    async with EngineHarness.start(
-        base.folder, tmp_path, dtype="bfloat16", adapters=names[1:]
-    ) as harness:
+    async with serve(base, tmp_path, dtype="bfloat16", adapters=names[1:]) as harness:
         for name in names:
             exact = load_adapter(base.model, tmp_path / name) if name else base.model
             peer = load_adapter(half, tmp_path / name) if name else half
@@ -194,7 +190,7 @@ async def test_adapters_for_the_headless_model_match_peft(targets: Any, tmp_path
     with torch.no_grad():
         states = oracle(input_ids=torch.tensor([prompt])).last_hidden_state[0].double()
     assert (states - states_of(base.model, prompt)).abs().max() > 0.05
-    async with EngineHarness.start(base.folder, tmp_path, adapters=["vectors"]) as harness:
+    async with serve(base, tmp_path, adapters=["vectors"]) as harness:
         answer = await harness.run(make_request(prompt, "vectors", pooling=Pooling()))
         found = torch.tensor(answer.pooled, dtype=torch.float64)
         torch.testing.assert_close(found, pooled(states, Pooling()), rtol=1e-4, atol=1e-4)

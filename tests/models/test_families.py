@@ -25,7 +25,6 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
-    SeedOssConfig,
     SmolLM3Config,
 )
 
@@ -174,9 +173,7 @@ async def test_a_family_in_one_line_is_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The results are compared with transformers."""
-    monkeypatch.setitem(
-        tiny_models._CONFIGS, "seed_oss", lambda **sizes: SeedOssConfig(**sizes, head_dim=64)
-    )
+    monkeypatch.setitem(tiny_models._OWN, "seed_oss", {"head_dim": 64})
     model = save_tiny_model("seed_oss", tmp_path / "model")
     oracle = load_oracle(model, served_weights(model, torch.float32))
     prompt = prompt_of(9)

@@ -22,6 +22,7 @@ from method_oracle import (
     check_score,
     oracle_logprobs,
     prompt_of,
+    serve,
     twin,
 )
 from servers.engine_harness import EngineHarness, make_request
@@ -123,7 +124,7 @@ async def test_a_longrope_request_keeps_its_frequencies(tmp_path: Path) -> None:
     unbounded = replace(short, request_id="u", stop=StopConditions(ignore_eos=True))
     answers = []
     for order in ((short, long, unbounded), (long, short)):
-        async with EngineHarness.start(twin("phi3").folder, tmp_path, dtype="bfloat16") as harness:
+        async with serve("phi3", tmp_path, dtype="bfloat16") as harness:
             answers.append({r.stop.max_tokens: await harness.run(r) for r in order})
     assert answers[0][14].bits == answers[1][14].bits
     assert answers[0][15].bits == answers[1][15].bits

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders.bases.published_mixtures import MIXTURES
-from builders.bases.published_models import MODELS, Published
+from builders.bases.published_models import PUBLISHED, Published
 from builders.bases.tiny_models import save_tiny_model
 from transformers import AutoConfig
 
@@ -19,11 +18,7 @@ from turret.server.models.model_source import inspect_model
 from turret.server.models.weights.nf4 import Nf4Weight
 
 # The published counts of models with a vision tower include the tower.
-COUNTED = [
-    one
-    for one in (*MODELS, *MIXTURES)
-    if one.num_parameters and one.beside is None and "VL" not in one.repository
-]
+COUNTED = [one for one in PUBLISHED if one.num_parameters and "vision_config" not in one.config]
 
 
 @pytest.mark.parametrize("published", COUNTED, ids=lambda one: one.repository)

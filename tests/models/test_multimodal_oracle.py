@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders.bases.tiny_models import MULTIMODAL_ARCHITECTURES, save_tiny_model, served_weights
+from builders.bases.tiny_models import MULTIMODAL_ARCHITECTURES, served_weights
 from builders.methods import load_adapter, make_config, save_adapter
 from method_oracle import (
     check_bfloat16,
@@ -21,6 +21,7 @@ from method_oracle import (
     check_score,
     oracle_logprobs,
     prompt_of,
+    serve,
     twin,
 )
 from safetensors.torch import load_file, save_file
@@ -98,9 +99,7 @@ async def test_every_method_in_one_batch_equals_peft(architecture: str, tmp_path
         for name, prompt, score in asked
     ]
     names = [name for name in oracles if name]
-    async with EngineHarness.start(
-        base.folder, tmp_path, dtype="float32", adapters=names
-    ) as harness:
+    async with serve(base, tmp_path, dtype="float32", adapters=names) as harness:
         together = await harness.run_all(requests)
         for (name, prompt, score), request, answer in zip(asked, requests, together, strict=True):
             assert (await harness.run(request)).bits == answer.bits, name
@@ -121,8 +120,8 @@ async def test_bfloat16_is_as_exact_as_peft(architecture: str, tmp_path: Path) -
         prompt = prompt_of((140, 60, 90, 33, 70)[seed], seed)
         request = make_request(prompt, *([name] if name else []), score=True)
         asked.append((name, prompt, request))
-    async with EngineHarness.start(
-        base.folder, tmp_path, dtype="bfloat16", adapters=[name for name in names if name]
+    async with serve(
+        base, tmp_path, dtype="bfloat16", adapters=[name for name in names if name]
     ) as harness:
         answers = await harness.run_all([request for _, _, request in asked])
         for (name, _, request), answer in zip(asked, answers, strict=True):
@@ -161,18 +160,17 @@ async def test_an_adapter_on_the_vision_tower_is_refused(target: str, tmp_path: 
     }
     config = make_config("lora", target_modules=[*list(modules)[:1], "q_proj"])
     save_adapter(base.model, config, tmp_path / "a")
-    async with EngineHarness.start(base.folder, tmp_path) as harness:
+    async with serve(base, tmp_path) as harness:
         with pytest.raises(AdapterMismatchError, check=says("ADAPTS_VISION", part=target)):
             harness.registry.load("a", "a")
 
 
 @pytest.mark.parametrize("architecture", MULTIMODAL_ARCHITECTURES)
 def test_a_4bit_checkpoint_of_the_whole_model_is_used_unchanged(
-    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: str, tmp_path: Path, tiny_model: Any
 ) -> None:
     """Tensors have older or newer names; those of vision are ignored."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    plain = save_tiny_model(architecture, tmp_path / "model")
+    plain = tiny_model(architecture)
     expected = served_weights(plain, torch.float32)
     (cached,) = (tmp_path / "cache" / "turret").glob("nf4-*/model.safetensors")
     packed = load_file(cached)

@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 import torch
-from builders.adapters import save_peft_adapter
 from builders.bases.tiny_models import (
     ARCHITECTURES,
     VOCAB_SIZE,
@@ -27,6 +26,7 @@ from builders.bases.tiny_models import (
     save_tiny_model,
     served_weights,
 )
+from builders.methods import save_adapter
 from checkout import ROOT
 from peft import LoraConfig, PeftModel
 from servers.engine_harness import EngineHarness, make_request
@@ -80,7 +80,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Subject]:
             oracle = oracle_of(model, torch.float32)
             for seed, (name, config) in enumerate(CONFIGS.items()):
                 lora = LoraConfig(task_type="CAUSAL_LM", **config)
-                save_peft_adapter(oracle, lora, folder / "adapters" / name, seed=seed)
+                save_adapter(oracle, lora, folder / "adapters" / name, seed=seed)
             made[architecture] = Subject(model, folder / "adapters")
         return made[architecture]
 

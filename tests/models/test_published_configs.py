@@ -1,7 +1,7 @@
 """Published sizes: each config is read, and every tensor of its checkpoint has a place.
 
 transformers on the meta device determines the names and shapes of the checkpoint's tensors. The
-configs are in ``builders/published_models.py``.
+configs are in ``builders/published_models.json``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders.bases.published_mixtures import MIXTURES, as_in_a_checkpoint
-from builders.bases.published_models import MODELS, Published
+from builders.bases.published_models import PUBLISHED, Published, as_in_a_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from turret.server.models import loader
@@ -23,7 +22,6 @@ from turret.server.models.fidelity import Fidelity
 from turret.server.models.model_source import ModelSource, experts_in, is_quantized, text_name
 
 META = torch.device("meta")
-ALL = (*MODELS, *MIXTURES)
 
 
 class MetaTensors:
@@ -90,9 +88,7 @@ def load_on_meta(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Decoder
     return loader.load_decoder(source, dtype=torch.bfloat16, device=META), model
 
 
-@pytest.mark.parametrize(
-    "published", [*MODELS, *MIXTURES], ids=lambda published: published.repository
-)
+@pytest.mark.parametrize("published", PUBLISHED, ids=lambda published: published.repository)
 def test_every_tensor_of_its_checkpoint_has_a_place(
     published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,14 +147,14 @@ def test_every_tensor_of_its_checkpoint_has_a_place(
 def test_published_configs_are_read(
     repository: str, expected: dict[str, Any], tmp_path: Path
 ) -> None:
-    (published,) = (model for model in ALL if model.repository == repository)
+    (published,) = (model for model in PUBLISHED if model.repository == repository)
     arch = loader.read_arch(AutoConfig.from_pretrained(published.write(tmp_path)))
     assert {name: getattr(arch, name) for name in expected} == expected
 
 
 def test_partial_rotation_of_heads_is_read(tmp_path: Path) -> None:
     for repository, pairs in (("microsoft/Phi-4-mini-instruct", 48), ("zai-org/GLM-4-9B-0414", 32)):
-        (published,) = (model for model in ALL if model.repository == repository)
+        (published,) = (model for model in PUBLISHED if model.repository == repository)
         (tmp_path / str(pairs)).mkdir()
         config = AutoConfig.from_pretrained(published.write(tmp_path / str(pairs)))
         (rope,) = loader.read_arch(config).ropes.values()

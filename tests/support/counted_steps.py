@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import torch
 from builders.facts import Resident, resident
+from builders.operators import everywhere
 from device_operations import META, Counting
 from transformers import LlamaConfig
 from triton.runtime.interpreter import InterpretedFunction
@@ -24,7 +25,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from turret.kernels.nf4_matmul import Nf4Matrix
 from turret.server.adapters.adapter import Mix
 from turret.server.adapters.device.gpu.store import GpuStore
-from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
 from turret.server.adapters.operators.gate import Gate, QueryScore
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.operators.vocabulary import VocabularyOperators, VocabularyRows
@@ -114,21 +115,6 @@ def low_rank(out: int, inner: int) -> ModuleOperators:
 def norm(out: int, inner: int) -> ModuleOperators:
     """The gain of LN tuning, on the modules after a norm."""
     return ModuleOperators(input_gain=torch.ones(inner))
-
-
-def everywhere(
-    arch: Arch, make: Callable[[int, int], ModuleOperators], *projections: str
-) -> AdapterOperators:
-    """Operators on all or some projections."""
-    names = projections or tuple(arch.linears())
-    slices = [one for name in names for one in arch.linears()[name]]
-    return AdapterOperators(
-        {
-            f"model.layers.{layer}.{path}": make(out, inner)
-            for layer in range(arch.num_layers)
-            for path, out, inner in slices
-        }
-    )
 
 
 def lora(key: str, *projections: str) -> Resident:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from turret.kernels.between import rotate_heads, row_rms_norm
 from turret.kernels.gpu.tables import LongSegment, SegmentMember
 
 RANKS = (1, 3, 8, 16, 64, 128)
@@ -164,52 +163,17 @@ def update_in_float64(
     return total
 
 
-def circulant(kernel: torch.Tensor) -> torch.Tensor:
-    """The dense matrix of kernels ``[out / b, in / b, b]``; row j is shifted by j positions."""
-    size = kernel.shape[2]
-    rows = [kernel.roll(j, dims=2) for j in range(size)]
-    return torch.stack(rows, dim=1).flatten(2).flatten(0, 1)
-
-
-def rope_kv_write_reference(
-    qkv: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    kv_slots: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    *,
-    q_norm: torch.Tensor | None = None,
-    k_norm: torch.Tensor | None = None,
-    eps: float = 1e-6,
-    is_interleaved: bool = False,
+def rotated(
+    heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, is_interleaved: bool
 ) -> torch.Tensor:
-    """Rotate in fp32 and store; the oracle of the Triton kernel.
-
-    Args:
-        qkv: ``[num_rows, (num_heads + 2 · kv_heads) · head_dim]``, fp16, bf16 or fp32.
-        cos: ``[num_rows, pairs]`` fp32.
-        sin: Same shape.
-        kv_slots: ``block · block_size + offset`` per row, ``[num_rows]`` int64.
-        k_cache: One layer's keys, ``[num_blocks, block_size, kv_heads, head_dim]``, written.
-        v_cache: One layer's values, same shape, written.
-        q_norm: RMSNorm weight of the query heads, ``[head_dim]``, fp32 or as ``qkv``, or None.
-        k_norm: The same for the key heads.
-        eps: The epsilon of the norms.
-        is_interleaved: Whether neighbouring features make a pair.
-
-    Returns:
-        Rotated queries, ``[num_rows, num_heads, head_dim]``, dtype of the cache.
-    """
-    kv_heads, head_dim = k_cache.shape[2:]
-    heads = qkv.view(qkv.shape[0], -1, head_dim)
-    num_heads = heads.shape[1] - 2 * kv_heads
-    q, k, v = heads.split((num_heads, kv_heads, kv_heads), dim=1)
-    if q_norm is not None:
-        q = row_rms_norm(q.flatten(0, 1), q_norm, eps).view(q.shape)
-    if k_norm is not None:
-        k = row_rms_norm(k.flatten(0, 1), k_norm, eps).view(k.shape)
-    k = rotate_heads(k, cos, sin, is_interleaved=is_interleaved)
-    k_cache.flatten(0, 1)[kv_slots] = k.to(k_cache.dtype)
-    v_cache.flatten(0, 1)[kv_slots] = v.to(v_cache.dtype)
-    return rotate_heads(q, cos, sin, is_interleaved=is_interleaved).to(k_cache.dtype)
+    """``[rows, heads, head_dim]`` in float64, with the first pairs of each head rotated."""
+    pairs = cos.shape[1]
+    if is_interleaved:
+        first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
+    else:
+        first, second = slice(0, pairs), slice(pairs, 2 * pairs)
+    result = heads.double().clone()
+    turn = torch.complex(cos.double(), sin.double())[:, None]
+    both = torch.complex(result[..., first], result[..., second]) * turn
+    result[..., first], result[..., second] = both.real, both.imag
+    return result

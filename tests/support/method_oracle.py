@@ -7,6 +7,7 @@ import copy
 import functools
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,14 @@ def twin(architecture: str, served_dtype: torch.dtype = torch.float32) -> Twin:
     atexit.register(directory.cleanup)
     folder = save_tiny_model(architecture, Path(directory.name) / architecture)
     return Twin(folder, load_oracle(folder, served_weights(folder, served_dtype)))
+
+
+def serve(
+    base: Twin | str, *given: Any, **options: Any
+) -> AbstractAsyncContextManager[EngineHarness]:
+    """An engine on a twin, or on that of an architecture; see ``EngineHarness.start``."""
+    served = twin(base) if isinstance(base, str) else base
+    return EngineHarness.start(served.folder, *given, **options)
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:

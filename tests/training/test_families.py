@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from builders.bases.tiny_models import save_tiny_model
 from builders.training import resolve_tiny
 from gguf_oracle import transformers_state
 from safetensors import safe_open
@@ -25,10 +25,9 @@ from turret.training.trainer import Trainer
 
 @pytest.mark.parametrize("architecture", ["gemma2", "granite"])
 def test_the_loss_matches_the_models_own_logits(
-    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: str, tmp_path: Path, tiny_model: Any
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = save_tiny_model(architecture, tmp_path / "model")
+    folder = tiny_model(architecture)
     resolved = resolve_tiny(tmp_path, folder, "data.loss_on=all")
     batch = make_batch(resolved.dataset.train[:3], pad=0, is_packed=False)
     model = load_model(find_base(folder), "nf4-dense", torch.float32, "cpu")
@@ -42,10 +41,9 @@ def test_the_loss_matches_the_models_own_logits(
 
 
 async def test_one_factor_over_a_fused_module_is_trained_and_served(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_model: Any
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = save_tiny_model("phi3", tmp_path / "model")
+    folder = tiny_model("phi3")
     run = Trainer(resolve_tiny(tmp_path, folder, "method.targets=all-linear")).run().folder.path
     adapter = run / "adapter"
     targets = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
@@ -62,10 +60,9 @@ async def test_one_factor_over_a_fused_module_is_trained_and_served(
 
 @pytest.mark.parametrize("architecture", ["gemma3", "mistral3"])
 async def test_the_text_part_of_a_model_is_trained_and_served(
-    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: str, tmp_path: Path, tiny_model: Any
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = save_tiny_model(architecture, tmp_path / "model")
+    folder = tiny_model(architecture)
     run = Trainer(resolve_tiny(tmp_path, folder)).run().folder.path
     async with EngineHarness.start(folder, run, adapters=["adapter"]) as harness:
         answers = await harness.run_all(
@@ -77,11 +74,10 @@ async def test_the_text_part_of_a_model_is_trained_and_served(
 
 
 async def test_the_text_part_of_a_4_bit_checkpoint_is_trained_and_served(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_model: Any
 ) -> None:
     """Unsloth publishes such checkpoints, with the names of the whole model."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = save_tiny_model("gemma3", tmp_path / "model")
+    folder = tiny_model("gemma3")
     plain = find_base(folder)
     tensors = load_file(plain.source.weights / "model.safetensors")
     named = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
@@ -106,12 +102,9 @@ async def test_the_text_part_of_a_4_bit_checkpoint_is_trained_and_served(
     assert answers[0].prompt_logprobs != answers[1].prompt_logprobs
 
 
-def test_unsupported_text_models_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_unsupported_text_models_are_refused(tiny_model: Any) -> None:
     with pytest.raises(ConfigError, check=says("NO_TEXT_MODEL", model_type="qwen2_5_vl")):
-        find_base(save_tiny_model("qwen2_5_vl", tmp_path / "qwen"))
+        find_base(tiny_model("qwen2_5_vl"))
 
 
 def test_the_embedded_model_has_the_weights_of_its_file_in_full_precision() -> None:

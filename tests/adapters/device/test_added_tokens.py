@@ -10,7 +10,7 @@ import pytest
 from builders.added_tokens import END, FIRST, ROWS, save_grown
 from builders.bases.tiny_models import tiny_tokenizer
 from builders.methods import make_config, save_adapter
-from method_oracle import check_greedy, check_score, prompt_of, twin
+from method_oracle import check_greedy, check_score, prompt_of, serve, twin
 from said import says
 from servers.engine_harness import EngineHarness, make_request
 
@@ -69,12 +69,8 @@ def save_all(architecture: str, root: Path) -> dict[str, Any]:
 async def test_scores_and_answers_match_peft(architecture: str, tmp_path: Path) -> None:
     """Llama has separate matrices for embedding and head; in qwen2 they are tied."""
     oracles = save_all(architecture, tmp_path)
-    async with EngineHarness.start(
-        twin(architecture).folder,
-        tmp_path,
-        adapters=list(oracles),
-        max_num_batched_tokens=24,
-        max_num_seqs=8,
+    async with serve(
+        architecture, tmp_path, adapters=list(oracles), max_num_batched_tokens=24, max_num_seqs=8
     ) as harness:
         drawn = set[int]()
         for name, oracle in oracles.items():
@@ -168,9 +164,7 @@ async def test_drafts_with_added_tokens_change_no_bit(tmp_path: Path) -> None:
     save_grown(twin("qwen2").model, make_config("lora", **Q), tmp_path / "grown")
     answers = []
     for speculation in ("off", "auto"):
-        async with EngineHarness.start(
-            twin("qwen2").folder, tmp_path, adapters=["grown"], speculation=speculation
-        ) as harness:
+        async with serve("qwen2", tmp_path, adapters=["grown"], speculation=speculation) as harness:
             sampling = SamplingParams(temperature=0.0, logit_bias={FIRST: 9.0, FIRST + 3: 9.5})
             prompt = [FIRST, 5, FIRST + 3, 6] * 6
             request = await own_request(harness, prompt, "grown", sampling=sampling, max_tokens=24)
@@ -181,7 +175,7 @@ async def test_drafts_with_added_tokens_change_no_bit(tmp_path: Path) -> None:
 
 async def test_an_answer_ends_at_the_adapters_own_end_token(tmp_path: Path) -> None:
     save_grown(twin("llama").model, make_config("lora", **Q), tmp_path / "grown")
-    async with EngineHarness.start(twin("llama").folder, tmp_path, adapters=["grown"]) as harness:
+    async with serve("llama", tmp_path, adapters=["grown"]) as harness:
         force = SamplingParams(temperature=0.0, logit_bias={END: 100.0})
         for minimum, count in ((0, 1), (4, 5)):
             stop = StopConditions(max_tokens=9, min_tokens=minimum)
@@ -198,9 +192,7 @@ async def test_an_adapter_with_its_own_vocabulary_must_be_alone_at_weight_one(
     model = twin("llama").model
     for name in ("one", "two"):
         save_grown(model, make_config("lora", **Q), tmp_path / name)
-    async with EngineHarness.start(
-        twin("llama").folder, tmp_path, adapters=["one", "two"]
-    ) as harness:
+    async with serve("llama", tmp_path, adapters=["one", "two"]) as harness:
         for mix in (
             [AdapterRef(name="one"), AdapterRef(name="two")],
             [AdapterRef(name="one", weight=0.5)],
@@ -216,9 +208,7 @@ async def test_added_tokens_do_not_combine_with_parts_of_the_base(tmp_path: Path
     invoked = make_config("alora", **Q, alora_invocation_tokens=[65])
     save_grown(model, make_config("lora", **Q), tmp_path / "grown")
     save_adapter(model, invoked, tmp_path / "invoked", seed=1)
-    async with EngineHarness.start(
-        twin("llama").folder, tmp_path, adapters=["grown", "invoked"]
-    ) as harness:
+    async with serve("llama", tmp_path, adapters=["grown", "invoked"]) as harness:
         mix = [AdapterRef(name="grown"), AdapterRef(name="invoked")]
         with pytest.raises(InvalidRequestError, check=says("VOCABULARY_WITH_PARTIAL")):
             await harness.run(await own_request(harness, [FIRST, 65], *mix))
@@ -237,9 +227,7 @@ async def test_the_gpu_path_serves_added_tokens(tmp_path: Path) -> None:
         )
         for name in names
     }
-    async with EngineHarness.start(
-        twin("llama").folder, tmp_path, adapters=names, gpu=True, max_num_seqs=8
-    ) as harness:
+    async with serve("llama", tmp_path, adapters=names, gpu=True, max_num_seqs=8) as harness:
         requests = []
         for name in names:
             for prompt in (prompt_with(9, 1), [FIRST]):

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from builders.adapters import tiny_llama
-from builders.every_operator import every_operator
 from builders.facts import resident
+from builders.operators import Make, every_operator, everywhere, hadamard, low_rank
 from said import says
 
 from turret.server.adapters.device.gpu.slot_tables import GpuSlotTables
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.store import ExpertShape
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
-from turret.server.adapters.operators.hadamard import Hadamard
-from turret.server.adapters.operators.low_rank import ExpertLowRank, LowRank
+from turret.server.adapters.operators.low_rank import ExpertLowRank
 from turret.server.adapters.operators.sparse import Sparse
 from turret.server.errors import BudgetExceededError
 from turret.server.models.describe import describe_projections
@@ -30,29 +28,9 @@ EXPERTS = {"experts_down": ExpertShape("mlp.experts.down_proj", 4, 64, 24)}
 LAYOUT = replace(describe_projections(ARCH), experts=EXPERTS)
 
 
-def everywhere(make: Any) -> AdapterOperators:
-    return AdapterOperators(
-        {
-            LAYOUT.module(layer, one.path): make(one.out_features, one.in_features)
-            for layer in range(LAYOUT.num_layers)
-            for slices in LAYOUT.projections.values()
-            for one in slices
-        }
-    )
-
-
-def hadamard(rank: int) -> AdapterOperators:
-    def make(out: int, inner: int) -> ModuleOperators:
-        wide, narrow = torch.randn(out, rank), torch.randn(rank, inner)
-        return ModuleOperators(hadamard=Hadamard(wide, narrow, wide.clone(), narrow.clone()))
-
-    return everywhere(make)
-
-
-def low_rank(rank: int) -> AdapterOperators:
-    return everywhere(
-        lambda out, inner: ModuleOperators(LowRank(torch.randn(rank, inner), torch.rand(rank, out)))
-    )
+def adapter(make: Make) -> AdapterOperators:
+    """An adapter with the operator on every module."""
+    return everywhere(ARCH, lambda out, inner: ModuleOperators(make(out, inner, torch.float32)))
 
 
 def every_kind() -> dict[str, AdapterOperators]:
@@ -63,8 +41,8 @@ def every_kind() -> dict[str, AdapterOperators]:
     }
     return {
         **every_operator(ARCH, torch.float32),
-        **{f"hadamard {rank}": hadamard(rank) for rank in (1, 3, 8)},
-        "low rank 24": low_rank(24),
+        **{f"hadamard {rank}": adapter(hadamard(rank)) for rank in (1, 3, 8)},
+        "low rank 24": adapter(low_rank(24)),
         "experts": AdapterOperators({}, experts=experts),
     }
 
@@ -132,7 +110,7 @@ def test_adapters_of_every_kind_keep_to_the_budget(
 def test_an_adapter_that_can_never_fit_is_refused_as_it_is_loaded() -> None:
     store = GpuStore(LAYOUT, torch.float32, META, 1 << 20)
     for make, rank in ((low_rank, 48), (hadamard, 9)):
-        store.admit(make(rank))
-    for operators in (low_rank(104), hadamard(40)):
+        store.admit(adapter(make(rank)))
+    for make in (low_rank(104), hadamard(40)):
         with pytest.raises(BudgetExceededError, check=says("OVER_DEVICE_MEMORY")):
-            store.admit(operators)
+            store.admit(adapter(make))

@@ -1,17 +1,4 @@
-"""Gated adapters in the pack of the GPU path, in Triton's interpreter, compared with float64.
-
-Planted faults, and the number of tests that each of them fails (tried by hand on eight tests):
-
-- no weight: 3
-- components not moved to their bounds: 3
-- another slice's words: 3
-- expand without the gates: 3
-- tables of gains and biases not cleared in the components' slot: 1
-- slot tables by slot not cleared: 1
-- tables of pairs not cleared: 1
-- ranks not cleared: 2
-- components stay in the pack when their adapter leaves: 2
-"""
+"""Gated adapters in the pack of the GPU path, in Triton's interpreter, compared with float64."""
 
 from __future__ import annotations
 
@@ -22,29 +9,24 @@ import pytest
 import torch
 from builders.facts import Resident, resident
 from builders.mixes.gates import (
-    D_K,
     INNER,
     LAYOUT,
     MIXES,
     OUTS,
-    RANKS,
     WIDTH,
-    gate_of,
     gates_of,
     given_of,
     in_float64,
     operators_of,
     rows_of,
 )
-from gpu_path import CountedWrites, OneStepTables
+from gpu_path import OneStepTables
 from kernel_traffic import DEVICE, error_ratio
 from torch import Tensor
 
 from turret.kernels.gpu.low_rank import Shrink
 from turret.server.adapters.device.gpu.store import GpuStore
-from turret.server.adapters.device.reference import ReferenceStore
-from turret.server.adapters.device.store import Members, ProjectionLayout, StepMembers
-from turret.server.adapters.lowering.lowered import in_one_block
+from turret.server.adapters.device.store import Members
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.gate import Gate
 from turret.server.adapters.operators.hadamard import Hadamard
@@ -147,23 +129,6 @@ def test_rows_match_the_formula(dtype: torch.dtype, bound: float) -> None:
     assert torch.equal(found[20:], y[20:])
 
 
-def test_rows_agree_with_the_torch_path() -> None:
-    torch.manual_seed(5)
-    adapters = adapters_of(gates_of(torch.float32))
-    plain = ReferenceStore(LAYOUT, torch.float32, torch.device("cpu"), 1 << 22)
-    plain.prepare(adapters.values())
-    x, y = torch.randn(NUM_ROWS, INNER), torch.randn(NUM_ROWS, WIDTH)
-    given = given_of(NUM_ROWS)
-    base: Any = Base(y)
-    members = StepMembers(short=(), long=runs_of(), given=given)
-    expected = plain.step(members).project(0, "qkv", x, bias=None, base=base)
-    told = {key: values.to(DEVICE) for key, values in given.items()}
-    on_device = store_of(torch.float32, adapters)
-    found = project(on_device, runs_of(), x.to(DEVICE), y.to(DEVICE), told).cpu()
-    for row in range(NUM_ROWS):
-        assert error_ratio(found[row], expected[row]) < 1e-6, row
-
-
 def test_a_row_has_the_bits_that_it_has_alone() -> None:
     """Three fusions, and two routers and an adapter with given gates, by their operator."""
     torch.manual_seed(4)
@@ -186,44 +151,6 @@ def test_a_row_has_the_bits_that_it_has_alone() -> None:
         )
         assert torch.equal(with_base[1], together[row]), mix
     assert not torch.equal(together[0], together[1])
-
-
-def signature_of(store: GpuStore, *keys: str) -> Any:
-    """The signature of a step of these adapters on one table."""
-    tables = OneStepTables(4, DEVICE)
-    table = tables.load_segments([])
-    tables.load_segments = lambda runs: table  # type: ignore[method-assign]
-    runs = [(row, row + 1, ((key, 1.0),)) for row, key in enumerate(keys)]
-    step = store.bind(runs, tables)
-    known = table.buffer.data_ptr()
-    return step.form, str(step.addresses).replace(str(known), "table")
-
-
-def test_gated_adapters_do_not_change_the_signature_of_a_step() -> None:
-    adapters = adapters_of(gates_of(torch.float32))
-    store = store_of(torch.float32, adapters)
-    plain = signature_of(store, "other")
-    gated = signature_of(store, "a")
-    assert gated != plain
-    for keys in ("b", "c", "ab", "bca"):
-        assert signature_of(store, *keys) == gated, keys
-    store.drop("a")
-    store.prepare([adapters["b"]])
-    store.prepare([resident("later", operators_of({"q": gate_of("b", "q", torch.float32)}))])
-    assert signature_of(store, "later", "b") == gated
-    assert signature_of(store, "other") == plain
-
-
-def test_ungated_and_removed_adapters_are_skipped() -> None:
-    store = store_of(torch.float32, adapters_of(gates_of(torch.float32)))
-    step = store.bind([(0, 1, (("other", 1.0),))], OneStepTables(4, DEVICE))
-    assert not step.changes(0, "qkv")
-    held = store._gates._gated
-    assert set(held) == {"a", "b", "c"}
-    store.drop("b")
-    store.drop("never there")
-    assert set(held) == {"a", "c"}
-    assert store._pack.gates("b") is None
 
 
 def neighbours(dtype: torch.dtype) -> dict[str, Resident]:
@@ -301,50 +228,3 @@ def test_unused_parts_of_a_step_do_not_change_its_bits(dtype: torch.dtype) -> No
         assert store.form(mix for _, _, mix in runs) < everything
         assert torch.equal(*found), key
         assert torch.equal(found[1][0], y[0]), "of the base's row"
-
-
-def test_an_evicted_gated_adapter_comes_back_unchanged() -> None:
-    torch.manual_seed(7)
-    adapters = adapters_of(gates_of(torch.float32))
-    taken = [store_of(torch.float32, {}).needs(adapters[key].operators) for key in "bc"]
-    budgets = [sum(each) for each in zip(*taken, strict=True)]
-    # A quarter of the budget is for adapters outside of the pack.
-    most = max(4 * budgets[1], 4 * budgets[0] // 3 + 6000)
-    x, y = torch.randn(NUM_ROWS, INNER, device=DEVICE), torch.randn(NUM_ROWS, WIDTH, device=DEVICE)
-    store = GpuStore(LAYOUT, torch.float32, DEVICE, most)
-    seen: dict[str, Tensor] = {}
-    for key in ("a", "b", "d", "c", "b", "a", "d", "e", "c", "a", "b"):
-        store.prepare([adapters[key]])
-        assert store.adapter_bytes <= store.max_bytes
-        found = project(store, [(0, 20, ((key, 0.5),))], x, y)
-        assert torch.equal(found, seen.setdefault(key, found)), key
-    assert adapters["c"].bytes_device == 0, "it had to leave"
-
-
-def test_a_gated_adapter_takes_the_estimated_memory() -> None:
-    store = store_of(torch.float32, {})
-    for key in D_K:
-        modules = gates_of(torch.float32)[key]
-        operators = operators_of(modules)
-        store.prepare([resident(key, operators)])
-        kept = sum(tensor.nbytes for tensor in store._gates._gated[key].kept)
-        assert store.needs(operators) == (store._pack.bytes_of(operators), kept), key
-
-
-def test_launches_to_copy_a_gated_adapter_do_not_grow_with_its_layers() -> None:
-    """The adapter is in the layout of host memory: the layers of each tensor side by side."""
-    found: dict[tuple[str, int], int] = {}
-    for key in ("a", "b"):
-        for num_layers in (2, 24):
-            layout = ProjectionLayout(num_layers, LAYOUT.projections)
-            modules = {
-                layout.module(layer, module): ModuleOperators(gate=gate_of(key, module, torch.half))
-                for layer in sorted(range(num_layers), key=str)
-                for module in RANKS[key]
-            }
-            operators = AdapterOperators(in_one_block(modules)[0])
-            store = GpuStore(layout, torch.half, torch.device("cpu"), 1 << 24)
-            with CountedWrites() as counting:
-                store.prepare([resident(key, operators)])
-            found[key, num_layers] = counting.count
-        assert found[key, 2] == found[key, 24] < 60

@@ -9,7 +9,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from builders import operators
 from builders.facts import Resident, resident
+from builders.operators import Make
 from gpu_path import CountedWrites, OneStepTables
 
 from turret.server.adapters.device.gpu import slot_tables
@@ -23,7 +25,7 @@ from turret.server.adapters.device.store import (
 from turret.server.adapters.lowering.lowered import in_one_block
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.hadamard import Hadamard
-from turret.server.adapters.operators.low_rank import ExpertLowRank, LowRank
+from turret.server.adapters.operators.low_rank import ExpertLowRank
 
 CPU = torch.device("cpu")
 WIDTH = 16
@@ -34,27 +36,27 @@ LAYOUT = ProjectionLayout(
         "o": (SliceShape("self_attn.o_proj", WIDTH, WIDTH),),
     },
 )
-PATHS = [
-    LAYOUT.module(layer, slice_.path)
-    for layer in range(LAYOUT.num_layers)
-    for slices in LAYOUT.projections.values()
-    for slice_ in slices
-]
 
 
-def low_rank(key: str, rank: int = 8, **more: Any) -> Resident:
-    def module() -> ModuleOperators:
-        return ModuleOperators(LowRank(torch.randn(rank, WIDTH), torch.randn(rank, WIDTH)), **more)
+def adapter(key: str, *makes: Make, layout: ProjectionLayout = LAYOUT) -> Resident:
+    """An adapter with the operators on every module, in the layout of host memory."""
+    paths = [one.path for slices in layout.projections.values() for one in slices]
+    modules = {
+        layout.module(layer, path): ModuleOperators(
+            *(make(WIDTH, WIDTH, torch.float32) for make in makes)
+        )
+        for layer in sorted(range(layout.num_layers), key=str)
+        for path in paths
+    }
+    return resident(key, AdapterOperators(in_one_block(modules)[0]))
 
-    return resident(key, AdapterOperators({path: module() for path in PATHS}))
+
+def low_rank(key: str, rank: int = 8) -> Resident:
+    return adapter(key, operators.low_rank(rank))
 
 
 def hadamard(key: str) -> Resident:
-    def module() -> ModuleOperators:
-        narrow, wide = torch.randn(3, WIDTH), torch.randn(WIDTH, 3)
-        return ModuleOperators(hadamard=Hadamard(wide, narrow, wide, narrow))
-
-    return resident(key, AdapterOperators({path: module() for path in PATHS}))
+    return adapter(key, operators.hadamard(3))
 
 
 def store_of(max_bytes: int = 1 << 24) -> GpuStore:
@@ -161,20 +163,25 @@ def test_expert_updates_take_their_exact_size_and_release_it() -> None:
                     assert torch.equal(known[b], update.b.flatten())
 
 
-def check_all_addresses(store: GpuStore, adapters: list[Resident]) -> None:
-    """Check that every factor is at its address in the tables."""
+def check_all_addresses(
+    store: GpuStore, adapters: list[Resident], layout: ProjectionLayout = LAYOUT
+) -> None:
+    """Check that every factor and gain is at its address in the tables."""
     for adapter in adapters:
         place = store._pack.places[adapter.key]
-        for layer in range(LAYOUT.num_layers):
-            for name, slices in LAYOUT.projections.items():
+        for layer in range(layout.num_layers):
+            for name, slices in layout.projections.items():
                 packed = store._pack.projections[name]
                 for s, slice_ in enumerate(slices):
-                    ops = adapter.operators.modules[LAYOUT.module(layer, slice_.path)]
+                    ops = adapter.operators.modules[layout.module(layer, slice_.path)]
                     assert ops.low_rank is not None
                     ranks = slice(place.rank_start, place.rank_start + ops.low_rank.rank)
                     assert torch.equal(packed.a[layer, ranks, s], ops.low_rank.a)
                     assert torch.equal(packed.b[s][layer, ranks], ops.low_rank.b)
                     assert packed.slice_ranks[layer, place.slot, s] == ops.low_rank.rank
+                    if ops.gain is not None:
+                        found = packed.gain_delta[layer, place.slot, packed.columns[s]]
+                        assert torch.equal(found, ops.gain - 1.0)
 
 
 def budget_of(ranks: int) -> int:
@@ -215,78 +222,51 @@ def test_scattered_ranks_are_compacted_in_place() -> None:
         check_all_addresses(store, batch)
 
 
-def test_gains_do_not_invalidate_steps_without_gains() -> None:
-    store = store_of(budget_of(256))
-    store.prepare([low_rank("plain")])
-    tables = OneStepTables(4, CPU)
+@pytest.mark.parametrize("make", [operators.gain, operators.hadamard(3), operators.gate(5, 12)])
+def test_new_adapters_of_a_kind_do_not_invalidate_captured_steps(make: Make) -> None:
+    store, tables = store_of(), OneStepTables(4, CPU)
     table = tables.load_segments([])
     tables.load_segments = lambda runs: table  # type: ignore[method-assign]
-    plain = store.bind([(0, 1, [("plain", 1.0)])], tables).signature
-    gains = []
-    for number in range(12):
-        store.prepare([low_rank(f"{number}", gain=torch.rand(WIDTH))])
-        gains.append(store.bind([(0, 1, [(f"{number}", 1.0)])], tables).signature)
-    assert set(gains) == {gains[0]}
-    assert gains[0] != plain
-    assert store.bind([(0, 1, [("plain", 1.0)])], tables).signature == plain
+
+    def signature(key: str) -> object:
+        return store.bind([(0, 1, [(key, 1.0)])], tables).signature
+
+    store.prepare([low_rank("plain")])
+    plain, found = signature("plain"), []
+    for number in range(9):
+        store.prepare([adapter(f"{number}", make)])
+        found.append(signature(f"{number}"))
+    assert set(found) == {found[0]}
+    assert found[0] != plain
+    assert signature("plain") == plain
 
 
 def test_adapters_without_ranks_take_slots() -> None:
     store = store_of(budget_of(64))
-    modules = {path: ModuleOperators(gain=torch.rand(WIDTH)) for path in PATHS}
-    gains = [resident(f"{number}", AdapterOperators(modules)) for number in range(20)]
-    for adapter in gains:
-        store.prepare([adapter])
+    gains = [adapter(f"{number}", operators.gain) for number in range(20)]
+    for each in gains:
+        store.prepare([each])
         assert len({place.slot for place in store._pack.places.values()} - {0}) <= 4
     assert [a.key for a in gains if a.bytes_device] == ["16", "17", "18", "19"]
 
 
-def test_new_adapters_in_its_slot_tables_do_not_invalidate_a_captured_step() -> None:
-    store, tables = store_of(), OneStepTables(4, CPU)
-    table = tables.load_segments([])
-    tables.load_segments = lambda runs: table  # type: ignore[method-assign]
-    adapters = [hadamard("first")]
-    store.prepare(adapters)
-    signature = store.bind([(0, 1, [("first", 1.0)])], tables).signature
-    for number in range(9):
-        adapters.append(hadamard(f"{number}"))
-        store.prepare(adapters[-1:])
-        assert store.bind([(0, 1, [("first", 1.0)])], tables).signature == signature
-    check_addresses(store, adapters, layer=0)
-    for adapter in adapters:
-        store.drop(adapter.key)
-    assert store._slot_tables._slot_tables == {}
-
-
-@pytest.mark.parametrize(("gains", "most"), [(False, 60), (True, 80)])
-def test_launches_to_copy_an_adapter_do_not_grow_with_its_layers(gains: bool, most: int) -> None:
-    """The adapter is in the layout of host memory: the layers of each factor side by side."""
+@pytest.mark.parametrize(
+    ("makes", "most"),
+    [
+        ([operators.low_rank(4)], 60),
+        ([operators.low_rank(4), operators.gain], 80),
+        ([operators.gate(5, 12)], 60),
+    ],
+    ids=["low rank", "gain", "gate"],
+)
+def test_launches_to_copy_an_adapter_do_not_grow_with_its_layers(
+    makes: list[Make], most: int
+) -> None:
     layout = ProjectionLayout(32, LAYOUT.projections)
-    paths = [slice_.path for slices in LAYOUT.projections.values() for slice_ in slices]
-    modules = {
-        layout.module(layer, path): ModuleOperators(
-            LowRank(torch.randn(4, WIDTH), torch.randn(4, WIDTH)),
-            gain=torch.rand(WIDTH) if gains else None,
-        )
-        for layer in sorted(range(32), key=str)
-        for path in paths
-    }
-    adapter = resident("a", AdapterOperators(in_one_block(modules)[0]))
+    copied = adapter("a", *makes, layout=layout)
     store = GpuStore(layout, torch.float32, CPU, 1 << 24)
     with CountedWrites() as counting:
-        store.prepare([adapter])
+        store.prepare([copied])
     assert counting.count <= most
-    place = store._pack.places["a"]
-    for layer in range(32):
-        for name, slices in LAYOUT.projections.items():
-            packed = store._pack.projections[name]
-            for s, slice_ in enumerate(slices):
-                ops = modules[layout.module(layer, slice_.path)]
-                assert ops.low_rank is not None
-                ranks = slice(place.rank_start, place.rank_start + 4)
-                assert torch.equal(packed.a[layer, ranks, s], ops.low_rank.a)
-                assert torch.equal(packed.b[s][layer, ranks], ops.low_rank.b)
-                assert packed.slice_ranks[layer, place.slot, s] == 4
-                if ops.gain is not None:
-                    found = packed.gain_delta[layer, place.slot, packed.columns[s]]
-                    assert torch.equal(found, ops.gain - 1.0)
+    if copied.operators.rank:
+        check_all_addresses(store, [copied], layout)

@@ -1,153 +1,98 @@
-"""Every operator alone: ``add`` compared with float64 and row by row, and its dense form.
+"""Every operator alone and in pairs, on every path, compared with float64 and row by row.
 
-The tests run with compiled kernels and with torch alone.
+The sum is that of ``docs/adapters.md``: ``y = G ⊙ (W x) + b + Σ_k w_k Δ_k(x)``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, combinations, combinations_with_replacement, pairwise
+from typing import Any
 
 import pytest
 import torch
+from builders import operators as made
+from builders.facts import Resident, resident
+from builders.mixes.gates import gated
+from builders.operators import Make, change_of, delta_of, noise
+from gpu_path import OneStepTables
 from kernel_traffic import MAX_ERROR, error_ratio
-from kernel_traffic import circulant as dense_circulant
 from torch import Tensor
 
-from turret.kernels.cpu import native
-from turret.server.adapters.operators.circulant import Circulant
+from turret.kernels.cpu import native, row_adapters
+from turret.kernels.cpu.row_adapters import blocks_bytes
+from turret.server.adapters.device.cpu.store import CpuStore
+from turret.server.adapters.device.gpu.store import GpuStore
+from turret.server.adapters.device.reference import ReferenceStore
+from turret.server.adapters.device.store import (
+    Members,
+    ProjectionLayout,
+    SliceShape,
+    StepMembers,
+)
+from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.constant_kv import ConstantKv
-from turret.server.adapters.operators.dense import Dense
-from turret.server.adapters.operators.hadamard import Hadamard
-from turret.server.adapters.operators.input_blocks import InputBlocks
-from turret.server.adapters.operators.kronecker import Kronecker
-from turret.server.adapters.operators.low_rank import LowRank
-from turret.server.adapters.operators.modulated_base import ModulatedBase
+from turret.server.adapters.operators.gate import Gate
 from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
-from turret.server.adapters.operators.pair_rotation import PairRotation
 from turret.server.adapters.operators.sparse import Sparse
-from turret.server.adapters.operators.vectors import Bias, Gain, InputGain
+from turret.server.adapters.operators.vectors import Bias
+from turret.server.models.decoding.adapted_linear import AdaptedLinear
+from turret.server.models.weights.base_linear import BaseLinear
 
 ROWS = 17
-# Makes an operator and its ΔW in float64, from a dtype and the base's weight in float64.
-Make = Callable[[torch.dtype, Tensor], tuple[Operator, Tensor]]
-Case = tuple[int, int, Make]
-
-
-def noise(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return (torch.randn(shape) / shape[-1] ** 0.5).to(dtype)
-
-
-def low_rank(rank: int, inner: int, out: int) -> Case:
-    def make(dtype: torch.dtype, weight: Tensor) -> tuple[Operator, Tensor]:
-        made = LowRank(noise(rank, inner, dtype=dtype), noise(rank, out, dtype=dtype))
-        return made, made.b.double().T @ made.a.double()
-
-    return inner, out, make
-
-
-def hadamard(rank: int, inner: int, out: int) -> Case:
-    def make(dtype: torch.dtype, weight: Tensor) -> tuple[Operator, Tensor]:
-        shapes = ((out, rank), (rank, inner)) * 2
-        made = Hadamard(*(noise(*shape, dtype=dtype) for shape in shapes))
-        w1a, w1b, w2a, w2b = (factor.double() for factor in made.tensors())
-        return made, (w1a @ w1b) * (w2a @ w2b)
-
-    return inner, out, make
-
-
-def kronecker(out_l: int, in_m: int, out_k: int, in_n: int, rank: int) -> Case:
-    def make(dtype: torch.dtype, weight: Tensor) -> tuple[Operator, Tensor]:
-        w1 = noise(out_l, in_m, dtype=dtype)
-        if not rank:
-            made = Kronecker(w1, noise(out_k, in_n, dtype=dtype))
-            return made, torch.kron(w1.double(), made.tensors()[1].double())
-        left, right = noise(out_k, rank, dtype=dtype), noise(rank, in_n, dtype=dtype)
-        return Kronecker(w1, (left, right)), torch.kron(w1.double(), left.double() @ right.double())
-
-    return in_m * in_n, out_l * out_k, make
-
-
-def sparse(inner: int, out: int, count: int, is_skewed: bool) -> Case:
-    def make(dtype: torch.dtype, weight: Tensor) -> tuple[Operator, Tensor]:
-        # Some outputs have many entries, and some inputs occur twice.
-        rows = (torch.rand(count) ** (3 if is_skewed else 1) * out).long().sort().values
-        columns = torch.randint(0, inner, (count,))
-        starts = torch.searchsorted(rows, torch.arange(out + 1)).to(torch.int32)
-        values = noise(count, 1, dtype=dtype)[:, 0]
-        dense = torch.zeros(out, inner, dtype=torch.float64)
-        dense.index_put_((rows, columns), values.double(), accumulate=True)
-        return Sparse(values, columns.to(torch.uint16), starts), dense
-
-    return inner, out, make
-
-
-def circulant(rows: int, columns: int, size: int) -> Case:
-    def make(dtype: torch.dtype, weight: Tensor) -> tuple[Operator, Tensor]:
-        made = Circulant(noise(rows, columns, size, dtype=dtype))
-        return made, dense_circulant(made.kernel.double())
-
-    return columns * size, rows * size, make
-
-
-def blocks(count: int, size: int, total: int) -> Case:
-    def make(dtype: torch.dtype, weight: Tensor) -> tuple[Operator, Tensor]:
-        made = InputBlocks(noise(count, size, size, dtype=dtype))
-        each = made.blocks.double().expand(total, -1, -1)
-        return made, weight @ torch.block_diag(*each).T
-
-    return total * size, 48, make
-
-
-def dense(dtype: torch.dtype, weight: Tensor) -> tuple[Operator, Tensor]:
-    made = Dense(noise(*weight.shape, dtype=dtype))
-    return made, made.weight.double()
-
-
-def modulated(dtype: torch.dtype, weight: Tensor) -> tuple[Operator, Tensor]:
-    out, inner = weight.shape
-    made = ModulatedBase(torch.randn(3, inner).to(dtype), torch.randn(3, out).to(dtype))
-    return made, weight * (made.b.double().T @ made.a.double())
-
-
-def pairs(group: int) -> Make:
-    def make(dtype: torch.dtype, weight: Tensor) -> tuple[Operator, Tensor]:
-        made, out = PairRotation(torch.randn(len(weight)), group), len(weight)
-        others = [o + group // 2 if o % group < group // 2 else o - group // 2 for o in range(out)]
-        return made, made.sine.double()[:, None] * weight[others]
-
-    return make
-
-
-def gain(dtype: torch.dtype, weight: Tensor) -> tuple[Operator, Tensor]:
-    made = Gain(1 + torch.randn(len(weight)))
-    return made, (made.values.double() - 1)[:, None] * weight
-
-
-def input_gain(dtype: torch.dtype, weight: Tensor) -> tuple[Operator, Tensor]:
-    made = InputGain(1 + torch.randn(weight.shape[1]))
-    return made, (made.values.double() - 1)[None, :] * weight
-
-
-CASES: dict[str, Case] = {
-    **{f"low rank {r}": low_rank(r, 72, 40) for r in (1, 8, 130)},
-    "hadamard of one": hadamard(1, 40, 24),
-    "hadamard": hadamard(20, 90, 57),
-    "kronecker of one": kronecker(1, 1, 40, 56, 0),
-    "kronecker": kronecker(24, 24, 5, 3, 0),
-    "kronecker of factors": kronecker(8, 16, 50, 36, 4),
-    "no entries": sparse(40, 24, 0, False),
-    "entries": sparse(56, 70, 300, False),
-    "entries in few rows": sparse(3000, 150, 5000, True),
-    **{f"circulant {s}": circulant(*s) for s in ((3, 5, 8), (1, 2, 33), (2, 2, 64), (5, 7, 1))},
-    "blocks": blocks(15, 8, 15),
-    "a shared block": blocks(1, 8, 15),
-    "dense": (43, 33, dense),
-    "modulated": (72, 40, modulated),
-    "pairs of neighbours": (72, 40, pairs(2)),
-    "pairs": (72, 40, pairs(40)),
-    "gain": (72, 40, gain),
-    "input gain": (72, 40, input_gain),
+# The outputs and inputs of a module, and its operator.
+CASES: dict[str, tuple[int, int, Make]] = {
+    **{f"low rank {r}": (40, 72, made.low_rank(r)) for r in (1, 8, 130)},
+    # Widths and ranks that fill no whole vector, tile or unit of a kernel.
+    **{
+        f"hadamard {out} x {inner}, {rank}": (out, inner, made.hadamard(rank))
+        for out, inner, rank in (
+            *((24, 40, 1), (57, 90, 20), (130, 96, 3), (200, 96, 4), (200, 96, 5), (576, 96, 8)),
+            *((576, 96, 17), (81, 75, 6), (300, 64, 16)),
+        )
+    },
+    **{
+        f"kronecker {i}x{j}, {k}x{n}, {rank}": (i * k, j * n, made.kronecker(i, j, rank))
+        for i, j, k, n, rank in (
+            *((1, 1, 40, 56, 0), (24, 24, 5, 3, 0), (8, 16, 50, 36, 4), (13, 4, 10, 24, 3)),
+            *((2, 6, 100, 16, 0), (2, 6, 100, 16, 9), (24, 8, 24, 12, 4), (3, 5, 27, 15, 17)),
+            *((1, 1, 300, 64, 20), (2, 3, 24, 3, 4), (3, 48, 70, 2, 0)),
+        )
+    },
+    **{
+        f"{count} entries in {out} x {inner}": (
+            out,
+            inner,
+            made.sparse(count, is_skewed=count % 2 == 1),
+        )
+        for out, inner, count in (
+            *((24, 40, 0), (24, 40, 1), (70, 56, 300), (33, 300, 901), (5, 1, 3), (90, 200, 7000)),
+            *((300, 3000, 40), (150, 3000, 5001)),
+        )
+    },
+    # Blocks that are transformed in parts or as a whole, with frequencies in one vector and more.
+    **{
+        f"circulant {rows} x {columns} of {size}": (rows * size, columns * size, circulant)
+        for rows, columns, size in (
+            *((3, 5, 8), (1, 2, 33), (2, 2, 64), (5, 7, 1), (3, 2, 16), (2, 3, 48), (1, 2, 80)),
+            *((2, 1, 128), (3, 8, 192), (2, 2, 256), (1, 1, 272), (5, 3, 24), (2, 2, 150)),
+        )
+        for circulant in [made.circulant(size)]
+    },
+    "blocks": (48, 120, made.blocks(8)),
+    "a shared block": (48, 120, made.blocks(8, is_shared=True)),
+    **{
+        f"dense {out} x {inner}": (out, inner, made.dense)
+        for out, inner in ((32, 64), (70, 96), (33, 43), (5, 1), (150, 200))
+    },
+    "modulated": (40, 72, made.modulated(3)),
+    "pairs of neighbours": (40, 72, made.pairs(2)),
+    "pairs": (40, 72, made.pairs(40)),
+    "gain": (40, 72, made.gain),
+    "input gain": (40, 72, made.input_gain),
 }
+CPU = torch.device("cpu")
+NEEDS_COMPILER = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 
 
 @pytest.fixture(params=["native", "torch"])
@@ -178,9 +123,9 @@ def test_each_row_matches_the_formula_and_has_the_same_bits_alone(
     name: str, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(len(name))
-    inner, out, make = CASES[name]
-    weight = noise(out, inner, dtype=dtype)
-    operator, delta = make(dtype, weight.double())
+    out, inner, make = CASES[name]
+    weight, operator = noise(out, inner, dtype=dtype), make(out, inner, dtype)
+    delta = delta_of(operator, weight.double())
     x, start = torch.randn(ROWS, inner).to(dtype), torch.randn(ROWS, out)
     found = added(operator, x, weight, -0.5, start)
     # An operator may round its inputs, or the base's result, to the serving dtype.
@@ -193,24 +138,23 @@ def test_each_row_matches_the_formula_and_has_the_same_bits_alone(
 @pytest.mark.parametrize("name", CASES)
 def test_the_dense_form_matches_the_formula(name: str) -> None:
     torch.manual_seed(len(name))
-    inner, out, make = CASES[name]
-    weight = noise(out, inner)
-    operator, delta = make(torch.float32, weight.double())
+    out, inner, make = CASES[name]
+    weight, operator = noise(out, inner), make(out, inner, torch.float32)
     total = torch.randn(out, inner)
-    expected = total.double() + 0.25 * delta
+    expected = total.double() + 0.25 * delta_of(operator, weight.double())
     operator.add_dense(total, ServedWeight(lambda: weight), 0.25)
     assert error_ratio(total, expected) < 1e-6
-    made = operator.with_tensors(iter(operator.tensors()))
-    assert [id(t) for t in made.tensors()] == [id(t) for t in operator.tensors()]
+    again = operator.with_tensors(iter(operator.tensors()))
+    assert [id(t) for t in again.tensors()] == [id(t) for t in operator.tensors()]
 
 
 def test_blocks_are_scaled_by_the_gain_of_their_module() -> None:
-    inner, out, make = CASES["blocks"]
+    out, inner, make = CASES["blocks"]
     weight, x, gain = noise(out, inner), torch.randn(ROWS, inner), 1 + torch.randn(out)
-    operator, delta = make(torch.float32, weight.double())
+    operator = make(out, inner, torch.float32)
     y, total = torch.zeros(ROWS, out), torch.zeros(out, inner)
     operator.add(y, x, BaseRows(x, lambda rows: rows @ weight.T, gain=gain), 1.0)
-    scaled = gain.double()[:, None] * delta
+    scaled = gain.double()[:, None] * delta_of(operator, weight.double())
     assert error_ratio(y, x.double() @ scaled.T) < 1e-6
     operator.add_dense(total, ServedWeight(lambda: weight, gain), 1.0)
     assert error_ratio(total, scaled) < 1e-6
@@ -250,3 +194,267 @@ def test_constants_match_the_formula_with_any_neighbouring_rows(
         assert torch.equal(constants.attend(q[rows]), found[rows])
     held = sum(tensor.nbytes for tensor in constants._wide)
     assert constants.prepared_bytes == held
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "entries" in name])
+def test_the_size_of_a_copy_is_known_beforehand(name: str) -> None:
+    out, inner, make = CASES[name]
+    operator = make(out, inner, torch.bfloat16)
+    assert isinstance(operator, Sparse)
+    *copied, _ = row_adapters.sparse(*operator.tensors()).values
+    tensors = [tensor for tensor in copied if isinstance(tensor, Tensor)]
+    size = blocks_bytes(operator.columns, operator.row_starts)
+    assert size == sum(tensor.nbytes for tensor in tensors)
+
+
+# Projections in the stores of adapters.
+
+
+class Product:
+    """The product with a base, as on the GPU path."""
+
+    def __init__(self, base: Base) -> None:
+        self._base = base
+
+    def with_shrink(self, x: Tensor, num_decode: int, shrink: Any) -> tuple[Tensor, Tensor]:
+        return self._base(x), shrink(x)
+
+
+class Base(BaseLinear):
+    """A dense weight, ``[out, in]``.
+
+    Rows are multiplied one at a time, so that their bits are independent.
+    """
+
+    def __init__(self, weight: Tensor, slices: Sequence[int]) -> None:
+        self.widths, self.in_features = (len(weight),), weight.shape[1]
+        self._weight, self._slices = weight, list(slices)
+        self.product = Product(self)
+
+    def __call__(self, x: Tensor, ahead: object = None, num_decode: int | None = None) -> Tensor:
+        return torch.cat([row @ self._weight.T for row in x.split(1)])
+
+    def dequantize(self, index: int) -> Tensor:
+        return self._weight.float()
+
+    def served(self, index: int) -> Tensor:
+        return self._weight
+
+    def part(self, index: int) -> Base:
+        return Base(self._weight.split(self._slices)[index], ())
+
+
+class Projection:
+    """A fused projection with a random weight and bias, and its formula in float64.
+
+    Args:
+        outs: The widths of its modules.
+        inner: The number of inputs.
+        dtype: The serving dtype.
+    """
+
+    def __init__(self, outs: Sequence[int], inner: int, dtype: torch.dtype) -> None:
+        self.outs, self._dtype = outs, dtype
+        slices = tuple(SliceShape(f"p.{s}", out, inner) for s, out in enumerate(outs))
+        self._layout = ProjectionLayout(1, {"p": slices})
+        self.paths = [self._layout.module(0, one.path) for one in slices]
+        self._weight = (torch.randn(sum(outs), inner) / 8).to(dtype)
+        self._bias = torch.randn(sum(outs)).to(dtype)
+        self._linear = AdaptedLinear(0, "p", Base(self._weight, outs), self._bias)
+
+    def store(self, kind: Any, adapters: Mapping[str, Resident]) -> Any:
+        held = kind(self._layout, self._dtype, CPU, 1 << 30)
+        held.prepare(adapters.values())
+        return held
+
+    def run(self, store: Any, members: StepMembers, x: Tensor) -> Tensor:
+        if not isinstance(store, GpuStore):
+            return self._linear(x, store.step(members))
+        runs: list[tuple[int, int, Members]] = [
+            (row, row + 1, mix) for row, mix in enumerate(members.short)
+        ]
+        if members.long:
+            runs += [(len(runs), members.long[0][0], ()), *members.long]
+        tables = OneStepTables(2048, CPU)
+        return self._linear(x, store.bind(runs, tables), len(members.short))
+
+    def of_base(self, x: Tensor) -> Tensor:
+        return self._linear(x, None)
+
+    def errors(
+        self, adapters: Mapping[str, Resident], mix: Members, x: Tensor, found: Tensor
+    ) -> list[float]:
+        """The error of each module's outputs for rows that share a mix."""
+        x, errors = x.double(), []
+        bounds = pairwise([0, *accumulate(self.outs)])
+        for path, (start, end) in zip(self.paths, bounds, strict=True):
+            weight = self._weight[start:end].double()
+            exact = x @ weight.T + self._bias[start:end].double()
+            for key, factor in mix:
+                ops = adapters[key].operators.modules.get(path, ModuleOperators())
+                plain = [part for part in ops.operators if not isinstance(part, Gate)]
+                exact += factor * (x @ change_of(ModuleOperators(*plain), weight).T)
+                if ops.bias is not None:
+                    exact += factor * ops.bias.double()
+                if (gate := ops.get(Gate)) is not None:
+                    exact += factor * gated(gate, x)
+            errors.append(error_ratio(found[:, start:end], exact))
+        return errors
+
+
+# Two rows, a row of the base, a segment with more rows than a tile, and a mix of three adapters.
+SHORT: list[Members] = [[("0", 1.0)], [("1", 1.0)]]
+LONG: list[tuple[int, int, Members]] = [
+    (3, 43, [("2", -0.5), ("1", 2.0)]),
+    (43, 44, [("low", 1.0), ("0", 0.25), ("1", 1.0)]),
+]
+NUM_ROWS = 44
+
+
+@NEEDS_COMPILER
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("name", CASES)
+def test_the_cpu_path_matches_the_formula(name: str) -> None:
+    """The operator is on the first of two modules."""
+    torch.manual_seed(len(name))
+    dtype = torch.bfloat16
+    out, inner, make = CASES[name]
+    projection = Projection((out, 40), inner, dtype)
+    makes = {"low": made.low_rank(5), **dict.fromkeys("012", make)}
+    adapters = {
+        key: resident(
+            key, AdapterOperators({projection.paths[0]: ModuleOperators(each(out, inner, dtype))})
+        )
+        for key, each in makes.items()
+    }
+    store = projection.store(CpuStore, adapters)
+    # Memory after every row must not be read.
+    x = torch.full((NUM_ROWS, inner + 64), float("nan"), dtype=dtype)[:, :inner]
+    x.copy_(torch.randn(NUM_ROWS, inner))
+    found = projection.run(store, StepMembers(short=SHORT, long=LONG), x)
+    plain = projection.of_base(x)
+    for start, end, mix in [*((row, row + 1, mix) for row, mix in enumerate(SHORT)), *LONG]:
+        rows = slice(start, end)
+        errors = projection.errors(adapters, mix, x[rows], found[rows])
+        assert max(errors) < MAX_ERROR[dtype], mix
+        for row in (start, end - 1):
+            alone = projection.run(store, StepMembers(short=[mix], long=[]), x[row : row + 1])
+            assert torch.equal(alone[0], found[row]), mix
+    assert torch.equal(found[2], plain[2])
+    assert torch.equal(found[:, out:], plain[:, out:])
+
+
+INNER = 64
+OUTS = [(96, 32), (64,)]
+KINDS: dict[str, Make] = {
+    "low_rank": made.low_rank(5),
+    "hadamard": made.hadamard(3),
+    "kronecker": made.kronecker(8, 4, 2),
+    "sparse": made.sparse(90),
+    "gate": made.gate(6, 16),
+    "circulant": made.circulant(16),
+    "dense": made.dense,
+    # A rank takes a launch of the base here, and time in the interpreter.
+    "modulated": made.modulated(1),
+    "input_blocks": made.blocks(4),
+    "pairs": made.pairs(8),
+    "gain": made.gain,
+    "input_gain": made.input_gain,
+    "bias": made.bias,
+}
+NOT_TOGETHER = [{"gain", "input_gain"}] + [
+    set(pair) for pair in combinations(("input_gain", "input_blocks", "pairs"), 2)
+]
+# The number of rows of each mix in a segment, which makes it a long one.
+SEGMENT = 9
+
+
+def residents(projection: Projection, dtype: torch.dtype) -> dict[str, Resident]:
+    """Two adapters with each operator, and one with each pair that an adapter may combine."""
+    makes: dict[str, tuple[Make, ...]] = {
+        f"{kind} {number}": (make,) for kind, make in KINDS.items() for number in (1, 2)
+    }
+    for pair in combinations(KINDS, 2):
+        if set(pair) not in NOT_TOGETHER:
+            makes[" and ".join(pair)] = (KINDS[pair[0]], KINDS[pair[1]])
+    makes["gate 2"] = (made.router(4, 9, 16),)
+    widths = list(zip(projection.paths, projection.outs, strict=True))
+    return {
+        key: resident(
+            key,
+            AdapterOperators(
+                {
+                    path: ModuleOperators(*(make(out, INNER, dtype) for make in each))
+                    for path, out in widths
+                }
+            ),
+        )
+        for key, each in makes.items()
+    }
+
+
+def mixes(adapters: dict[str, Resident]) -> list[Members]:
+    pairs = combinations_with_replacement(KINDS, 2)
+    two = [((f"{a} 1", 0.7), (f"{b} 2", -0.6)) for a, b in pairs]
+    return [*two, *(((key, 0.8),) for key in adapters if " and " in key)]
+
+
+# Store, dtype and bound of the error. In bf16, each summand is rounded, by about 3e-3.
+PATHS = [
+    pytest.param(ReferenceStore, torch.float32, 1e-6, id="torch-fp32"),
+    pytest.param(ReferenceStore, torch.bfloat16, 1e-2, id="torch-bf16"),
+    pytest.param(CpuStore, torch.bfloat16, 1e-2, id="cpu-bf16", marks=NEEDS_COMPILER),
+    pytest.param(GpuStore, torch.float32, 1e-6, id="gpu-fp32"),
+    pytest.param(GpuStore, torch.float32, 1e-6, id="gpu-fp32-all", marks=pytest.mark.long),
+]
+
+
+@pytest.mark.usefixtures("coarse_tiles")
+@pytest.mark.parametrize("outs", OUTS)
+@pytest.mark.parametrize(("kind", "dtype", "bound"), PATHS)
+def test_pairs_of_operators_add_up_as_documented(
+    kind: Any,
+    dtype: torch.dtype,
+    bound: float,
+    outs: tuple[int, ...],
+    request: pytest.FixtureRequest,
+) -> None:
+    """All pairs are rows of one step, as single rows and as segments."""
+    torch.manual_seed(7)
+    projection = Projection(outs, INNER, dtype)
+    adapters = residents(projection, dtype)
+    chosen = mixes(adapters)
+    if kind is GpuStore and request.node.get_closest_marker("long") is None:
+        # In the interpreter, a slice of a mix takes a tenth of a second, so each projection has
+        # only some.
+        chosen = chosen[OUTS.index(outs) :: 6]
+    # On the GPU path, single rows are computed like segments.
+    short = [] if kind is GpuStore else chosen
+    firsts = range(len(short), len(short) + len(chosen) * SEGMENT, SEGMENT)
+    long = [(first, first + SEGMENT, mix) for first, mix in zip(firsts, chosen, strict=True)]
+    x = torch.randn(len(short) + len(chosen) * SEGMENT, INNER).to(dtype)
+    members = StepMembers(short=short, long=long)
+    found = projection.run(projection.store(kind, adapters), members, x)
+    wrong = {}
+    for row, (start, end, mix) in enumerate(long):
+        rows = [*([row] if short else []), *range(start, end)]
+        errors = projection.errors(adapters, mix, x[rows], found[rows])
+        if max(errors) > bound:
+            wrong[mix] = errors
+    assert wrong == {}
+
+
+@pytest.mark.parametrize("outs", OUTS)
+@pytest.mark.parametrize(("kind", "dtype", "bound"), PATHS[:3])
+def test_a_pair_has_the_bits_that_it_has_alone(
+    kind: Any, dtype: torch.dtype, bound: float, outs: tuple[int, ...]
+) -> None:
+    torch.manual_seed(8)
+    projection = Projection(outs, INNER, dtype)
+    adapters = residents(projection, dtype)
+    chosen, store = mixes(adapters), projection.store(kind, adapters)
+    x = torch.randn(len(chosen), INNER).to(dtype)
+    together = projection.run(store, StepMembers(short=chosen, long=[]), x)
+    for row, mix in enumerate(chosen):
+        alone = projection.run(store, StepMembers(short=[mix], long=[]), x[row : row + 1])
+        assert torch.equal(alone[0], together[row]), mix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from fake_cuda import FakeCuda
 
 from turret.server.adapters.device.gpu import uploads as uploads_module
-from turret.server.adapters.device.gpu.uploads import PinnedRing, Uploads
+from turret.server.adapters.device.gpu.uploads import PinnedRing, Uploads, blocks_of
 from turret.server.adapters.lowering.lowered import in_one_block
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.low_rank import LowRank
@@ -83,8 +84,11 @@ def uploads(
     return Uploads(CPU, max_bytes, clock or _Clock(), ring, thread or Thread())
 
 
-def test_the_first_use_comes_after_the_copy(cuda: FakeCuda):
-    held, wanted = uploads(), [operators(seed) for seed in range(4)]
+@pytest.mark.parametrize("thread", [Thread(), None], ids=["at once", "real thread"])
+def test_the_first_use_comes_after_the_copy(cuda: FakeCuda, thread: Thread | None):
+    ring = PinnedRing(CPU, chunk_bytes=64, num_chunks=3)
+    held = Uploads(CPU, 1 << 16, _Clock(), ring, thread)
+    wanted = [operators(seed) for seed in range(4)]
     for number, adapter in enumerate(wanted):
         assert not held.is_near(f"{number}", adapter)
     used: list[torch.Tensor] = []
@@ -100,23 +104,17 @@ def test_the_first_use_comes_after_the_copy(cuda: FakeCuda):
         assert torch.equal(one, two)
 
 
-def test_an_adapter_is_ready_once_its_copy_ends(cuda: FakeCuda):
+def test_an_adapter_is_ready_once_its_copy_ends_or_a_second_has_passed(cuda: FakeCuda):
     clock = _Clock()
     held = uploads(clock=clock)
-    assert not held.is_near("a", operators(0))
-    assert not held.is_near("a", operators(0))
-    stream = held._stream
-    assert stream is not None
-    stream.synchronize()
+    for _ in range(2):
+        assert not held.is_near("a", operators(0))
+    assert held._stream is not None
+    held._stream.synchronize()
     assert held.is_near("a", operators(0))
-
-
-def test_no_request_waits_longer_than_a_second(cuda: FakeCuda):
-    clock = _Clock()
-    held = uploads(clock=clock)
-    assert not held.is_near("a", operators(0))
+    assert not held.is_near("b", operators(1))
     clock.now = 1.1
-    assert held.is_near("a", operators(0))
+    assert held.is_near("b", operators(1))
 
 
 def test_uploads_that_do_not_fit_are_not_awaited_and_unused_ones_are_dropped(cuda: FakeCuda):
@@ -163,19 +161,6 @@ def test_steps_continue_while_the_thread_copies(cuda: FakeCuda):
     held.taken()
     for found, expected in zip(taken, tensors(operators(0)), strict=True):
         assert torch.equal(found, expected)
-
-
-def test_a_separate_thread_copies(cuda: FakeCuda):
-    """The real thread copies."""
-    held = Uploads(CPU, 1 << 16, _Clock(), PinnedRing(CPU, chunk_bytes=64, num_chunks=3))
-    wanted = [operators(seed) for seed in range(3)]
-    for number, adapter in enumerate(wanted):
-        assert not held.is_near(f"{number}", adapter)
-    for number, adapter in enumerate(wanted):
-        taken = tensors(held.take(f"{number}", adapter))
-        cuda.default.synchronize()
-        for found, expected in zip(taken, tensors(adapter), strict=True):
-            assert torch.equal(found, expected)
 
 
 def test_an_adapter_in_one_block_takes_few_copies(cuda: FakeCuda):
@@ -236,3 +221,31 @@ def test_real_copies_beside_a_busy_stream():
     for found, adapter in zip(used, wanted, strict=True):
         for one, two in zip(found, tensors(adapter), strict=True):
             assert torch.equal(one.cpu(), two)
+
+
+# Tensors that are evenly spaced in memory form one piece.
+
+
+def test_blocks_keep_the_content_and_alignment_of_every_tensor():
+    chance = random.Random(0)
+    for _ in range(50):
+        memory = [torch.randn(4096).view(torch.uint8) for _ in range(3)]
+        tensors = [torch.empty(0, 4)]
+        for _ in range(chance.randint(0, 30)):
+            dtype = chance.choice([torch.float32, torch.bfloat16, torch.uint8, torch.int64])
+            count = chance.randint(1, 99)
+            size = count * dtype.itemsize
+            begin = chance.randrange(0, 16384 - size) // dtype.itemsize * dtype.itemsize
+            tensors.append(chance.choice(memory)[begin : begin + size].view(dtype))
+        blocks, offsets, num_bytes = blocks_of(tensors)
+        copied = torch.zeros(num_bytes, dtype=torch.uint8)
+        ends = [0]
+        for block, begin in blocks:
+            assert begin % 16 == 0
+            assert begin >= ends[-1], "blocks do not overlap"
+            copied[begin : begin + len(block)] = block
+            ends.append(begin + len(block))
+        for tensor, offset in zip(tensors, offsets, strict=True):
+            found = copied[offset : offset + tensor.nbytes].view(tensor.dtype)
+            assert found.view(torch.uint8).equal(tensor.flatten().view(torch.uint8))
+        assert sum(len(block) for block, _ in blocks) <= 3 * 16384

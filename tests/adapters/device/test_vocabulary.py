@@ -10,13 +10,12 @@ import pytest
 import torch
 from builders.adapters import edit_config, edit_tensors
 from builders.methods import load_adapter, make_config, save_adapter
-from method_oracle import check_close, check_methods, oracle_logprobs, prompt_of, twin
+from method_oracle import check_close, check_methods, oracle_logprobs, prompt_of, serve, twin
 from said import says
 from servers.engine_harness import EngineHarness, make_request
 from torch import nn
 
 from turret.server.adapters.adapter import AdapterRef, Source
-from turret.server.adapters.operators.adapter_operators import beyond_updates
 from turret.server.adapters.residency.loader import AdapterLoader
 from turret.server.errors import (
     AdapterCheckpointError,
@@ -133,9 +132,7 @@ async def test_mixes_sum_what_peft_changes(architecture: str, tmp_path: Path) ->
     save_all(architecture, tmp_path)
     model, prompt = twin(architecture).model, prompt_of(31)
     mixes = [mix for mix in MIXES if mix[0][0] != "prefix"]
-    async with EngineHarness.start(
-        twin(architecture).folder, tmp_path, adapters=[*VARIANTS, *PLAIN]
-    ) as harness:
+    async with serve(architecture, tmp_path, adapters=[*VARIANTS, *PLAIN]) as harness:
         for mix in mixes:
             refs = [AdapterRef(name=name, weight=weight) for name, weight in mix]
             answer = await harness.run(make_request(prompt, *refs, score=True))
@@ -258,8 +255,3 @@ def test_budgets_count_the_vocabulary(tmp_path: Path) -> None:
     assert load(tmp_path).facts.ranks == (6,)
     with pytest.raises(BudgetExceededError, check=says("RANK_OVER_LIMIT", rank=6, max_rank=5)):
         load(tmp_path, max_rank=5)
-
-
-def test_fusing_and_merging_refuse_a_change_of_the_vocabulary(tmp_path: Path) -> None:
-    save(tmp_path, "lora", trainable_token_indices=[3], target_modules=["q_proj", "lm_head"])
-    assert beyond_updates(load(tmp_path).operators) == ("head", "tokens")

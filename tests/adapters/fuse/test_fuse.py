@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from builders.adapters import BASE_NAME, base_of, load_with_peft, logits, tiny_llama, with_operators
-from builders.methods import make_config, save_adapter
-from builders.mixes.fuse import Fusions, difference, truncated
+from builders.adapters import BASE_NAME, base_of, logits, tiny_llama, with_operators
+from builders.methods import ALL, load_adapter, make_config, save_adapter
+from builders.mixes.fuse import Fusions, difference, peft_weighted, truncated
 from builders.mixes.fusions import save_fusion
 from said import says
 
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.adapters.fuse import module_fuser as fused_module
-from turret.server.adapters.fuse.combination import Combination
+from turret.server.adapters.fuse.combination import NAMES, Combination
 from turret.server.adapters.fuse.fuser import Fuser
 from turret.server.adapters.fuse.module_fuser import Factors, energy_rank, ratio, side_by_side
 from turret.server.adapters.operators.adapter_operators import (
@@ -153,7 +153,7 @@ def test_biases_add_up(keys: dict[str, Any], others: tuple[str, ...], tmp_path: 
         logits(with_operators(base, [(c, 1.0)])), expected, atol=1e-4, rtol=0
     )
     directory = tmp_path / "state" / "files" / f"{fused.record.uuid}.1"
-    torch.testing.assert_close(logits(load_with_peft(base, directory)), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits(load_adapter(base, directory)), expected, atol=1e-4, rtol=0)
     fuser.close()
     registry.close()
 
@@ -366,3 +366,177 @@ def test_energy_and_ratio() -> None:
     ]
     assert energy_rank(torch.zeros(2), 1.0) == 1
     assert (ratio(1.0, 4.0), ratio(0.0, 0.0), ratio(1.0, 0.0)) == (0.25, 0.0, float("inf"))
+
+
+# The settings of ``FuseAdapters``, and the checks that reject them.
+
+
+PRUNING = [name for name in NAMES if name.startswith(("ties", "dare", "magnitude_prune"))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_combination_takes_its_own_settings(name: str) -> None:
+    settings: dict[str, Any] = {"density": 0.5} if name in PRUNING else {}
+    plain = Combination(name=name, **settings)
+    assert (plain.prunes, plain.is_concatenated) == (name in PRUNING, name in ("exact", "cat"))
+    assert plain.elects_signs == ("ties" in name)
+    assert plain.prunes_at_random == ("dare" in name)
+    assert plain.is_on_updates == name.endswith("svd")
+    for field, value, takes in (
+        ("rank", 3, name.endswith("svd")),
+        ("energy", 0.5, name.endswith("svd")),
+        ("majority_sign_method", "frequency", "ties" in name),
+        ("seed", 0, "dare" in name),
+        ("density", 1.0, name in PRUNING),
+    ):
+        if takes:
+            Combination(name=name, **{**settings, field: value})
+            continue
+        with pytest.raises(InvalidRequestError) as raised:
+            Combination(name=name, **{**settings, field: value})
+        assert [where for where, _ in raised.value.violations] == [field]
+
+
+# Fusions of methods that have no operators of their own, compared with PEFT's merged weights.
+
+
+LOW_RANK_METHODS = (
+    *("bd_lora", "kasa", "delora", "miss", "gralora", "pvera", "vblora", "unilora", "tinylora"),
+    *("hra", "deft", "peanut"),
+)
+
+SPARSE = ("shira", "supertuning", "waveft")
+DENSE_METHODS = ("fourierft", "randlora", "osf", "frod")
+
+
+@pytest.fixture(scope="module")
+def fusions_of_others(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fusions]:
+    made = Fusions(tmp_path_factory.mktemp("fuse"), max_rank=96)
+    for seed, method in enumerate((*LOW_RANK_METHODS, "glora", *SPARSE, *DENSE_METHODS)):
+        made.add(method, method, seed)
+    for method in ("ln_tuning", "cpt", "cartridge"):
+        made.add(method, method)
+    yield made
+    made.close()
+
+
+def test_concatenation_is_exact(fusions_of_others: Fusions) -> None:
+    mix = {method: (-1) ** number * 0.5 for number, method in enumerate(LOW_RANK_METHODS)}
+    result = fusions_of_others.fuse(mix)
+    assert difference(fusions_of_others.deltas(result), fusions_of_others.exact(mix)) < 1e-5
+    assert result.relative_error < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("mix", "refused"),
+    [
+        ({"glora": 0.7, "hra": 1.0}, "glora"),
+        ({"shira": 0.7, "supertuning": -1.0, "waveft": 0.5, "hra": 1.0}, "shira"),
+        ({"fourierft": 0.7, "randlora": -1.0, "osf": 0.5, "frod": 0.4, "hra": 1.0}, "osf"),
+    ],
+    ids=["gains", "entries", "whole matrices"],
+)
+def test_other_updates_are_fused_into_the_whole_update(
+    fusions_of_others: Fusions, mix: dict[str, float], refused: str
+) -> None:
+    result = fusions_of_others.fuse(mix, how="svd", rank=64)
+    found = fusions_of_others.deltas(result)
+    assert difference(found, fusions_of_others.exact(mix)) < 1e-5
+    with pytest.raises(InvalidRequestError, check=says("NOT_FUSABLE", adapter=refused)):
+        fusions_of_others.fuse({refused: 1.0, "hra": 1.0})
+
+
+def test_prompts_cannot_be_fused(fusions_of_others: Fusions) -> None:
+    for name in ("cpt", "cartridge"):
+        with pytest.raises(InvalidRequestError, check=says("NOT_FUSABLE", adapter=name)):
+            fusions_of_others.fuse({name: 1.0, "hra": 1.0}, how="svd", rank=4)
+
+
+# Fusions compared with PEFT's ``add_weighted_adapter``.
+
+
+FAR = 0.05
+MIX = {"a": 0.7, "b": -1.2, "c": 1.5}
+TIES = {"density": 0.4}
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fusions]:
+    """LoRAs of one rank and three scales; ``c`` omits some modules."""
+    made = Fusions(tmp_path_factory.mktemp("fuse"))
+    made.add("a", seed=1, lora_alpha=6)
+    made.add("b", seed=2, lora_alpha=2)
+    made.add("c", seed=3, lora_alpha=4, target_modules=["q_proj", "v_proj", "down_proj"])
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("how", "settings"),
+    [
+        ("cat", {}),
+        ("linear", {}),
+        ("svd", {"rank": 5}),
+        ("ties", TIES),
+        ("ties", {**TIES, "majority_sign_method": "frequency"}),
+        ("ties_svd", {**TIES, "rank": 5}),
+        ("ties_svd", {**TIES, "rank": 5, "majority_sign_method": "frequency"}),
+        ("dare_linear", {**TIES, "seed": 5}),
+        ("dare_linear_svd", {**TIES, "rank": 5, "seed": 5}),
+        ("dare_ties", {**TIES, "seed": 6}),
+        ("dare_ties_svd", {**TIES, "rank": 5, "seed": 6}),
+        ("magnitude_prune", TIES),
+        ("magnitude_prune_svd", {**TIES, "rank": 5}),
+        ("ties", {"density": 1.0}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_a_combination_is_that_of_peft(loras: Fusions, how: str, settings: dict[str, Any]) -> None:
+    options = {"svd_rank" if key == "rank" else key: value for key, value in settings.items()}
+    expected = peft_weighted(loras.root, MIX, how, **options)
+    result = loras.fuse(MIX, how=how, **settings)
+    found = loras.deltas(result)
+    assert difference(found, expected) < CLOSE
+    # Without this check, any result would pass: the exact sum must differ from a truncated one.
+    exact = loras.exact(MIX)
+    error = difference(found, exact)
+    assert (error < CLOSE) == (how == "cat")
+    assert result.relative_error == pytest.approx(error, abs=1e-6)
+
+
+def test_the_default_rank_is_the_largest_as_in_peft(loras: Fusions) -> None:
+    found = loras.deltas(loras.fuse(MIX, how="svd"))
+    assert difference(found, peft_weighted(loras.root, MIX, "svd")) < CLOSE
+    assert difference(found, truncated(loras.exact(MIX), 4)) < CLOSE
+
+
+def test_peft_ignores_the_combination_of_a_single_adapter(loras: Fusions) -> None:
+    """In PEFT, every name then means ``linear``; here, it keeps its meaning."""
+    exact = loras.exact({"a": 0.5})
+    cases: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("svd", {"rank": 2}, {"svd_rank": 2}),
+        ("ties", TIES, TIES),
+        ("magnitude_prune_svd", {**TIES, "rank": 2}, {**TIES, "svd_rank": 2}),
+    ]
+    for how, settings, options in cases:
+        peft = peft_weighted(loras.root, {"a": 0.5}, how, **options)
+        assert difference(peft, exact) < CLOSE, how
+        found = loras.deltas(loras.fuse({"a": 0.5}, how=how, **settings))
+        assert difference(found, exact) > FAR, how
+        if how == "svd":
+            assert difference(found, truncated(exact, 2)) < CLOSE
+
+
+def test_ranks_may_differ_if_members_share_no_module(tmp_path: Path) -> None:
+    """PEFT compares the ranks in the configs, regardless of the modules."""
+    loras = Fusions(tmp_path)
+    loras.add("a", r=2, target_modules=["q_proj"])
+    loras.add("b", r=6, target_modules=ALL[1:])
+    mix = {"a": 1.0, "b": -0.5}
+    with pytest.raises(ValueError, match="same r"):
+        peft_weighted(loras.root, mix, "linear")
+    result = loras.fuse(mix, how="linear")
+    assert result.relative_error < CLOSE
+    assert {module.rank for module in result.modules} == {2, 6}
+    assert difference(loras.deltas(result), loras.exact(mix)) < CLOSE
+    loras.close()

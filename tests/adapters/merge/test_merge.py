@@ -263,11 +263,12 @@ async def test_an_error_names_parts_that_cannot_be_merged(
 ) -> None:
     head = make_config("lora", target_modules=["q_proj", "lm_head"])
     tokens = make_config("lora", trainable_token_indices=[3, 5])
-    for name, config in (("head", head), ("tokens", tokens)):
+    alora = make_config("alora")
+    for name, config in (("head", head), ("tokens", tokens), ("alora", alora)):
         save_adapter(twin(ARCHITECTURE).model, config, root / name)
         server.registry.load(name, name)
     with pytest.raises(InvalidRequestError) as caught:
-        await merge(server, "lora", "prefix_tuning", "head", "prompt_tuning", "tokens")
+        await merge(server, "lora", "prefix_tuning", "head", "prompt_tuning", "tokens", "alora")
     texts = [text for _, text in caught.value.violations]
     assert {text.reason for text in texts} == {"NOT_MERGEABLE"}
     assert [(text.params["adapter"], text.params["parts"]) for text in texts] == [
@@ -275,6 +276,7 @@ async def test_an_error_names_parts_that_cannot_be_merged(
         ("head", "head"),
         ("prompt_tuning", "soft prompt"),
         ("tokens", "tokens"),
+        ("alora", "invocation"),
     ]
     with pytest.raises(AdapterNotFoundError):
         await merge(server, "lora", "unknown")

@@ -11,7 +11,7 @@ import bitsandbytes.functional as bnb_functional
 import pytest
 import torch
 from builders.methods import load_adapter, make_config, quiet, save_adapter
-from method_oracle import twin
+from method_oracle import serve, twin
 from servers.engine_harness import EngineHarness
 
 from turret.server.adapters.adapter import AdapterRef
@@ -102,9 +102,7 @@ MIXES = [[AdapterRef(name=name)] for name in METHODS] + [
 @pytest.mark.parametrize("precision", ["BF16", "NF4"])
 async def test_merging_rounds_the_exact_weights_once(root: Path, precision: Precision) -> None:
     """Checks weights, biases and the report, for every method and for mixes."""
-    async with EngineHarness.start(
-        twin(ARCHITECTURE).folder, root, adapters=[*METHODS, "some"]
-    ) as server:
+    async with serve(ARCHITECTURE, root, adapters=[*METHODS, "some"]) as server:
         for mix in MIXES:
             names = [ref.name for ref in mix]
             before = server.registry.base.modules
@@ -140,7 +138,7 @@ async def test_auto_chooses_nf4_only_if_the_update_survives(root: Path) -> None:
 
     A small one does not.
     """
-    async with EngineHarness.start(twin(ARCHITECTURE).folder, root, adapters=["lora"]) as server:
+    async with serve(ARCHITECTURE, root, adapters=["lora"]) as server:
         for weight, precision, most in ((1.0, "BF16", 0.5), (100.0, "NF4", KEPT_ERROR)):
             mix = [AdapterRef(name="lora", weight=weight)]
             merge = server.merger.merge(mix, None, Cancellation()).merge
@@ -175,9 +173,7 @@ def snapshot(server: EngineHarness) -> list[Any]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("precision", ["BF16", "NF4"])
 async def test_unmerge_restores_every_byte(root: Path, dtype: str, precision: Precision) -> None:
-    async with EngineHarness.start(
-        twin(ARCHITECTURE).folder, root, adapters=EVERYWHERE, dtype=dtype
-    ) as server:
+    async with serve(ARCHITECTURE, root, adapters=EVERYWHERE, dtype=dtype) as server:
         before, decoder = snapshot(server), decoder_of(server)
         epochs = [decoder.epoch]
         for _ in range(2):

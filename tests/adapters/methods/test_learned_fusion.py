@@ -16,9 +16,10 @@ from method_oracle import (
     check_rounding,
     check_score,
     prompt_of,
+    serve,
     twin,
 )
-from servers.engine_harness import EngineHarness, make_request
+from servers.engine_harness import make_request
 from torch import nn
 
 from turret.server.adapters.adapter import AdapterRef
@@ -75,9 +76,7 @@ async def test_a_mix_adds_the_fusion_to_the_others(tmp_path: Path) -> None:
     oracle, _ = fusion_oracle(shifted, tmp_path, "two", 0.7)
     prompt = prompt_of(21)
     mix = [AdapterRef(name="two", weight=0.7), AdapterRef(name="lora", weight=-0.5)]
-    async with EngineHarness.start(
-        base.folder, tmp_path, adapters=["lora", "rslora", "two"]
-    ) as harness:
+    async with serve(base, tmp_path, adapters=["lora", "rslora", "two"]) as harness:
         for refs in (mix, mix[::-1]):
             check_score(
                 await harness.run(make_request(prompt, *refs, score=True)), oracle, prompt, "mix"

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 from builders.methods import load_adapter, make_config, save_adapter
-from method_oracle import check_greedy, check_methods, check_score, prompt_of, twin
+from method_oracle import check_greedy, check_methods, check_score, prompt_of, serve, twin
 from peft import PrefixTuningConfig
 from said import says
 from servers.engine_harness import EngineHarness, make_request
@@ -77,7 +77,7 @@ NAMES = ("prefix", "soft", "lora")
 async def test_a_repeated_prompt_is_cached_and_gets_the_same_answer(name: str, root: Path) -> None:
     oracle = load_adapter(twin("llama").model, root / name)
     prompt = prompt_of(45)
-    async with EngineHarness.start(twin("llama").folder, root, adapters=NAMES) as harness:
+    async with serve("llama", root, adapters=NAMES) as harness:
         first = await harness.run(make_request(prompt, name))
         again = await harness.run(make_request(prompt, name))
         base = await harness.run(make_request(prompt))
@@ -100,7 +100,7 @@ async def test_a_repeated_prompt_is_cached_and_gets_the_same_answer(name: str, r
 async def test_a_prefix_is_held_once_for_all_requests(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with EngineHarness.start(twin("llama").folder, root, adapters=NAMES) as harness:
+    async with serve("llama", root, adapters=NAMES) as harness:
         blocks = harness.engine._loop._scheduler.blocks
         seen: list[int] = []
         release = blocks.release
@@ -124,7 +124,7 @@ async def test_echoed_logprobs_belong_to_the_text(name: str, root: Path) -> None
     oracle = load_adapter(twin("llama").model, root / name)
     prompt = prompt_of(12)
     options = ResponseOptions(logprobs=True, echo=True)
-    async with EngineHarness.start(twin("llama").folder, root, adapters=NAMES) as harness:
+    async with serve("llama", root, adapters=NAMES) as harness:
         # Run each twice: the cache must not change the answers.
         for _ in range(2):
             answer = await harness.run(make_request(prompt, name, options=options))
@@ -151,7 +151,7 @@ async def test_preemption_does_not_change_answers(name: str, root: Path) -> None
 
 
 async def test_only_text_counts_towards_the_context(root: Path) -> None:
-    async with EngineHarness.start(twin("llama").folder, root, adapters=NAMES) as harness:
+    async with serve("llama", root, adapters=NAMES) as harness:
         limit = harness.engine.max_model_len
         stop = StopConditions(max_tokens=1, ignore_eos=True)
         for name in ("prefix", "soft"):
@@ -173,7 +173,7 @@ async def test_only_text_counts_towards_the_context(root: Path) -> None:
 async def test_a_mix_allows_one_soft_prompt_at_weight_one(
     mix: list[AdapterRef], root: Path
 ) -> None:
-    async with EngineHarness.start(twin("llama").folder, root, adapters=NAMES) as harness:
+    async with serve("llama", root, adapters=NAMES) as harness:
         with pytest.raises(InvalidRequestError, check=says("PREFIX_NOT_ALONE")):
             await harness.run(make_request(prompt_of(4), *mix))
 
@@ -183,7 +183,7 @@ async def test_a_mix_of_a_prefix_and_a_lora_applies_both(root: Path) -> None:
     prompt = prompt_of(23)
     # PEFT runs one adapter at a time: give the prefix a base that has the LoRA merged in.
     merged = load_adapter(model, root / "lora").merge_and_unload()  # type: ignore[operator]
-    async with EngineHarness.start(twin("llama").folder, root, adapters=NAMES) as harness:
+    async with serve("llama", root, adapters=NAMES) as harness:
         for name in ("prefix", "soft"):
             oracle = load_adapter(merged, root / name)
             for mix in ((name, "lora"), ("lora", name)):

@@ -20,8 +20,8 @@ from builders.adapters import (
 from builders.methods import ALL, drawing, load_adapter, make_config, quiet, save_adapter
 from hypothesis import given
 from hypothesis import strategies as st
-from method_oracle import check_close, oracle_logprobs, prompt_of, twin
-from servers.engine_harness import EngineHarness, make_request
+from method_oracle import check_close, oracle_logprobs, prompt_of, serve, twin
+from servers.engine_harness import make_request
 
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.adapters.base import BaseModel
@@ -57,7 +57,7 @@ async def test_each_task_is_what_peft_computes(method: str, tmp_path: Path) -> N
     base = twin("qwen2")
     save_adapter(base.model, make_config(method), tmp_path / "a", seed=3)
     prompt = prompt_of(29)
-    async with EngineHarness.start(base.folder, tmp_path) as harness:
+    async with serve(base, tmp_path) as harness:
         plain = await harness.run(make_request(prompt, score=True))
         rows = [[p for p in plain.prompt_logprobs if p is not None]]
         for task in range(TASKS):
@@ -170,7 +170,7 @@ def test_asking_for_a_task_of_an_adapter_without_tasks_fails(tmp_path: Path) -> 
 async def test_a_task_survives_a_restart(tmp_path: Path) -> None:
     base = twin("qwen2")
     save_adapter(base.model, make_config("poly"), tmp_path / "root" / "a", seed=3)
-    async with EngineHarness.start(base.folder, tmp_path / "root") as harness:
+    async with serve(base, tmp_path / "root") as harness:
         harness.registry.load("poly", "a", task=2)
         adapter = harness.registry.acquire([AdapterRef(name="poly")]).members[0][0]
         saved = SavedRegistration(

@@ -17,10 +17,10 @@ import pytest
 import torch
 from builders.adapters import base_of, read_adapter, sizes_of, tiny_llama
 from builders.methods import make_config, save_adapter
-from method_oracle import check_greedy, prompt_of, twin
+from method_oracle import check_greedy, prompt_of, serve, twin
 from safetensors.torch import save_file
 from said import says
-from servers.engine_harness import EngineHarness, make_request
+from servers.engine_harness import make_request
 
 from turret.server.adapters import methods
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE, AdapterRef
@@ -59,7 +59,7 @@ METHOD = LinearMethod(
 '''
 
 
-def serve(name: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def discover(name: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Add a folder with a method to the folders in which methods are discovered."""
     folder = tmp_path / "more_methods"
     folder.mkdir()
@@ -79,7 +79,7 @@ def save(directory: Path, config: dict[str, Any], tensors: dict[str, torch.Tenso
 async def test_a_method_in_one_file_is_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    serve("flip", TOY, tmp_path, monkeypatch)
+    discover("flip", TOY, tmp_path, monkeypatch)
     base = twin("llama")
     root = tmp_path / "adapters"
     paths = [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1)]
@@ -91,7 +91,7 @@ async def test_a_method_in_one_file_is_served(
         for path in paths:
             oracle.get_submodule(path).weight.mul_(signs[:, None])
     prompt = prompt_of(9)
-    async with EngineHarness.start(base.folder, root, adapters=["a"]) as harness:
+    async with serve(base, root, adapters=["a"]) as harness:
         answer = await harness.run(make_request(prompt, "a"))
         plain = await harness.run(make_request(prompt))
         assert harness.registry.get("a").facts.method == "flip"
@@ -102,7 +102,7 @@ async def test_a_method_in_one_file_is_served(
 def test_a_method_cannot_forget_the_limit_on_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    serve("plain", RANKED_TOY, tmp_path, monkeypatch)
+    discover("plain", RANKED_TOY, tmp_path, monkeypatch)
     base = base_of(tiny_llama())
     config = {
         "peft_type": "PLAIN",
@@ -179,7 +179,7 @@ class _Squash(torch.nn.Module):
 async def test_an_operator_without_kernels_is_served_and_mixed(
     path: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    serve("squash", NEW_OPERATOR, tmp_path, monkeypatch)
+    discover("squash", NEW_OPERATOR, tmp_path, monkeypatch)
     base = twin("llama", getattr(torch, dtype))
     root = tmp_path / "adapters"
     modules = [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1)]
@@ -194,9 +194,7 @@ async def test_an_operator_without_kernels_is_served_and_mixed(
     prompt = prompt_of(9)
     requests: list[tuple[AdapterRef | str, ...]] = [("squash",), ("lora",), (), _MIX]
     names = ["squash", "lora"]
-    async with EngineHarness.start(
-        base.folder, root, adapters=names, dtype=dtype, gpu=path == "gpu"
-    ) as harness:
+    async with serve(base, root, adapters=names, dtype=dtype, gpu=path == "gpu") as harness:
         answers = await asyncio.gather(
             *(harness.run(make_request(prompt, *refs)) for refs in requests)
         )

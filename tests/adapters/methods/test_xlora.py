@@ -3,30 +3,53 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from builders.adapters import base_of, edit_config, edit_tensors, linear_modules, read_adapter
+from builders.adapters import tiny_llama as make_llama
+from builders.bases.tiny_models import tiny_config
 from builders.methods import load_adapter
-from builders.mixes.xloras import KINDS, save_loras, save_xlora
+from builders.mixes.xloras import KINDS, lower_xlora, save_loras, save_xlora
 from method_oracle import (
     check_greedy,
     check_oracles,
     check_rounding,
     check_score,
     prompt_of,
+    serve,
     twin,
 )
+from peft import XLoraConfig
+from safetensors.torch import load_file
 from said import says
-from servers.engine_harness import EngineHarness, make_request
+from servers.engine_harness import make_request
 from servers.gpu_serving import gpu_serving
+from transformers import AutoModelForCausalLM
 
 from turret.server.adapters.adapter import AdapterRef
+from turret.server.adapters.base import BaseModel
+from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.methods import method_for
+from turret.server.adapters.methods.low_rank.xlora import modules_in_order
+from turret.server.cli import main
 from turret.server.engine.scheduling.request import Request
-from turret.server.engine.scheduling.scheduler import Scheduler
-from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.errors import InvalidRequestError, PromptTooLongError
+from turret.server.errors import (
+    AdapterCheckpointError,
+    AdapterMismatchError,
+    InvalidRequestError,
+    PromptTooLongError,
+)
+from turret.server.models.families import read_arch
+from turret.training.conversion import xlora
+from turret.training.words import say
+from turret.words import Text
 
 COMPONENTS = ("0", "1", "2")
 
@@ -45,7 +68,7 @@ async def test_scores_and_answers_match_peft(architecture: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.long)])
 async def test_bits_do_not_depend_on_other_requests(
-    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str, tmp_path: Path, preempted: list[tuple[Any, int]]
 ) -> None:
     """Bits are the same in chunks, beside other rows, from the cache, and after preemption."""
     base = twin("llama")
@@ -58,34 +81,16 @@ async def test_bits_do_not_depend_on_other_requests(
         return make_request(prompt, name, max_tokens=40)
 
     alone = []
-    async with EngineHarness.start(
-        base.folder,
-        tmp_path,
-        dtype=dtype,
-        adapters=[*COMPONENTS, *names],
-        max_num_batched_tokens=256,
+    async with serve(
+        base, tmp_path, dtype=dtype, adapters=[*COMPONENTS, *names], max_num_batched_tokens=256
     ) as harness:
         for name, prompt in own:
             alone.append((await harness.run(asked(name, prompt))).bits)
             again = await harness.run(asked(name, prompt))
             assert again.finish.usage.cached_tokens == (len(prompt) - 1) // 16 * 16
             assert again.bits == alone[-1]
-    preempted: list[Sequence] = []
-    preempt = Scheduler._preempt
-
-    def counted(self: Scheduler, sequence: Sequence, now: float) -> None:
-        preempted.append(sequence)
-        preempt(self, sequence, now)
-
-    monkeypatch.setattr(Scheduler, "_preempt", counted)
-    # Admit requests even if blocks will run out later.
-    monkeypatch.setattr(Scheduler, "_will_run_out", lambda *_: False)
-    async with EngineHarness.start(
-        base.folder,
-        tmp_path,
-        dtype=dtype,
-        adapters=[*COMPONENTS, *names],
-        max_num_batched_tokens=37,
+    async with serve(
+        base, tmp_path, dtype=dtype, adapters=[*COMPONENTS, *names], max_num_batched_tokens=37
     ) as harness:
         # Fewer blocks than --kv-cache-bytes can configure.
         blocks = harness.engine._loop._scheduler.blocks
@@ -96,16 +101,14 @@ async def test_bits_do_not_depend_on_other_requests(
         others += [make_request(prompt, max_tokens=40) for prompt in prompts]
         answers = await harness.run_all([*others, *(asked(*each) for each in own)])
         assert [answer.bits for answer in answers[len(others) :]] == alone
-    assert any(sequence.first_pass is not None for sequence in preempted)
+    assert any(sequence.first_pass is not None for sequence, _ in preempted)
 
 
 async def test_the_first_pass_of_an_xlora_shares_blocks_with_the_base(tmp_path: Path) -> None:
     base = twin("llama")
     oracles = save_all(base.model, tmp_path, "deep", "constant")
     prompt = prompt_of(70, 5)
-    async with EngineHarness.start(
-        base.folder, tmp_path, adapters=[*COMPONENTS, *oracles]
-    ) as harness:
+    async with serve(base, tmp_path, adapters=[*COMPONENTS, *oracles]) as harness:
         plain = await harness.run(make_request(prompt, max_tokens=3))
         # Its own keys and values are not computed yet.
         first = await harness.run(make_request(prompt, "deep", max_tokens=3))
@@ -130,8 +133,8 @@ async def test_mixes_are_sums_of_changes(tmp_path: Path) -> None:
     base = twin("llama")
     save_all(base.model, tmp_path, "deep", "shallow")
     prompt = prompt_of(20, 4)
-    async with EngineHarness.start(
-        base.folder, tmp_path, adapters=[*COMPONENTS, "deep", "shallow"], kv_cache_bytes=1 << 20
+    async with serve(
+        base, tmp_path, adapters=[*COMPONENTS, "deep", "shallow"], kv_cache_bytes=1 << 20
     ) as harness:
         alone = await harness.run(make_request(prompt, "deep", score=True))
         ref = AdapterRef(name="0", weight=0.0)
@@ -152,9 +155,7 @@ async def test_an_xlora_at_weight_0_is_the_base(tmp_path: Path) -> None:
     base = twin("llama")
     save_all(base.model, tmp_path, "deep")
     prompt, off = prompt_of(20, 4), AdapterRef(name="deep", weight=0.0)
-    async with EngineHarness.start(
-        base.folder, tmp_path, dtype="bfloat16", adapters=[*COMPONENTS, "deep"]
-    ) as harness:
+    async with serve(base, tmp_path, dtype="bfloat16", adapters=[*COMPONENTS, "deep"]) as harness:
         switched = await harness.run(make_request(prompt, off, max_tokens=5))
         plain = await harness.run(make_request(prompt, max_tokens=5))
         assert switched.bits == plain.bits
@@ -165,9 +166,7 @@ async def test_a_prompt_that_needs_all_blocks_twice_is_refused(tmp_path: Path) -
     save_all(base.model, tmp_path, "shallow")
     adapters = [*COMPONENTS, "shallow"]
     # 64 blocks in fp32, including one for padding.
-    async with EngineHarness.start(
-        base.folder, tmp_path, adapters=adapters, kv_cache_bytes=1 << 20
-    ) as harness:
+    async with serve(base, tmp_path, adapters=adapters, kv_cache_bytes=1 << 20) as harness:
         assert 496 <= harness.engine.max_model_len < 1000
         assert (await harness.run(make_request(prompt_of(496 - 3), "shallow", max_tokens=3))).text
         with pytest.raises(PromptTooLongError):
@@ -207,3 +206,225 @@ async def test_bfloat16_is_as_close_as_peft_in_bfloat16(name: str, tmp_path: Pat
     rounded: Any = copy.deepcopy(exact).bfloat16()
     rounded.base_model.internal_xlora_classifier.dtype = torch.bfloat16
     await check_rounding(base, tmp_path, [*COMPONENTS, name], exact, rounded)
+
+
+# The files of an X-LoRA, and their conversion by ``turret convert``.
+
+
+LAYERS = "internal_xlora_classifier.layers"
+CLASSIFIER = f"base_model.{LAYERS}"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LoRAs and a layerwise X-LoRA on ``tiny_llama``, as saved by PEFT and as converted."""
+    root = tmp_path_factory.mktemp("xlora")
+    model = make_llama()
+    save_loras(model, root)
+    save_xlora(model, root, "deep", **KINDS["deep"])
+    return root
+
+
+@pytest.fixture
+def root(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "root"))
+
+
+def lower(root: Path, base: BaseModel | None = None) -> Lowered:
+    return lower_xlora(root, "deep", base or base_of(make_llama()), "012")
+
+
+def refusal(root: Path) -> AdapterCheckpointError:
+    with pytest.raises(AdapterCheckpointError) as caught:
+        lower(root)
+    return caught.value
+
+
+def convert(root: Path, *more: str) -> int:
+    return main(["convert", str(root / "deep-saved"), "--output", str(root / "new"), *more])
+
+
+def test_every_key_that_peft_writes_has_a_rule(root: Path) -> None:
+    checkpoint = read_adapter(root, "deep")
+    fields = {field.name for field in dataclasses.fields(XLoraConfig)}
+    assert fields | checkpoint.config.keys() <= method_for(checkpoint).rules.keys()
+
+
+def test_an_xlora_declares_its_first_pass(root: Path) -> None:
+    lowered = lower(root)
+    facts = lowered.facts(read_adapter(root, "deep"), "xlora")
+    assert (facts.first_pass, facts.method) == ("base", "xlora")
+    assert len(facts.components) == 3
+    edit_config(root / "deep", scaling_pass_value=0.5)
+    lowered = lower(root)
+    assert lowered.facts(read_adapter(root, "deep"), "xlora").first_pass == "adapter"
+    assert lowered.operators.router is not None
+    # top_k_lora also applies to constant scalings; of equal ones, the first are kept.
+    assert lowered.operators.router.first_pass == (0.5, 0.5, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "reason"),
+    [
+        ({"components": ...}, "components", "PART_OF_XLORA"),
+        ({"top_k_lora": 4}, "top_k_lora", "NOT_IN_RANGE"),
+        ({"softmax_temperature": 0}, "softmax_temperature", "INVALID_VALUE"),
+        ({"xlora_depth": 2}, f"{CLASSIFIER}.6.weight", "UNKNOWN_TENSOR"),
+        ({"xlora_depth": 4}, f"{LAYERS}.9", "PART_OF_XLORA"),
+        ({"xlora_dropout_p": 0.0}, f"{CLASSIFIER}.3.bias", "UNKNOWN_TENSOR"),
+        ({"layerwise_scalings": False}, "internal_xlora_classifier", "WRONG_COUNT"),
+        ({"xlora_size": 21}, f"{LAYERS}.0.weight", "WRONG_SHAPE"),
+        ({"hidden_size": 32}, f"{LAYERS}.0.weight", "WRONG_SHAPE"),
+        ({"what": 1}, "what", "UNKNOWN_FIELD"),
+    ],
+)
+def test_an_error_names_the_contradictory_field(
+    changes: dict[str, Any], field: str, reason: str, root: Path
+) -> None:
+    edit_config(root / "deep", **changes)
+    assert (field, reason) in [(name, why.reason) for name, why in refusal(root).violations]
+
+
+def test_a_classifier_without_its_first_layer_is_refused(root: Path) -> None:
+    edit_tensors(
+        root / "deep", lambda t: {name: v for name, v in t.items() if ".layers.0." not in name}
+    )
+    found = {name: why.reason for name, why in refusal(root).violations}
+    assert found[f"{LAYERS}.0"] == "PART_OF_XLORA"
+
+
+def test_states_of_another_base_are_a_mismatch(root: Path) -> None:
+    base = dataclasses.replace(base_of(make_llama()), hidden_size=65)
+    with pytest.raises(AdapterMismatchError, check=says("DIFFERS_FROM_BASE", expected=65)):
+        lower(root, base)
+
+
+def test_a_component_that_is_not_a_plain_lora_is_rejected(root: Path) -> None:
+    edit_config(root / "0", use_dora=True)
+    names = [name for name in linear_modules(make_llama()) if name.endswith("q_proj")]
+    assert names
+    edit_tensors(
+        root / "0",
+        lambda t: {
+            **t,
+            **{
+                name.replace("lora_B.weight", "lora_magnitude_vector"): torch.ones(len(v))
+                for name, v in t.items()
+                if name.endswith("lora_B.weight")
+            },
+        },
+    )
+    config = json.loads((root / "deep" / "adapter_config.json").read_text())
+    config["components"][0]["digest"] = read_adapter(root, "0").digest
+    edit_config(root / "deep", components=config["components"])
+    assert says("UNFIT_COMPONENT", method="dora")(refusal(root))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "glm4", "granitemoehybrid", "phi3"])
+def test_modules_are_counted_in_pefts_order(architecture: str) -> None:
+    config = tiny_config(architecture)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    arch = read_arch(config)
+    ours = [
+        f"model.layers.{number}.{path}"
+        for number in range(2)
+        for name, slices in arch.linears().items()
+        if arch.has(number, name)
+        for path, _, _ in slices
+    ]
+    base: Any = SimpleNamespace(model_type=arch.model_type, modules=[*ours, "lm_head"])
+    assert modules_in_order(base) == linear
+
+
+def test_layers_that_peft_does_not_save_are_restored(root: Path) -> None:
+    """The conversion exists because of this.
+
+    Once PEFT saves all layers, the main file can be read directly.
+    """
+    saved = load_file(root / "deep-saved" / "adapter_model.safetensors")
+    assert f"{CLASSIFIER}.0.weight" not in saved
+    whole = load_file(root / "deep" / "adapter_model.safetensors")
+    assert sorted(whole) == sorted(
+        f"{CLASSIFIER}.{n}.{kind}" for n in (0, 3, 6) for kind in ("weight", "bias")
+    )
+    # The LoRAs equal the originals byte for byte.
+    assert read_adapter(root, "1").digest == read_adapter(root, "b").digest
+
+
+@pytest.fixture
+def reasons(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The reasons of the sentences from a conversion, in order."""
+    found: list[str] = []
+
+    def record(reason: str, **params: Any) -> Text:
+        found.append(reason)
+        return say(reason, **params)
+
+    monkeypatch.setattr(xlora, "say", record)
+    return found
+
+
+def test_loras_that_have_moved_are_named(root: Path, reasons: list[str]) -> None:
+    config = json.loads((root / "deep-saved" / "adapter_config.json").read_text())
+    gone = dict.fromkeys(config["adapters"], "/nowhere/at/all")
+    edit_config(root / "deep-saved", adapters=gone)
+    assert convert(root) == 1
+    wrong = [f"--lora={root / name}" for name in "bac"]
+    assert convert(root, *wrong) == 1
+    assert convert(root, *wrong[:2]) == 1
+    assert reasons == ["XLORA_NO_ORIGINAL", "XLORA_OTHER_LORA", "LORA_COUNT"]
+    assert convert(root, *(f"--lora={root / name}" for name in "abc")) == 0
+    assert read_adapter(root / "new", "xlora").config["components"] == [
+        {"name": str(number), "digest": read_adapter(root, name).digest}
+        for number, name in enumerate("abc")
+    ]
+
+
+def test_more_than_ten_loras_keep_their_order(root: Path) -> None:
+    """PEFT sorts the keys, so 10 precedes 2; the classifier's outputs are in numerical order."""
+    loras = ["abc"[number % 3] for number in range(11)]
+    made = save_xlora(make_llama(), root, "many", loras=loras, **KINDS["shallow"])
+    active = made.base_model.lora_model.active_adapters  # type: ignore[union-attr]
+    assert active == [str(number) for number in range(11)]
+    assert read_adapter(root, "many").config["components"] == [
+        {"name": str(number), "digest": read_adapter(root, name).digest}
+        for number, name in enumerate(loras)
+    ]
+
+
+def test_parts_that_cannot_be_restored_are_reported(root: Path, reasons: list[str]) -> None:
+    edit_config(root / "deep-saved", use_trainable_adapters=True)
+    assert convert(root) == 1
+    edit_config(root / "deep-saved", use_trainable_adapters=False)
+    shutil.rmtree(root / "deep-saved" / "0")
+    assert convert(root) == 1
+    edit_config(root / "deep-saved", adapters={"sql": "a", "json": "b"})
+    assert convert(root) == 1
+    assert reasons == ["XLORA_TRAINED_LORAS", "XLORA_NO_CLASSIFIER", "XLORA_NAME"]
+    assert not (root / "new").exists()
+
+
+def test_files_of_older_peft_versions_are_copied_unchanged(root: Path) -> None:
+    """The files are complete: the main one has the classifier, the folders have only LoRAs."""
+    folder = root / "deep-saved"
+    shutil.copy(root / "deep" / "adapter_model.safetensors", folder)
+    edit_config(folder, use_trainable_adapters=True, adapters=dict.fromkeys("012", "/gone"))
+    for number, name in enumerate("abc"):
+        tensors = load_file(root / name / "adapter_model.safetensors")
+        edit_tensors(
+            folder / str(number),
+            lambda _, tensors=tensors: {
+                name.replace("base_model.model.", "base_model.lora_model.model."): tensor
+                for name, tensor in tensors.items()
+            },
+        )
+    assert convert(root) == 0
+    for number, name in enumerate("abc"):
+        made = load_file(root / "new" / str(number) / "adapter_model.safetensors")
+        assert made.keys() == load_file(root / name / "adapter_model.safetensors").keys()
+    for name in ("0", "1", "2", "deep"):
+        shutil.rmtree(root / name)
+        shutil.copytree(root / "new" / name.replace("deep", "xlora"), root / name)
+    assert lower(root).operators.router is not None

@@ -11,13 +11,12 @@ import torch
 from builders.adapters import (
     base_of,
     edit_config,
-    load_with_peft,
     logits,
     lora_config,
-    save_peft_adapter,
     tiny_llama,
     with_operators,
 )
+from builders.methods import load_adapter, save_adapter
 from said import says
 
 from turret.server.adapters.adapter import Source, origin_of
@@ -107,9 +106,9 @@ TOOLS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
 def test_the_output_folder_of_each_training_tool_loads_unchanged(tool: str, tmp_path: Path) -> None:
     path, beside, said = TOOLS[tool]
     model, folder = tiny_llama(), tmp_path / path
-    save_peft_adapter(model, lora_config(target_modules=["q_proj", "down_proj"]), folder)
+    save_adapter(model, lora_config(target_modules=["q_proj", "down_proj"]), folder)
     edit_config(folder, **PEFT_KEYS, **said)
-    oracle = load_with_peft(model, folder)
+    oracle = load_adapter(model, folder)
     for name in beside:
         (folder / name).parent.mkdir(exist_ok=True)
         # Only these files are read. The others are invalid pickles or invalid JSON.

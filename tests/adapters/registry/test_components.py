@@ -17,11 +17,8 @@ from builders.registries import Waiter, in_thread, refs, stage_directory, tiny_b
 from said import says
 
 from turret.server.adapters.adapter import AdapterInfo
-from turret.server.adapters.fuse.combination import Combination
-from turret.server.adapters.fuse.fuser import Fuser
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StateDir
-from turret.server.basics.work import Cancellation
 from turret.server.errors import (
     AdapterChangedError,
     AdapterCheckpointError,
@@ -29,7 +26,6 @@ from turret.server.errors import (
     AdapterInUseError,
     AdapterMismatchError,
     BudgetExceededError,
-    InvalidRequestError,
     TurretError,
 )
 
@@ -100,12 +96,6 @@ def test_a_fusion_is_a_registered_adapter(open_registry: Any) -> None:
     assert record.facts.warnings == ()
     # Its own tensors and copies of the components' factors, padded.
     assert record.bytes_host > open_registry("ab").get("a").bytes_host
-
-
-def test_components_are_found_by_digest_under_any_name(open_registry: Any) -> None:
-    registry = open_registry("a")
-    registry.load("other", "b")
-    assert registry.load("f", "f").facts.method == "learned_fusion"
 
 
 def test_missing_components_are_all_named(open_registry: Any, root: Path) -> None:
@@ -216,13 +206,6 @@ def test_a_module_that_no_component_adapts_is_refused(open_registry: Any, root: 
     assert fields_of(error) == [
         f"model.layers.{layer}.mlp.up_proj.fusion_query.weight" for layer in (0, 1)
     ]
-
-
-def test_omitted_modules_cause_a_warning(open_registry: Any, root: Path) -> None:
-    save_fusion(tiny_llama(), root, "g", ("a", "b"), ("v_proj",))
-    registry = open_registry("ab")
-    (warning,) = registry.load("g", "g").facts.warnings
-    assert (warning.reason, warning.params) == ("COMPONENTS_ADAPT_MORE", {"count": 4})
 
 
 def test_a_fusion_for_another_base_is_a_mismatch(open_registry: Any, root: Path) -> None:
@@ -347,13 +330,3 @@ def test_a_component_that_is_being_unloaded_cannot_be_fused(open_registry: Any) 
     registry.release(mix)
     thread.join(10)
     assert results == [None]
-
-
-def test_a_learned_fusion_cannot_be_fused_into_a_lora(open_registry: Any, tmp_path: Path) -> None:
-    registry = open_registry("abf", state=StateDir(tmp_path / "state", 1 << 24))
-    combination = Combination(name="svd", rank=4)
-    fuser = Fuser(registry, host_bytes=1 << 28, max_rank=64)
-    future = fuser.start("g", refs("af"), combination, Cancellation())
-    error = refusal(lambda: future.result(60), InvalidRequestError, "INVALID_ARGUMENT")
-    assert says("NOT_FUSABLE", adapter="f")(error)
-    fuser.close()

@@ -59,16 +59,6 @@ def test_later_requests_get_the_new_generation_and_running_ones_keep_theirs(
     assert registry.get("a").in_flight == 0
 
 
-def test_an_unused_generation_is_removed_at_once(make: Registries) -> None:
-    registry = make(load="a")
-    gone: list[str] = []
-    registry.on_unloaded = gone.append
-    uuid = registry.get("a").uuid
-    registry.replace("a", "b")
-    assert gone == [f"{uuid}.1"]
-    assert registry.host_bytes_used == adapter_bytes()
-
-
 def test_the_same_content_creates_no_generation(make: Registries) -> None:
     registry = make(load="a")
     before = registry.get("a")

@@ -17,7 +17,7 @@ import pytest
 import torch
 from builders.methods import load_adapter, make_config, save_adapter
 from gpu_path import FakeCapture
-from method_oracle import check_greedy, prompt_of, twin
+from method_oracle import check_greedy, prompt_of, serve, twin
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.adapters.adapter import AdapterRef
@@ -64,8 +64,8 @@ async def serving(
     root: Path, capture: FakeCapture | None, *adapters: str, **more: Any
 ) -> AsyncIterator[EngineHarness]:
     with patch.object(decode_graphs, "capture_for", lambda device: capture):
-        async with EngineHarness.start(
-            twin("llama").folder,
+        async with serve(
+            "llama",
             root,
             adapters=adapters,
             gpu=True,

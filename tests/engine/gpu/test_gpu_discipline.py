@@ -17,8 +17,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from builders.every_operator import every_operator
 from builders.facts import Resident, resident
+from builders.operators import every_operator
 from counted_steps import Capture, gated, meta_decoder
 from gpu_path import FakeCapture
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -12,8 +12,8 @@ from builders.bases.tiny_models import ARCHITECTURES, OTHER_ARCHITECTURES, VOCAB
 from builders.method_kinds import KINDS
 from builders.methods import make_config, save_adapter
 from builders.mixes.fusions import save_fusion
-from method_oracle import prompt_of, twin
-from servers.engine_harness import Answer, EngineHarness, make_request
+from method_oracle import prompt_of, serve, twin
+from servers.engine_harness import Answer, make_request
 from servers.planted_drafts import PlantedDrafts
 
 from turret.kernels.cpu import native
@@ -51,8 +51,8 @@ async def answers(
     **options: Any,
 ) -> tuple[list[Answer], float, float]:
     """The answers in one batch, and the numbers of checked and of accepted draft tokens."""
-    async with EngineHarness.start(
-        twin(architecture).folder,
+    async with serve(
+        architecture,
         root,
         adapters=[name for name in names if name not in OF_SEVERAL_TASKS],
         max_num_seqs=max_num_seqs,

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from builders.bases.gguf_files import TEMPLATE, dequantised_copy, write_gguf
+from builders.bases.gguf_files import TEMPLATE, write_gguf
 from builders.bases.tiny_models import BOS, EOS, save_tiny_model
 from gguf import GGMLQuantizationType as Kind
 from gguf_oracle import assert_alike, transformers_state
-from method_oracle import prompt_of
-from safetensors.torch import load_file
 from said import says
-from servers.engine_harness import EngineHarness, make_request
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     LlamaConfig,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -47,56 +41,6 @@ def tiny(architecture: str, folder: Path) -> Path:
     config["rope_parameters"] = PLAIN_ROPE
     (folder / "config.json").write_text(json.dumps(config))
     return folder
-
-
-@pytest.mark.parametrize("kind", [Kind.F16, Kind.Q8_0, Kind.Q4_0], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-async def test_a_gguf_file_equals_the_directory_of_its_dequantised_weights(
-    architecture: str, kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder, file = tiny(architecture, tmp_path / "model"), tmp_path / "tiny.gguf"
-    write_gguf(folder, file, kind)
-    dequantised_copy(folder, kind)
-    check_model(file)
-    cache = default_cache_dir()
-    found, expected = resolve_model(file, cache), resolve_model(folder, cache)
-    # All weights have the same names and the same NF4 values.
-    assert found.digest == expected.digest
-    assert found.name == "tiny"
-    archs = [read_arch(AutoConfig.from_pretrained(s.files)) for s in (found, expected)]
-    assert ropes_of(archs[0]) == ropes_of(archs[1])
-    for name in (
-        *("hidden_size", "num_heads", "num_kv_heads", "head_dim", "rms_norm_eps"),
-        *("max_model_len", "vocab_size", "tie_word_embeddings", "qk_norm", "windows"),
-    ):
-        assert getattr(archs[0], name) == pytest.approx(getattr(archs[1], name)), name
-    request = make_request(prompt_of(20), max_tokens=4)
-    answers = []
-    for model in (file, folder):
-        async with EngineHarness.start(model, tmp_path, dtype="float32") as harness:
-            answers.append((await harness.run(request)).bits)
-    assert answers[0] == answers[1]
-
-
-def ropes_of(arch: Any) -> dict[str, list[float]]:
-    return {kind: rope.inv_freq.tolist() for kind, rope in arch.ropes.items()}
-
-
-def test_tensors_match_those_that_transformers_reads(tmp_path: Path) -> None:
-    folder, file = tiny("llama", tmp_path / "model"), tmp_path / "tiny.gguf"
-    write_gguf(folder, file, Kind.Q8_0)
-    theirs = AutoModelForCausalLM.from_pretrained(
-        tmp_path, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True)
-    ).state_dict()
-    ours = dict(open_gguf(file).tensors)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name].float(), rtol=1e-2, atol=1e-3)
-    # The values equal the originals except for the rounding of the packing.
-    original = load_file(folder / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
-    packed = ours["model.layers.0.self_attn.q_proj.weight"]
-    assert (packed - original.float()).abs().max() < 0.01 * original.float().abs().max()
 
 
 def test_the_tokenizer_and_its_template_are_read(
@@ -181,23 +125,11 @@ def test_scaled_rotary_positions_are_read_or_refused(tmp_path: Path) -> None:
         open_gguf(file)
 
 
-def test_unknown_keys_and_tensors_are_rejected_by_name(tmp_path: Path) -> None:
+def test_unknown_tensors_are_rejected_by_name(tmp_path: Path) -> None:
     folder, file = tiny("llama", tmp_path / "model"), tmp_path / "tiny.gguf"
-    for key, value in (("attention.sliding_window", 24), ("expert_shared_count", 8)):
-        write_gguf(folder, file, Kind.F16, more={key: value})
-        unsupported = says("GGUF_KEY_UNSUPPORTED", key=f"llama.{key}")
-        with pytest.raises(InvalidRequestError, check=unsupported):
-            open_gguf(file)
-    write_gguf(folder, file, Kind.F16, more={"expert_count": 8})
-    missing = says("GGUF_KEY_MISSING", key="llama.expert_used_count")
-    with pytest.raises(InvalidRequestError, check=missing):
-        open_gguf(file)
-    write_gguf(folder, file, Kind.F16, more={"expert_count": 8, "expert_used_count": 2})
     unexpected = says("TENSORS_UNEXPECTED")
+    write_gguf(folder, file, Kind.F16, more={"expert_count": 8, "expert_used_count": 2})
     with pytest.raises(InvalidRequestError, match=r"blk\.0\.ffn_(gate|up|down)", check=unexpected):
-        open_gguf(file)
-    write_gguf(folder, file, Kind.F16, more={"rope.dimension_count": 16})
-    with pytest.raises(InvalidRequestError, check=says("GGUF_HEADS_UNSUPPORTED")):
         open_gguf(file)
     write_gguf(folder, file, Kind.F16, more={"expert_count": 0})
     sinks = np.zeros(4, np.float32)

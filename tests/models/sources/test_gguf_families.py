@@ -8,14 +8,17 @@ directory's config contains the values that llama.cpp assumes and no key stores.
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gguf
+import numpy as np
 import pytest
 import torch
-from builders.bases.gguf_files import write_gguf
+from builders.bases.gguf_converters import CONVERTERS
+from builders.bases.gguf_files import dequantised_copy, write_gguf
+from builders.bases.published_models import PUBLISHED, Published
 from builders.bases.tiny_models import save_tiny_model
 from gguf import GGMLQuantizationType as Kind
 from gguf_oracle import assert_alike
@@ -27,15 +30,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
 from turret.server.errors import InvalidRequestError
 from turret.server.models.decoding.arch import Projections
-from turret.server.models.families import read_arch
+from turret.server.models.families import read_arch, text_config
 from turret.server.models.model_source import resolve_model
 from turret.server.models.sources.check import check_model, default_cache_dir
-from turret.server.models.sources.gguf_file import open_gguf
+from turret.server.models.sources.gguf_file import open_gguf, read_gguf_config
 
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
 # Kind of tiny model → changes to the config that files of its family can store, and further keys.
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    **{family: ({"rope_parameters": PLAIN}, {}) for family in ("llama", "qwen2", "qwen3")},
     "gemma": ({}, {}),
     "gemma2": ({"query_pre_attn_scalar": 64}, {}),
     "gemma3_text": (
@@ -95,15 +99,22 @@ async def assert_is_the_directory(file: Path, folder: Path, tmp_path: Path) -> N
     assert answers[0].bits == answers[1].bits
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        *((family, Kind.BF16) for family in FAMILIES),
+        *((f, k) for f in ("llama", "qwen2", "qwen3") for k in (Kind.F16, Kind.Q8_0, Kind.Q4_0)),
+    ],
+)
 async def test_a_gguf_file_equals_the_directory_it_was_made_from(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, kind: Kind, tmp_path: Path, tiny_model: Any
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     changes, more = FAMILIES[family]
-    folder = save_tiny_model(family, tmp_path / "model", changes=changes)
+    folder = tiny_model(family, changes=changes)
     file = tmp_path / "tiny.gguf"
-    write_gguf(folder, file, Kind.BF16, more=more)
+    write_gguf(folder, file, kind, more=more)
+    if kind is not Kind.BF16:
+        dequantised_copy(folder, kind)
     await assert_is_the_directory(file, folder, tmp_path)
 
 
@@ -125,13 +136,10 @@ def in_mxfp4(folder: Path) -> None:
     path.write_text(json.dumps(config))
 
 
-async def test_experts_in_mxfp4_are_unchanged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_experts_in_mxfp4_are_unchanged(tmp_path: Path, tiny_model: Any) -> None:
     """gpt-oss is released like this, as Hugging Face's checkpoint and in ggml-org's files."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     changes, more = FAMILIES["gpt_oss"]
-    folder = save_tiny_model("gpt_oss", tmp_path / "model", changes=changes)
+    folder = tiny_model("gpt_oss", changes=changes)
     file = tmp_path / "tiny.gguf"
     write_gguf(folder, file, Kind.BF16, more=more, experts=Kind.MXFP4)
     kinds = {t.tensor_type for t in gguf.GGUFReader(file).tensors if "_exps.weight" in t.name}
@@ -144,7 +152,7 @@ async def test_experts_in_mxfp4_are_unchanged(
     assert {(kind.state, kind.source) for kind in experts} == {("as-stored", "mxfp4")}
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
 def test_tensors_match_those_that_transformers_reads(family: str, tmp_path: Path) -> None:
     """For the families whose files transformers reads itself."""
     changes, more = FAMILIES[family]
@@ -190,6 +198,24 @@ def test_tensors_match_those_that_transformers_reads(family: str, tmp_path: Path
         ),
         ("smollm3", {"rope.scaling.attn_factor": 2.0}, says("GGUF_ROPE_UNSUPPORTED")),
         (
+            "llama",
+            {"attention.sliding_window": 24},
+            says("GGUF_KEY_UNSUPPORTED", key="llama.attention.sliding_window"),
+        ),
+        (
+            "llama",
+            {"expert_shared_count": 8},
+            says("GGUF_KEY_UNSUPPORTED", key="llama.expert_shared_count"),
+        ),
+        ("llama", {"expert_count": 8}, says("GGUF_KEY_MISSING", key="llama.expert_used_count")),
+        ("llama", {"rope.dimension_count": 16}, says("GGUF_HEADS_UNSUPPORTED")),
+        # One of a pair of tensors is missing.
+        (
+            "gpt_oss",
+            {"without": "blk.1.ffn_up_exps.bias"},
+            says("TENSOR_MISSING", name="blk.1.ffn_up_exps.bias"),
+        ),
+        (
             "qwen3_moe",
             {"rope.freq_base_swa": 5.0},
             says("GGUF_KEY_UNSUPPORTED", key="rope.freq_base_swa"),
@@ -201,16 +227,50 @@ def test_missing_and_contradictory_keys_are_rejected(
 ) -> None:
     folder = save_tiny_model(family, tmp_path / "model", changes=FAMILIES[family][0])
     file = tmp_path / "tiny.gguf"
-    write_gguf(folder, file, Kind.BF16, more=more)
+    lost = more.get("without")
+    write_gguf(folder, file, Kind.BF16, more=None if lost else more, without=lost)
     with pytest.raises(InvalidRequestError, check=said):
         open_gguf(file)
 
 
-def test_an_incomplete_pair_of_tensors_is_refused(tmp_path: Path) -> None:
-    folder = save_tiny_model("gpt_oss", tmp_path / "model")
-    file = tmp_path / "tiny.gguf"
-    write_gguf(folder, file, Kind.BF16, without="blk.1.ffn_up_exps.bias")
-    with pytest.raises(
-        InvalidRequestError, check=says("TENSOR_MISSING", name="blk.1.ffn_up_exps.bias")
-    ):
-        open_gguf(file)
+# The metadata of a GGUF file of a published size is read like its config.
+
+
+# No key stores its window.
+WINDOWS_LOST = "mistralai/Ministral-8B-Instruct-2410"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The parts of a ``ReaderTensor`` from which a config is read."""
+
+    data: np.ndarray
+    shape: tuple[int, ...]
+
+
+def published() -> list[Published]:
+    kinds = {"gemma3", "mistral3", *CONVERTERS}
+    return [m for m in PUBLISHED if m.model_type in kinds and m.repository != WINDOWS_LOST]
+
+
+@pytest.mark.parametrize("model", published(), ids=lambda model: model.repository)
+def test_a_published_file_is_read_as_its_config(model: Published, tmp_path: Path) -> None:
+    config = text_config(AutoConfig.from_pretrained(model.write(tmp_path)))
+    expected = read_arch(config)
+    said = config.to_dict()
+    converter = CONVERTERS[said["model_type"]]
+    fields: dict[str, Any] = {"general.architecture": converter.architecture}
+    for key, value in converter.keys(said).items():
+        # A file stores 32-bit floats.
+        own = float(np.float32(value)) if isinstance(value, float) else value
+        fields[f"{converter.architecture}.{key}"] = own
+    sizes = expected.hidden_size, expected.vocab_size
+    nothing = np.zeros(0, np.float32)
+    tensors = {"token_embd.weight": Stored(nothing, sizes)}
+    if not expected.tie_word_embeddings:
+        tensors["output.weight"] = Stored(nothing, sizes)
+    for name, values in converter.factors(said).items():
+        tensors[name] = Stored(values, values.shape)
+    stored = cast(dict[str, gguf.ReaderTensor], tensors)
+    found, _ = read_gguf_config(tmp_path / "m.gguf", fields, stored)
+    assert_alike(read_arch(found), expected)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders.bases.tiny_models import save_tiny_model, served_weights
+from builders.bases.tiny_models import served_weights
 from builders.methods import load_adapter, make_config, save_adapter
 from method_oracle import check_greedy, oracle_logprobs, prompt_of
 from safetensors.torch import load_file, save_file
@@ -51,9 +51,8 @@ def change(folder: Path, edit: Callable[[Tensors], Any], **config: Any) -> Path:
 
 
 @pytest.fixture
-def plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return save_tiny_model("gpt_oss", tmp_path / "model")
+def plain(tiny_model: Any) -> Path:
+    return tiny_model("gpt_oss")
 
 
 def cached(tmp_path: Path) -> Path:

@@ -115,10 +115,9 @@ def test_a_float8_model_equals_the_model_of_its_values(
     names: tuple[str, str],
     quantization: dict[str, Any],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_model: Any,
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    plain = save_tiny_model(architecture, tmp_path / "plain")
+    plain = tiny_model(architecture)
     folder = save_tiny_model(architecture, tmp_path / "packed")
     block = scale_block({"quantization_config": quantization})
     meant = pack(folder, block, names, quantization)
@@ -131,9 +130,8 @@ def resolve(folder: Path) -> ModelSource:
     return resolve_model(folder, default_cache_dir())
 
 
-def test_incomplete_weights_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = save_tiny_model("llama", tmp_path / "model")
+def test_incomplete_weights_are_rejected(tiny_model: Any) -> None:
+    folder = tiny_model("llama")
     name = "model.layers.0.self_attn.q_proj.weight"
     pack(folder, None, ("_scale_inv", ".activation_scale"), BLOCKS)
     tensors = load_file(folder / WEIGHTS)

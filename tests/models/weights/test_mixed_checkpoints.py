@@ -386,7 +386,7 @@ async def test_the_report_of_a_model(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_model: Any,
 ) -> None:
     packed = mixed("llama", "unsloth").folder
     found = inspected(capsys, str(packed))
@@ -394,8 +394,7 @@ async def test_the_report_of_a_model(
     assert found["q_proj", "16-bit"]["relative_error"] is None
     found = inspected(capsys, str(packed), "--quantize-all")
     assert found["q_proj", "quantized"]["count"] == 1
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    plain = save_tiny_model("llama", tmp_path / "plain")
+    plain = tiny_model("llama")
     skip = ("--skip-modules", "v_proj")
     assert inspected(capsys, str(plain), *skip)["q_proj", "quantized"]["relative_error"] is None
     source = resolve_model(plain, tmp_path / "cache" / "turret", skip_modules=["v_proj"])

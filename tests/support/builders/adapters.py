@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_traffic import circulant
-from peft import LoraConfig, PeftModel, get_peft_model
+from builders.methods import make_config
+from builders.operators import change_of
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -32,14 +31,7 @@ from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods.check import check_files
 from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
-from turret.server.adapters.operators.circulant import Circulant
-from turret.server.adapters.operators.dense import Dense
-from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.input_blocks import InputBlocks
-from turret.server.adapters.operators.kronecker import Kronecker
-from turret.server.adapters.operators.modulated_base import ModulatedBase
-from turret.server.adapters.operators.pair_rotation import PairRotation
-from turret.server.adapters.operators.sparse import Sparse
 from turret.server.adapters.operators.vocabulary import EMBEDDING, HEAD
 from turret.server.errors import AdapterCheckpointError
 
@@ -141,112 +133,15 @@ def norms_of(model: nn.Module) -> dict[str, BaseNorm]:
     return {**norms, "model.norm": BaseNorm(final, 0.0, (HEAD,))}
 
 
-def randomise_adapter(peft_model: PeftModel, seed: int = 1) -> None:
-    """Replaces PEFT's neutral initialisation, so that every tensor matters."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in peft_model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            if "lora_magnitude_vector" in name:
-                parameter.mul_((1.0 + 0.3 * noise).to(parameter.dtype))
-            elif "lora_" in name:
-                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
-            elif parameter.requires_grad:  # trained biases
-                parameter.add_((0.3 * noise).to(parameter.dtype))
-
-
-def save_peft_adapter(
-    model: nn.Module,
-    config: LoraConfig,
-    directory: Path,
-    randomise: bool = True,
-    seed: int = 1,
-) -> None:
-    """Create an adapter with PEFT on a copy of ``model``, and save it in PEFT's layout."""
-    with warnings.catch_warnings():
-        # Hide PEFT's advice for training, such as on lora_bias for a layer without bias.
-        warnings.simplefilter("ignore")
-        peft_model = get_peft_model(copy.deepcopy(model), copy.deepcopy(config))
-        if randomise:
-            randomise_adapter(peft_model, seed)
-        peft_model.save_pretrained(str(directory))
-
-
-def load_with_peft(model: nn.Module, directory: Path) -> PeftModel:
-    """The reference: a copy of ``model`` with the directory loaded by PEFT."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return PeftModel.from_pretrained(copy.deepcopy(model), str(directory)).eval()
-
-
 def apply_operators(
     linear: nn.Linear, mix: list[tuple[ModuleOperators, float]], x: torch.Tensor
 ) -> torch.Tensor:
     """``y = G ⊙ (W x) + b + Σ w Δ(x)``, the formula of ``operators.py``, with dense ΔW."""
-    y = x @ linear.weight.T
-    gain = torch.ones(linear.out_features, dtype=x.dtype)
-    for operators, weight in mix:
-        if operators.gain is not None:
-            gain = gain + weight * (operators.gain.to(x.dtype) - 1.0)
-    y = y * gain
-    for operators, weight in mix:
-        if operators.input_gain is not None:
-            change = x * (operators.input_gain.to(x.dtype) - 1.0)
-            y = y + weight * (change @ linear.weight.T)
-        if (turned := operators.get(InputBlocks)) is not None:
-            change = _turned(turned.blocks.to(x.dtype), x) @ linear.weight.T
-            own = 1.0 if operators.gain is None else operators.gain.to(x.dtype)
-            y = y + weight * own * change
-        if (pairs := operators.get(PairRotation)) is not None:
-            sine, half = pairs.sine.to(x.dtype), pairs.group // 2
-            first, second = (x @ linear.weight.T).unflatten(-1, (-1, 2, half)).unbind(-2)
-            y = y + weight * sine * torch.stack((second, first), dim=-2).flatten(-3)
-        if (hira := operators.get(ModulatedBase)) is not None:
-            a, b = (factor.to(x.dtype) for factor in hira.tensors())
-            y = y + weight * (x @ (linear.weight * (b.T @ a)).T)
-    if linear.bias is not None:
-        y = y + linear.bias
-    for operators, weight in mix:
-        for delta in _deltas(operators, x.dtype, x.shape[-1]):
-            y = y + weight * (x @ delta.T)
-        if operators.bias is not None:
-            y = y + weight * operators.bias.to(x.dtype)
-    return y
-
-
-def _turned(blocks: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """``D x`` for a block-diagonal ``D``, which may have one block for all places."""
-    count = x.shape[-1] // blocks.shape[1]
-    return x @ torch.block_diag(*blocks.expand(count, -1, -1))
-
-
-def _deltas(
-    operators: ModuleOperators, dtype: torch.dtype, in_features: int
-) -> Iterator[torch.Tensor]:
-    """The dense ``[out, in]`` update of each operator."""
-    if operators.low_rank is not None:
-        yield operators.low_rank.b.to(dtype).T @ operators.low_rank.a.to(dtype)
-    if (loha := operators.get(Hadamard)) is not None:
-        w1a, w1b, w2a, w2b = (tensor.to(dtype) for tensor in loha.tensors())
-        yield (w1a @ w1b) * (w2a @ w2b)
-    if (lokr := operators.get(Kronecker)) is not None:
-        w1, *second = (tensor.to(dtype) for tensor in lokr.tensors())
-        yield torch.kron(w1, second[0] if len(second) == 1 else second[0] @ second[1])
-    if (circles := operators.get(Circulant)) is not None:
-        yield circulant(circles.kernel.to(dtype))
-    if (whole := operators.get(Dense)) is not None:
-        yield whole.weight.to(dtype)
-    if (entries := operators.get(Sparse)) is not None:
-        yield dense_entries(entries, dtype, in_features)
-
-
-def dense_entries(sparse: Sparse, dtype: torch.dtype, in_features: int) -> torch.Tensor:
-    """``S`` as a matrix, filled entry by entry."""
-    rows, columns = sparse.rows().tolist(), sparse.columns.to(torch.int64).tolist()
-    dense = torch.zeros(len(sparse.row_starts) - 1, in_features, dtype=dtype)
-    for row, column, value in zip(rows, columns, sparse.values.to(dtype), strict=True):
-        dense[row, column] += value
-    return dense
+    weight = linear.weight.detach().double()
+    bias = torch.zeros(()) if linear.bias is None else linear.bias.detach()
+    changed = weight + sum(w * change_of(operators, weight) for operators, w in mix)
+    biases = [w * operators.bias for operators, w in mix if operators.bias is not None]
+    return (x.double() @ changed.T + bias + sum(biases)).to(x.dtype)
 
 
 class _Adapted(nn.Module):
@@ -316,15 +211,11 @@ def make_qalora(directory: Path, group: int) -> None:
     edit_tensors(directory, pool)
 
 
-def lora_config(**changes: Any) -> LoraConfig:
+def lora_config(**changes: Any) -> Any:
     """The config of a small LoRA, by default on q and v."""
-    values: dict[str, Any] = {
-        "r": 4,
-        "lora_alpha": 10,
-        "target_modules": ["q_proj", "v_proj"],
-        "task_type": "CAUSAL_LM",
-    }
-    return LoraConfig(**{**values, **changes})
+    return make_config(
+        "lora", **{"lora_alpha": 10, "target_modules": ["q_proj", "v_proj"], **changes}
+    )
 
 
 def read_adapter(root: Path, path: str = "a", max_elements: int = 1 << 24) -> AdapterCheckpoint:

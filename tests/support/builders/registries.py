@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from builders.adapters import base_of, lora_config, save_peft_adapter, tiny_llama
+from builders.adapters import base_of, lora_config, tiny_llama
+from builders.methods import save_adapter
 
 from turret.server.adapters.adapter import AdapterRef, HostResult, Mix, Source
 from turret.server.adapters.base import BaseModel
@@ -36,8 +37,8 @@ def _checkpoints() -> tempfile.TemporaryDirectory[str]:
     directory = tempfile.TemporaryDirectory()
     atexit.register(directory.cleanup)
     for seed, name in enumerate(NAMES):
-        save_peft_adapter(tiny_llama(), lora_config(), Path(directory.name) / name, seed=seed)
-    save_peft_adapter(tiny_llama(), lora_config(r=8), Path(directory.name) / "big")
+        save_adapter(tiny_llama(), lora_config(), Path(directory.name) / name, seed=seed)
+    save_adapter(tiny_llama(), lora_config(r=8), Path(directory.name) / "big")
     return directory
 
 

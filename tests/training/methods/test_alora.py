@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders.bases.tiny_models import save_tiny_model, tiny_tokenizer
+from builders.bases.tiny_models import tiny_tokenizer
 from builders.training import CHAT, TURNS, WORDS, resolve_tiny, write_jsonl
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -37,9 +37,8 @@ RUN = (*KEYS, "base.dtype=float32", "run.adapter_dtype=float32", "optimizer.lear
 
 
 @pytest.fixture
-def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return save_tiny_model("llama", tmp_path / "model")
+def model(tiny_model: Any) -> Path:
+    return tiny_model("llama")
 
 
 def write_judged(path: Path) -> Path:

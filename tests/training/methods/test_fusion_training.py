@@ -12,7 +12,7 @@ from builders.adapters import linear_modules, read_adapter
 from builders.methods import make_config, save_adapter
 from builders.mixes.fusions import DenseFusion
 from builders.training import resolve_tiny, write_jsonl, write_words
-from method_oracle import check_score, oracle_logprobs, prompt_of, twin
+from method_oracle import check_score, oracle_logprobs, prompt_of, serve, twin
 from safetensors.torch import save_file
 from said import says
 from servers.engine_harness import EngineHarness, make_request
@@ -107,7 +107,7 @@ async def test_the_served_fusion_computes_what_was_trained(tmp_path: Path) -> No
     assert (oracle_logprobs(model, prompt_of(30, 1)) - plain).abs().max() > 0.05
     with model.disable_adapter():
         assert torch.equal(oracle_logprobs(model, prompt_of(30, 1)), plain)
-    async with EngineHarness.start(base.folder, tmp_path, adapters=["a", "b", "f"]) as harness:
+    async with serve(base, tmp_path, adapters=["a", "b", "f"]) as harness:
         prompt = prompt_of(30, 1)
         answer = await harness.run(make_request(prompt, "f", score=True))
         check_score(answer, model, prompt, "trained")

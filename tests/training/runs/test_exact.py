@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from builders.bases.tiny_models import save_tiny_model
 from builders.training import resolve_tiny, write_words
+from command_modules import loaded_and_said_by
 from said import says
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -26,7 +26,7 @@ from turret.training.batches import make_batch, pack_rows
 from turret.training.errors import RunError
 from turret.training.fusion import adapter_digest
 from turret.training.loss import HEAD_ROWS, LossFunction
-from turret.training.run.folder import read_metrics
+from turret.training.run.folder import RunFolder, read_metrics
 from turret.training.settings.config import render_config
 from turret.training.trainer import Trainer
 from turret.training.verbs import with_errors
@@ -52,10 +52,9 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "smollm3"])
 def test_packed_examples_do_not_attend_to_each_other(
-    architecture: str, tmp_path: Path, monkeypatch
+    architecture: str, tmp_path: Path, tiny_model: Any
 ):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    model_folder = save_tiny_model(architecture, tmp_path / "model")
+    model_folder = tiny_model(architecture)
     resolved = resolve_tiny(tmp_path, model_folder, "data.loss_on=all")
     examples = [example for (example,) in resolved.dataset.train]
     model = load_model(find_base(model_folder), "full", torch.float32, "cpu")
@@ -264,3 +263,46 @@ def test_a_disk_that_fills_up_is_reported_with_how_to_resume(capsys: pytest.Capt
     assert capsys.readouterr().err == (
         "error: adapter_model.safetensors: No space left on device; --resume goes on from step 5\n"
     )
+
+
+# The directory of a run: exclusive use, and messages about it.
+
+
+def test_two_runs_do_not_write_into_one_directory(tmp_path: Path):
+    run = RunFolder(tmp_path / "run")
+    (tmp_path / "t.toml").write_text('[data]\ntrain = "t.jsonl"\n')
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n')
+    with run.held():
+        with pytest.raises(RunError, check=says("RUN_IN_USE")), run.held():
+            pass
+        code, modules, err = loaded_and_said_by("train", "run", str(tmp_path / "t.toml"))
+        assert code == 1
+        assert err == f"error: {say('RUN_IN_USE', path=run.path)}\n"
+        assert "torch" not in modules
+        run.write_facts({})
+    with run.held():
+        assert run.facts.exists()
+
+
+def test_a_failed_run_leaves_no_directory(tmp_path: Path):
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(ZeroDivisionError), run.held():
+        raise ZeroDivisionError
+    assert not run.path.exists()
+    run.path.mkdir()
+    with run.held():
+        pass
+    assert run.path.exists()
+
+
+def test_only_the_files_of_a_run_are_overwritten(tmp_path: Path):
+    there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
+    (there / "adapter").mkdir(parents=True)
+    (there / "run.json").touch()
+    (there / "notes.txt").touch()
+    (elsewhere / "step-00000001.pt").mkdir(parents=True)
+    (there / "checkpoints").symlink_to(elsewhere)
+    (tmp_path / "run").symlink_to(there)
+    RunFolder(tmp_path / "run").clear()
+    assert [path.name for path in there.iterdir()] == ["notes.txt"]
+    assert (elsewhere / "step-00000001.pt").exists()

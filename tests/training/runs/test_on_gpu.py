@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.optim.adamw import PagedAdamW8bit
-from builders.bases.tiny_models import save_tiny_model
 from builders.training import resolve_tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -135,10 +134,9 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_experts_wait_once_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_experts_wait_once_for_the_device(tiny_model: Any):
     """Operations whose result has a size that only the device knows make the host wait."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = save_tiny_model("qwen3_moe", tmp_path / "model")
+    folder = tiny_model("qwen3_moe")
     model = load_model(find_base(folder), "nf4-dense", torch.float32, "cpu")
     experts = next(m for m in model.modules() if isinstance(m, ExpertModules))
     x = torch.randn(5, model.config.hidden_size)

@@ -1,8 +1,4 @@
-"""Random configs that PEFT accepts, for methods that consist of other operators' parts.
-
-Results are compared with PEFT's module. ``test_random_configs.py`` does the same for the older
-methods.
-"""
+"""Random configs that PEFT accepts, for every method; results are compared with PEFT's modules."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from builders.adapters import apply_operators, base_of, linear_modules, lower_adapter, tiny_llama
-from builders.methods import ALL, drawing, make_config, quiet, save_adapter
+from builders.methods import ALL, drawing, load_adapter, make_config, quiet, save_adapter
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.lora.config import BdLoraConfig
@@ -26,7 +22,8 @@ from turret.server.adapters.lowering.wavelets import WAVELETS
 from turret.server.adapters.methods.transforms import frod as frod_method
 from turret.server.adapters.operators.adapter_operators import ModuleOperators
 
-FEW = 6
+FEW = 8
+ALPHAS = [1, 3, 8, 2.5]
 
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
@@ -41,17 +38,34 @@ def model() -> tuple[LlamaForCausalLM, BaseModel]:
 def selection(draw: Draw, *, layers: bool = True, exclude: bool = True) -> dict[str, Any]:
     """Target keys in one of PEFT's forms."""
     some = draw(st.lists(st.sampled_from(ALL), min_size=1, max_size=7, unique=True))
-    kind = draw(st.integers(0, 3))
+    kind, layer = draw(st.integers(0, 4)), draw(st.integers(0, 1))
     if kind == 0:
         return {"target_modules": "all-linear"}
     if kind == 1:
-        layer = draw(st.integers(0, 1))
         return {"target_modules": rf".*\.layers\.{layer}\..*({'|'.join(some)})"}
-    keys: dict[str, Any] = {"target_modules": some}
+    exact = [f"model.layers.{layer}.mlp.{draw(st.sampled_from(ALL[4:]))}"] if kind == 2 else []
+    keys: dict[str, Any] = {"target_modules": [*exact, *some]}
     if layers and draw(st.booleans()):
         keys["layers_to_transform"] = draw(st.sampled_from([0, 1, [1], [0, 1]]))
+        if draw(st.booleans()):
+            keys["layers_pattern"] = draw(st.sampled_from(["layers", ["h", "layers"]]))
     elif exclude and len(some) > 1 and draw(st.booleans()):
-        keys["exclude_modules"] = [some[0]]
+        others = [["layers.0.self_attn.q_proj"], r".*\.0\.mlp\.up_proj"]
+        keys["exclude_modules"] = draw(st.sampled_from([[some[0]], *others]))
+    return keys
+
+
+def patterns(draw: Draw, largest: int) -> dict[str, Any]:
+    """PEFT uses the first matching key, but sorts the keys when it saves them."""
+    keys: dict[str, Any] = {}
+    names = ["^model.layers.0.mlp.gate_proj", r"layers\.1\..*", r"mlp\.(up|down)_proj", "q_proj"]
+    for key, values in (
+        ("rank_pattern", st.integers(1, largest)),
+        ("alpha_pattern", st.sampled_from(ALPHAS)),
+    ):
+        chosen = draw(st.lists(st.sampled_from(names), max_size=2, unique=True))
+        if chosen:
+            keys[key] = {name: draw(values) for name in sorted(chosen)}
     return keys
 
 
@@ -61,6 +75,52 @@ def bias(draw: Draw, only: str) -> dict[str, Any]:
 
 def ranks(draw: Draw, largest: int) -> int:
     return draw(st.integers(1, largest))
+
+
+def lora(draw: Draw, *, lora_bias: bool = True) -> dict[str, Any]:
+    keys = {"r": ranks(draw, 9), "lora_alpha": draw(st.sampled_from(ALPHAS))}
+    keys["lora_bias"] = lora_bias and draw(st.booleans())
+    return {**selection(draw), **keys, **patterns(draw, 9), **bias(draw, "lora_only")}
+
+
+def dora(draw: Draw) -> dict[str, Any]:
+    return lora(draw, lora_bias=False)
+
+
+def loha(draw: Draw) -> dict[str, Any]:
+    # Up to this rank, every module of the model is cheaper in rank space than dense.
+    keys = {"r": ranks(draw, 4), "alpha": draw(st.sampled_from(ALPHAS))}
+    return {**selection(draw), **keys, **patterns(draw, 4)}
+
+
+def lokr(draw: Draw) -> dict[str, Any]:
+    keys = {"r": ranks(draw, 12), "alpha": draw(st.sampled_from(ALPHAS))}
+    keys["decompose_both"] = draw(st.booleans())
+    # A first factor in parts that is larger than the second one is refused.
+    factors = [-1, 2, 4] if keys["decompose_both"] else [-1, 2, 4, 8]
+    keys["decompose_factor"] = draw(st.sampled_from(factors))
+    return {**selection(draw), **keys, **patterns(draw, 12)}
+
+
+def ia3(draw: Draw) -> dict[str, Any]:
+    keys = selection(draw, layers=False, exclude=False)
+    targets = keys["target_modules"]
+    if isinstance(targets, list):
+        chosen = st.lists(st.sampled_from(targets), unique=True)
+    else:
+        chosen = st.sampled_from([r".*\.(down|up)_proj", targets])
+    return {**keys, "feedforward_modules": draw(chosen)}
+
+
+def adalora(draw: Draw) -> dict[str, Any]:
+    keys = {"init_r": draw(st.integers(2, 9)), "lora_alpha": draw(st.sampled_from([1, 8, 32]))}
+    return {**selection(draw), **keys, **bias(draw, "lora_only")}
+
+
+def vera(draw: Draw) -> dict[str, Any]:
+    keys = {"r": ranks(draw, 24), "save_projection": draw(st.booleans())}
+    keys["projection_prng_key"] = draw(st.integers(0, 1 << 20))
+    return {**selection(draw, exclude=False), **keys, **bias(draw, "vera_only")}
 
 
 def alora(draw: Draw) -> dict[str, Any]:
@@ -266,12 +326,12 @@ def beft(draw: Draw) -> dict[str, Any]:
 
 DRAWN: dict[str, Callable[[Draw], dict[str, Any]]] = {
     one.__name__: one
-    for one in (bd_lora, kasa, vblora, unilora, tinylora, delora, miss, pvera, gralora, hra, deft)
-} | {
-    one.__name__: one
-    for one in (peanut, glora, beft, oft, boft, road, c3a, hira, alora, shira, supertuning, waveft)
-}
-DRAWN |= {one.__name__: one for one in (fourierft, randlora, osf, frod, bat)}
+    for one in (
+        *(lora, dora, loha, lokr, ia3, adalora, vera, alora, bd_lora, kasa, vblora, unilora),
+        *(tinylora, delora, miss, pvera, gralora, hra, deft, peanut, glora, beft, oft, boft),
+        *(road, c3a, hira, shira, supertuning, waveft, fourierft, randlora, osf, frod, bat),
+    )
+} | {"rslora": lora}
 # The drawn names are methods, or forms of methods.
 FORMS = {"bat": "miss"}
 
@@ -286,6 +346,9 @@ def check_modules(method: str, keys: dict[str, Any], seed: int) -> int:
         # KaSA changes the base's own weights, and a trained bias is the base's own.
         leaves_base = method != "kasa" and keys.get("bias", "none") == "none"
         oracle = save_adapter(plain, config, directory, seed=seed, share=leaves_base).eval()
+        if method == "adalora":
+            # Ranks are pruned as the adapter is saved.
+            oracle = load_adapter(plain, directory)
         lowered = lower_adapter(Path(folder), base)
     moved = 0
     for path, linear in linear_modules(plain).items():

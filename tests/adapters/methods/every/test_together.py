@@ -1,24 +1,27 @@
 """All methods on one server: compared with PEFT, alone and mixed, with the bits of each request.
 
-Methods with very different code paths have several variants here; ``test_random_configs.py`` and
-``test_drawn_configs.py`` cover the other settings.
+Methods with very different code paths have several variants here; ``test_drawn_configs.py`` covers
+the other settings.
 """
 
 from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import gc
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from builders.bases.tiny_models import ARCHITECTURES
 from builders.methods import ALL, load_adapter, make_config, save_adapter
 from builders.mixes.every_method import TASKS, save_every_method
 from builders.mixes.fusions import save_fusion
 from builders.mixes.routers import write_router
-from method_oracle import check_close, check_methods, oracle_logprobs, prompt_of, twin
+from method_oracle import check_close, check_methods, oracle_logprobs, prompt_of, serve, twin
 from servers.engine_harness import Answer, EngineHarness, make_request
 from torch import Tensor, nn
 
@@ -30,6 +33,48 @@ from turret.server.engine.scheduling.request import Request
 Variants = dict[str, tuple[str, dict[str, Any]]]
 Mix = list[tuple[str, float]]
 
+# The older methods, in several forms.
+OLDER: Variants = {
+    "lora-plain": ("lora", {"r": 8, "lora_alpha": 16}),
+    "lora-attention": ("lora", {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj"]}),
+    "lora-rslora": ("rslora", {"r": 6, "lora_alpha": 4}),
+    "lora-dora": ("dora", {"r": 4, "lora_alpha": 8}),
+    "lora-dora-rslora": ("dora", {"r": 5, "use_rslora": True, "target_modules": ["k_proj"]}),
+    "lora-patterns": (
+        "lora",
+        {
+            "r": 4,
+            "rank_pattern": {"q_proj": 7, "layers.1.mlp.down_proj": 2},
+            "alpha_pattern": {"v_proj": 20, r".*\.0\.self_attn\.q_proj": 1},
+        },
+    ),
+    "lora-bias": ("lora", {"r": 4, "lora_alpha": 10, "lora_bias": True}),
+    "loha-plain": ("loha", {}),
+    "loha-attention": ("loha", {"r": 5, "target_modules": ["q_proj", "v_proj"], "alpha": 2.5}),
+    "loha-patterns": (
+        "loha",
+        {"rank_pattern": {"o_proj": 6, "v_proj": 1}, "alpha_pattern": {"o_proj": 9}},
+    ),
+    "loha-one-layer": ("loha", {"layers_to_transform": [1]}),
+    "lokr-factors": ("lokr", {}),
+    # The rank exceeds half of the sizes: PEFT keeps both factors whole, but still divides by the
+    # rank.
+    "lokr-whole": ("lokr", {"r": 64, "alpha": 80}),
+    "lokr-both": ("lokr", {"decompose_both": True, "r": 1}),
+    "lokr-factor-4": ("lokr", {"decompose_factor": 4, "r": 3}),
+    "lokr-mixed": (
+        "lokr",
+        {"rank_pattern": {"q_proj": 16}, "target_modules": ["q_proj", "up_proj"]},
+    ),
+    "ia3-inputs": ("ia3", {"target_modules": ALL, "feedforward_modules": ["down_proj", "q_proj"]}),
+    "ia3-outputs": ("ia3", {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []}),
+    "ia3-default": ("ia3", {"target_modules": None, "feedforward_modules": None}),
+    "adalora-pruned": ("adalora", {}),
+    "adalora-bias": ("adalora", {"bias": "lora_only", "target_modules": ["q_proj", "down_proj"]}),
+    "vera-saved": ("vera", {}),
+    "vera-drawn-again": ("vera", {"save_projection": False, "r": 11}),
+    "vera-narrow": ("vera", {"target_modules": ["k_proj"], "bias": "vera_only"}),
+}
 # A method's own name stands for its usual config.
 VARIANTS: Variants = {
     "rs-bd-lora": ("bd_lora", {"use_rslora": True}),
@@ -166,13 +211,24 @@ MIXES: list[Mix] = [
 INVOCATION = 7
 
 
-async def test_scores_and_answers_match_peft(tmp_path: Path) -> None:
-    await check_methods("qwen2", tmp_path, VARIANTS)
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+async def test_older_methods_match_peft(architecture: str, tmp_path: Path) -> None:
+    await check_methods(architecture, tmp_path, OLDER)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("architecture", sorted({*ARCHITECTURES} - {"llama", "qwen2"}))
 async def test_other_architectures(architecture: str, tmp_path: Path) -> None:
+    """The prompts also cross a tile of attention (128) and a window (24)."""
+    names = ("lora-plain", "lora-dora", "lora-bias", "loha-plain", "lokr-factors", "ia3-inputs")
+    some = {name: OLDER[name] for name in (*names, "adalora-pruned", "vera-saved")}
+    await check_methods(architecture, tmp_path, some, lengths=(140, 17, 1))
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    ["qwen2", *(pytest.param(a, marks=pytest.mark.long) for a in ("llama", "mistral", "qwen3"))],
+)
+async def test_newer_methods_match_peft(architecture: str, tmp_path: Path) -> None:
     await check_methods(architecture, tmp_path, VARIANTS)
 
 
@@ -233,9 +289,7 @@ async def test_each_request_gets_the_bits_it_gets_alone(
 
     @asynccontextmanager
     async def started() -> AsyncIterator[EngineHarness]:
-        async with EngineHarness.start(
-            twin(architecture).folder, tmp_path, dtype=dtype, max_num_seqs=64
-        ) as harness:
+        async with serve(architecture, tmp_path, dtype=dtype, max_num_seqs=64) as harness:
             served = {
                 name: harness.registry.load(name, name, task=TASKS.get(name)).facts.method
                 for name in names
@@ -304,7 +358,7 @@ async def test_mixes_sum_what_peft_adds(architecture: str, tmp_path: Path) -> No
     for seed, name in enumerate(names):
         method, keys = {**VARIANTS, **OTHERS}[name]
         save_adapter(base.model, make_config(method, **keys), tmp_path / name, seed=seed)
-    async with EngineHarness.start(base.folder, tmp_path, adapters=names) as harness:
+    async with serve(base, tmp_path, adapters=names) as harness:
         for mix in SUMS:
             refs = [AdapterRef(name=name, weight=weight) for name, weight in mix]
             answer = await harness.run(make_request(prompt, *refs, score=True))
@@ -312,3 +366,34 @@ async def test_mixes_sum_what_peft_adds(architecture: str, tmp_path: Path) -> No
             expected = [float(rows[i, token]) for i, token in enumerate(prompt[1:])]
             found = [p for p in answer.prompt_logprobs[1:] if p is not None]
             check_close(found, expected, f"{mix}")
+
+
+# An adapter's tensors are freed with the adapter, without the garbage collector.
+
+
+@contextmanager
+def tensors_in_cycles() -> Iterator[list[torch.Size]]:
+    """At the end of the context, the list holds the shape of each tensor in a dead cycle."""
+    found: list[torch.Size] = []
+    gc.collect()
+    gc.disable()
+    try:
+        yield found
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        found += [kept.shape for kept in gc.garbage if issubclass(type(kept), torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
+async def test_no_method_leaves_tensors_in_cycles(tmp_path: Path) -> None:
+    names = save_every_method(twin("llama").model, tmp_path)
+    async with serve("llama", tmp_path) as harness:
+        with tensors_in_cycles() as found:
+            for name in names:
+                harness.registry.load(name, name, task=TASKS.get(name))
+            for name in reversed(names):
+                harness.registry.unload(name)
+        assert not found

@@ -10,8 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from builders.adapters import (
+    base_of,
+    edit_config,
+    edit_tensors,
+    lower_adapter,
+    read_adapter,
+    refusal_of,
+    tiny_llama,
+)
 from builders.methods import load_adapter, make_config, save_adapter
-from builders.mixes.merges import merge
+from builders.mixes.fuse import Fusions, model
 from method_oracle import (
     MAX_TOKENS,
     check_close,
@@ -19,18 +28,24 @@ from method_oracle import (
     oracle_logprobs,
     prompt_of,
     quiet,
+    serve,
     twin,
 )
 from said import says
-from servers.engine_harness import EngineHarness, make_request
+from servers.engine_harness import make_request
 from torch import nn
 
 from turret.kernels.cpu import native
-from turret.server.adapters.adapter import AdapterRef
+from turret.server.adapters.adapter import AdapterRef, Source
+from turret.server.adapters.component import Component, ComponentRef
+from turret.server.adapters.lowering.components import check_fusable
+from turret.server.adapters.state_dir import SavedRegistration
 from turret.server.engine.scheduling.request import SamplingParams
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Step
 from turret.server.errors import (
+    AdapterCheckpointError,
+    AdapterMismatchError,
     InvalidRequestError,
 )
 
@@ -84,7 +99,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(root: Path, **options: Any) -> Any:
-    return EngineHarness.start(twin("qwen2").folder, root, adapters=list(ADAPTERS), **options)
+    return serve("qwen2", root, adapters=list(ADAPTERS), **options)
 
 
 def text_of(mix: Sequence[tuple[str, float]], number: int) -> list[int]:
@@ -233,7 +248,10 @@ def requests_of(max_tokens: int = 6) -> list[Any]:
 
 @pytest.mark.parametrize("formulation", ["float32", "bfloat16", "bfloat16 by torch"])
 async def test_bits_do_not_depend_on_neighbours_chunks_preemption_cache_or_resumption(
-    formulation: str, root: Path, monkeypatch: pytest.MonkeyPatch
+    formulation: str,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    preempted: list[tuple[Any, int]],
 ) -> None:
     dtype, _, by_torch = formulation.partition(" ")
     if by_torch:
@@ -247,16 +265,6 @@ async def test_bits_do_not_depend_on_neighbours_chunks_preemption_cache_or_resum
             # Start with an empty prefix cache.
             harness.engine._loop._scheduler.blocks.forget_cached()
             alone.append(await harness.run(request))
-    preempted: list[Any] = []
-    preempt = Scheduler._preempt
-
-    def counted(self: Scheduler, sequence: Any, now: float) -> None:
-        preempted.append(sequence)
-        preempt(self, sequence, now)
-
-    monkeypatch.setattr(Scheduler, "_preempt", counted)
-    # Admit requests even if blocks will run out later.
-    monkeypatch.setattr(Scheduler, "_will_run_out", lambda *_: False)
     scarce: dict[str, Any] = {"max_num_seqs": 16, "max_num_batched_tokens": 19}
     async with start(root, dtype=dtype, **scarce) as harness:
         # Fewer blocks than --kv-cache-bytes can ask for: room for a few requests.
@@ -317,7 +325,53 @@ async def test_after_a_base_conversation_only_the_invocation_is_computed(
             assert later.finish.usage.cached_tokens == 480 > usage.cached_tokens
 
 
-async def test_an_alora_cannot_be_merged(root: Path) -> None:
-    async with start(root) as harness:
-        with pytest.raises(InvalidRequestError, check=says("NOT_MERGEABLE", parts="invocation")):
-            await merge(harness, "one")
+# Files of an aLoRA: rejections, stored properties, and unsupported combinations.
+
+
+def save(folder: Path, **changes: Any) -> Path:
+    save_adapter(tiny_llama(), make_config("alora", **changes), folder / "a")
+    return folder / "a"
+
+
+def test_the_embedding_and_unknown_tokens_are_refused(tmp_path: Path) -> None:
+    # PEFT does not create an aLoRA on the embedding.
+    config = make_config("lora", target_modules=["q_proj", "embed_tokens"])
+    save_adapter(tiny_llama(), config, tmp_path / "a")
+    edit_config(tmp_path / "a", alora_invocation_tokens=[7])
+    (why,) = refusal_of(tmp_path).violations
+    assert why[0] == "target_modules"
+    directory = save(tmp_path, target_modules=["q_proj"])
+    size = base_of(tiny_llama()).vocabulary.size
+    edit_config(directory, alora_invocation_tokens=[1, size])
+    with pytest.raises(AdapterMismatchError) as caught:
+        raise refusal_of(tmp_path)
+    assert [field for field, _ in caught.value.violations] == ["alora_invocation_tokens"]
+    edit_tensors(directory, lambda tensors: {n: t for n, t in tensors.items() if "lora_A" in n})
+    fields = [field for field, _ in refusal_of(tmp_path).violations]
+    assert {field.rpartition(".lora_")[2] for field in fields} == {"B.weight"}
+
+
+def test_an_alora_can_be_neither_fused_nor_a_component(tmp_path: Path) -> None:
+    fusions = Fusions(tmp_path)
+    fusions.add("lora")
+    fusions.add("activated", "alora")
+    for how in ("exact", "svd"):
+        with pytest.raises(InvalidRequestError, check=says("NOT_FUSABLE", adapter="activated")):
+            fusions.fuse({"activated": 1.0, "lora": 1.0}, how=how)
+    fusions.root.joinpath("activated").rename(fusions.root / "a")
+    operators = lower_adapter(fusions.root, base_of(model())).operators
+    component = Component(ComponentRef("activated", "0" * 64), "alora", operators, (4,))
+    with pytest.raises(AdapterCheckpointError, check=says("UNFIT_COMPONENT", method="alora")):
+        check_fusable([component], "fusion")
+    fusions.close()
+
+
+def test_the_window_of_an_alora_survives_a_restart(tmp_path: Path) -> None:
+    facts = lower_adapter(save(tmp_path).parent, base_of(tiny_llama())).facts(
+        read_adapter(tmp_path), "alora"
+    )
+    assert facts.invocation == (7,)
+    saved = SavedRegistration(
+        name="a", uuid="u", generation=1, pinned=False, source=Source("a"), facts=facts
+    )
+    assert SavedRegistration.from_json(saved.to_json()) == saved

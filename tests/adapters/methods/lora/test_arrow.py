@@ -3,19 +3,49 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from builders.methods import make_config, save_adapter
-from builders.mixes.routers import arrow_model, save_router
+from builders.adapters import (
+    base_of,
+    edit_config,
+    edit_tensors,
+    linear_modules,
+    read_adapter,
+    tiny_llama,
+)
+from builders.methods import ALL, drawing, make_config, quiet, save_adapter
+from builders.mixes.gates import gated
+from builders.mixes.routers import arrow_model, save_router, write_router
+from builders.registries import tiny_base
+from hypothesis import given
+from hypothesis import strategies as st
 from method_oracle import check_oracles, check_rounding, twin
+from peft import ArrowConfig, LoraConfig
 from peft.tuners.lora.layer import LoraLayer
+from said import says
 from torch import nn
 
 from turret.server.adapters.adapter import AdapterRef
+from turret.server.adapters.base import BaseModel
+from turret.server.adapters.component import Component, ComponentRef
+from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.methods import METHODS
+from turret.server.adapters.methods.lower import lower_checkpoint
+from turret.server.adapters.operators.gate import Gate, PrototypeScore
+from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.errors import (
+    AdapterCheckpointError,
+    AdapterComponentError,
+    AdapterInUseError,
+    AdapterMismatchError,
+    TurretError,
+)
 
 LORAS: dict[str, dict[str, Any]] = {
     "one": {},
@@ -98,3 +128,324 @@ async def test_bfloat16_is_as_close_as_peft_in_bfloat16(name: str, tmp_path: Pat
     # The adapters are served in bfloat16, too; PEFT would keep loaded ones in float32.
     rounded = copy.deepcopy(exact).bfloat16()
     await check_rounding(base, tmp_path, [*LORAS, name], exact, rounded)
+
+
+# Arrow's routers: their operators, rejections, and the adapters that they keep registered.
+
+
+EXAMPLES = 20
+# Two kinds of experts, which are not mixed, because PEFT's routers need equal ranks and targets.
+WIDE = {"target_modules": ALL, "r": 4}
+NARROW = {"target_modules": ["q_proj", "down_proj"], "r": 3}
+FILE_LORAS: dict[str, dict[str, Any]] = {
+    **{f"wide-{i}": {**WIDE, "lora_alpha": 2 + i, "use_rslora": i == 2} for i in range(6)},
+    **{f"narrow-{i}": {**NARROW, "lora_alpha": 5 - i} for i in range(4)},
+}
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LoRAs in float64, on a model with biases."""
+    root = tmp_path_factory.mktemp("loras")
+    for seed, (name, keys) in enumerate(FILE_LORAS.items()):
+        save_adapter(model(), make_config("lora", **keys), root / name, seed=seed, share=True)
+    return root
+
+
+def model() -> Any:
+    return tiny_llama(attention_bias=True, dtype=torch.float64)
+
+
+def lower(root: Path, name: str, base: BaseModel) -> Lowered:
+    def find(ref: ComponentRef) -> Component:
+        checkpoints = (read_adapter(root, folder.name) for folder in sorted(root.iterdir()))
+        checkpoint = next(found for found in checkpoints if found.digest == ref.digest)
+        method, lowered = lower_checkpoint(checkpoint, base)
+        return Component(ref, method, lowered.operators, lowered.ranks, lowered.scalings)
+
+    method, lowered = lower_checkpoint(read_adapter(root, name), base, None, find)
+    assert method == "arrow"
+    return lowered
+
+
+def gate_of(lowered: Lowered, name: str) -> Gate:
+    gate = lowered.operators.modules[name].get(Gate)
+    assert gate is not None
+    return gate
+
+
+@torch.no_grad()
+def check_modules(root: Path, experts: list[str], general: list[str], **keys: Any) -> float:
+    """Compare every module's change with PEFT's; returns the largest change."""
+    plain = model()
+    oracle = save_router(plain, root, "router", experts, general, **keys)
+    lowered = lower(root, "router", base_of(plain))
+    assert lowered.components == tuple(
+        read_adapter(root, name).digest for name in (*experts, *general)
+    )
+    largest = 0.0
+    for path, linear in linear_modules(plain).items():
+        generator = torch.Generator().manual_seed(len(path))
+        x = torch.randn(1, 5, linear.in_features, generator=generator, dtype=torch.float64)
+        with quiet():
+            expected = oracle.get_submodule(f"base_model.model.{path}")(x) - linear(x)
+        operators = lowered.operators.modules.get(path)
+        if operators is None:
+            assert expected.abs().max() == 0, path
+            continue
+        gate = operators.get(Gate)
+        assert gate is not None
+        error = float((gated(gate, x[0]) - expected[0]).abs().max())
+        # Prototypes are fp32, here and in PEFT, and the softmax amplifies their rounding errors.
+        bound = 2e-6 / min(1.0, keys["router_temperature"])
+        assert error < bound * float(expected.abs().max()), (path, error)
+        largest = max(largest, float(expected.abs().max()))
+    return largest
+
+
+def test_drawn_routers_compute_what_peft_computes(made: Path) -> None:
+    moved = []
+
+    @drawing(EXAMPLES)
+    @given(data=st.data())
+    def check(data: st.DataObject) -> None:
+        kind = data.draw(st.sampled_from(["wide", "narrow"]))
+        names = data.draw(st.permutations([name for name in FILE_LORAS if kind in name]))
+        general = data.draw(st.integers(0, 2))
+        experts = data.draw(st.integers(2, len(names) - general))
+        keys = {
+            "top_k": data.draw(st.integers(1, experts)),
+            "router_temperature": data.draw(st.sampled_from([0.1, 0.7, 1.0, 4.0])),
+            "rng_seed": data.draw(st.integers(0, 1 << 40)),
+        }
+        try:
+            moved.append(check_modules(made, names[:experts], names[experts:][:general], **keys))
+        finally:
+            shutil.rmtree(made / "router", ignore_errors=True)
+
+    check()
+    assert len(moved) >= EXAMPLES
+    assert min(moved) > 1e-3
+
+
+def saved(made: Path, tmp_path: Path, *names: str) -> Path:
+    for name in names:
+        shutil.copytree(made / name, tmp_path / name)
+    return tmp_path
+
+
+def refusal(root: Path, kind: type[TurretError]) -> TurretError:
+    with pytest.raises(kind) as caught:
+        lower(root, "router", base_of(model()))
+    return caught.value
+
+
+TWO = ["wide-0", "wide-1"]
+# A change of the config (``arrow``: of arrow_config), the reported key, and a check of its error.
+REFUSED: dict[str, tuple[dict[str, Any], str, Callable[[object], bool]]] = {
+    "no components": ({"components": ...}, "components", says("REQUIRED")),
+    "no experts": (
+        {"arrow": {"task_adapter_names": None}},
+        "arrow_config",
+        says("INVALID_ENTRY", entry="task_adapter_names"),
+    ),
+    "an expert twice": (
+        {"arrow": {"task_adapter_names": [*TWO, TWO[0]]}},
+        "arrow_config",
+        says("DUPLICATE", value=TWO[0]),
+    ),
+    "an expert too few": (
+        {"arrow": {"task_adapter_names": TWO[:1], "top_k": 1}},
+        "components",
+        says("COMPONENT_UNLISTED", component=TWO[1]),
+    ),
+    "a stranger": (
+        {"arrow": {"task_adapter_names": [*TWO, "x"]}},
+        "arrow_config",
+        says("COMPONENT_UNLISTED", component="x"),
+    ),
+    "none of them": (
+        {"arrow": {"top_k": 0}},
+        "arrow_config",
+        says("INVALID_ENTRY", entry="top_k"),
+    ),
+    "more than there are": (
+        {"arrow": {"top_k": 3}},
+        "arrow_config",
+        says("NOT_IN_RANGE", most=2, value=3),
+    ),
+    "no temperature": (
+        {"arrow": {"router_temperature": 0}},
+        "arrow_config",
+        says("INVALID_ENTRY", entry="router_temperature"),
+    ),
+    "a temperature of words": (
+        {"arrow": {"router_temperature": "1"}},
+        "arrow_config",
+        says("INVALID_ENTRY", entry="router_temperature"),
+    ),
+    "a seed of words": (
+        {"arrow": {"rng_seed": "1"}},
+        "arrow_config",
+        says("INVALID_ENTRY", entry="rng_seed"),
+    ),
+    "nothing to subtract": (
+        {"arrow": {"use_gks": True}},
+        "arrow_config",
+        says("INVALID_ENTRY", entry="use_gks"),
+    ),
+    "no subtraction": (
+        {"arrow": {"gks_adapter_names": ["x"]}},
+        "arrow_config",
+        says("INVALID_ENTRY", entry="use_gks"),
+    ),
+    "an expert of both kinds": (
+        {"arrow": {"gks_adapter_names": TWO[:1], "use_gks": True}},
+        "arrow_config",
+        says("DUPLICATE", value=TWO[0]),
+    ),
+    "an unknown key": ({"arrow": {"jitter": 0.1}}, "arrow_config", says("INVALID_VALUE")),
+    "a bias": ({"bias": "all"}, "bias", says("UNSUPPORTED_VALUE")),
+    "a head": ({"modules_to_save": ["lm_head"]}, "modules_to_save", says("UNSUPPORTED_VALUE")),
+    "rows": (
+        {"trainable_token_indices": [3]},
+        "trainable_token_indices",
+        says("UNSUPPORTED_VALUE"),
+    ),
+    "another variant": (
+        {"use_dora": True},
+        "arrow_config",
+        says("CONFLICTS_WITH", other="use_dora"),
+    ),
+    "a start that moves the base": (
+        {"init_lora_weights": "pissa"},
+        "init_lora_weights",
+        says("UNSUPPORTED_VALUE", value="pissa"),
+    ),
+    "modules that are not there": (
+        {"target_modules": ["w"]},
+        "target_modules",
+        says("SELECTS_NOTHING"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_each_key_that_does_not_fit_is_refused_by_name(
+    case: str, made: Path, tmp_path: Path
+) -> None:
+    changes, field, check = REFUSED[case]
+    root = saved(made, tmp_path, *TWO)
+    arrow = changes.get("arrow", {})
+    directory = write_router(root, "router", TWO, ALL, **arrow)
+    edit_config(directory, **{key: value for key, value in changes.items() if key != "arrow"})
+    error = refusal(root, AdapterCheckpointError)
+    assert any(name == field and check(why) for name, why in error.violations), error
+
+
+# Experts, general LoRAs, and the component at fault.
+UNFIT: dict[str, tuple[list[str], list[str], str]] = {
+    "another target": (["wide-0", "narrow-0"], [], "narrow-0"),
+    "a gain": (["wide-0", "dora"], [], "dora"),
+    "a bias": (["wide-0", "bias"], [], "bias"),
+    "a scaling of 0": (["wide-0", "off"], [], "off"),
+    "factors of another kind": (TWO, ["vera"], "vera"),
+    "another rank": (TWO, ["rank-2"], ""),
+}
+OTHERS = {
+    "dora": ("dora", {}),
+    "bias": ("lora", {"lora_bias": True}),
+    "off": ("lora", {"lora_alpha": 0}),
+    "vera": ("vera", {}),
+    "rank-2": ("lora", {"r": 2}),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_components_that_do_not_fit_are_named(case: str, made: Path, tmp_path: Path) -> None:
+    experts, general, culprit = UNFIT[case]
+    for name in (*experts, *general):
+        if name in OTHERS:
+            method, keys = OTHERS[name]
+            save_adapter(model(), make_config(method, **keys), tmp_path / name, share=True)
+        else:
+            saved(made, tmp_path, name)
+    arrow = {"gks_adapter_names": general, "use_gks": bool(general)}
+    directory = write_router(tmp_path, "router", [*experts, *general], ALL, top_k=1)
+    edit_config(directory, arrow_config={"top_k": 1, "task_adapter_names": experts, **arrow})
+    error = refusal(tmp_path, AdapterCheckpointError)
+    if culprit:
+        assert says("UNFIT_COMPONENT", component=culprit)(error)
+    else:
+        assert says("UNEQUAL_RANKS", ranks="2, 4")(error)
+
+
+def test_experts_of_other_methods_and_ranks_are_routed(made: Path, tmp_path: Path) -> None:
+    root = saved(made, tmp_path, "wide-0")
+    for name in ("vera", "rank-2"):
+        method, keys = OTHERS[name]
+        save_adapter(model(), make_config(method, **keys), root / name, share=True)
+    write_router(root, "router", ["wide-0", "vera", "rank-2"], ["q_proj"], router_temperature=0.5)
+    lowered = lower(root, "router", base_of(model()))
+    gate = gate_of(lowered, Q)
+    assert gate.rank_indptr == (0, 4, 20, 22)
+    score = gate.score
+    assert isinstance(score, PrototypeScore)
+    assert (score.top_k, score.temperature) == (2, 0.5)
+    assert lowered.ranks == (2, 4, 16)
+    assert {text.reason for text in lowered.warnings} == {
+        "COMPONENTS_ADAPT_MORE",
+        "ARROW_WITHOUT_SEED",
+    }
+    assert {"count": 12} in [text.params for text in lowered.warnings]
+    # The direction that the expert's update amplifies most, from its SVD.
+    dense = (gate.b[:4].T @ gate.a[:4]).double()
+    first = torch.linalg.svd(dense).Vh[0]
+    assert abs(float(first @ score.prototypes[0].double())) > 0.9
+
+
+def test_a_router_saved_by_peft_must_fit_the_base(made: Path, tmp_path: Path) -> None:
+    root = saved(made, tmp_path, *TWO)
+    save_router(model(), root, "router", TWO)
+    lower(root, "router", base_of(model()))
+    key = f"base_model.model.{Q}.lora_A.weight"
+    edit_tensors(root / "router", lambda tensors: {**tensors, key: torch.zeros(4, 32)})
+    ((field, _),) = refusal(root, AdapterMismatchError).violations
+    assert field.startswith(Q)
+    edit_tensors(root / "router", lambda tensors: {f"{key}.x": torch.zeros(1)})
+    ((field, _),) = refusal(root, AdapterCheckpointError).violations
+    assert field == f"{Q}.lora_A.weight.x"
+
+
+def test_every_key_that_peft_writes_has_a_rule(made: Path, tmp_path: Path) -> None:
+    root = saved(made, tmp_path, *TWO)
+    save_router(model(), root, "router", TWO)
+    rules = METHODS["arrow"].rules
+    config = read_adapter(root, "router").config
+    assert {field.name for field in dataclasses.fields(LoraConfig)} | config.keys() <= rules.keys()
+    assert {field.name for field in dataclasses.fields(ArrowConfig)} == config[
+        "arrow_config"
+    ].keys()
+
+
+@pytest.fixture
+def registry(made: Path, tmp_path: Path) -> Iterator[AdapterRegistry]:
+    root = saved(made, tmp_path, *TWO)
+    write_router(root, "router", TWO, ALL)
+    opened = AdapterRegistry(root, tiny_base(), 1 << 30, 64)
+    yield opened
+    opened.close()
+
+
+def test_components_must_be_registered_and_stay(registry: AdapterRegistry) -> None:
+    registry.load("wide-0", "wide-0")
+    not_registered = says("COMPONENT_NOT_REGISTERED", component="wide-1")
+    with pytest.raises(AdapterComponentError, check=not_registered):
+        registry.load("router", "router")
+    registry.load("another-name", "wide-1")
+    assert registry.load("router", "router").facts.method == "arrow"
+    with pytest.raises(AdapterInUseError):
+        registry.unload("another-name")
+    registry.unload("router")
+    registry.unload("another-name")

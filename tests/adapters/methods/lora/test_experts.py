@@ -13,10 +13,10 @@ from unittest.mock import patch
 import pytest
 import torch
 from builders.methods import load_adapter, make_config, save_adapter
-from method_oracle import check_greedy, check_score, oracle_logprobs, prompt_of, twin
+from method_oracle import check_greedy, check_score, oracle_logprobs, prompt_of, serve, twin
 from safetensors.torch import load_file, save_file
 from said import says
-from servers.engine_harness import EngineHarness, make_request
+from servers.engine_harness import make_request
 
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.basics.work import Cancellation
@@ -92,7 +92,7 @@ async def check(architecture: str, root: Path, name: str) -> None:
     prompt = prompt_of(30)
     plain = oracle_logprobs(base.model, prompt)
     assert (oracle_logprobs(oracle, prompt) - plain).abs().max() > 0.05
-    async with EngineHarness.start(base.folder, root, adapters=[name]) as harness:
+    async with serve(base, root, adapters=[name]) as harness:
         scored = await harness.run(make_request(prompt, name, score=True))
         check_score(scored, oracle, prompt, name)
         answer = await harness.run(make_request(prompt, name, max_tokens=5))
@@ -164,9 +164,7 @@ async def test_experts_as_modules_of_4bit_checkpoints(tmp_path: Path) -> None:
     targets = {"target_modules": ["q_proj", *names], "target_parameters": None}
     edit(tmp_path / "old", take_apart, **targets)
     prompt = prompt_of(30)
-    async with EngineHarness.start(
-        twin("gpt_oss").folder, tmp_path, adapters=["new", "old"]
-    ) as harness:
+    async with serve("gpt_oss", tmp_path, adapters=["new", "old"]) as harness:
         new, old, plain = await harness.run_all(
             [make_request(prompt, *names, score=True) for names in (["new"], ["old"], [])]
         )
@@ -184,7 +182,7 @@ async def test_a_mix_is_the_sum_of_its_updates(tmp_path: Path) -> None:
     save_old("olmoe", tmp_path / "old")
     base = twin("olmoe")
     names = ["one", "two", "old"]
-    async with EngineHarness.start(base.folder, tmp_path, adapters=names) as harness:
+    async with serve(base, tmp_path, adapters=names) as harness:
         prompt = prompt_of(20)
         twice = AdapterRef(name="one", weight=2.0)
         mixes = (["two"], [twice], ["one", "old"], ["old", "one"], [])
@@ -230,7 +228,7 @@ REFUSALS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], dict[str, An
 async def test_inconsistent_files_are_rejected(case: str, tmp_path: Path) -> None:
     change, config, field = REFUSALS[case]
     edit(save_new("qwen3_moe", tmp_path / "a"), change, **config)
-    async with EngineHarness.start(twin("qwen3_moe").folder, tmp_path, adapters=[]) as harness:
+    async with serve("qwen3_moe", tmp_path, adapters=[]) as harness:
         with pytest.raises(TurretError) as refused:
             harness.registry.load("a", "a")
     assert field in {name for name, _ in refused.value.violations}
@@ -239,7 +237,7 @@ async def test_inconsistent_files_are_rejected(case: str, tmp_path: Path) -> Non
 async def test_a_rank_over_the_limit_is_refused_before_it_takes_memory(tmp_path: Path) -> None:
     save_old("qwen3_moe", tmp_path / "modules")
     save_new("qwen3_moe", tmp_path / "parameters")
-    async with EngineHarness.start(twin("qwen3_moe").folder, tmp_path, adapters=[]) as harness:
+    async with serve("qwen3_moe", tmp_path, adapters=[]) as harness:
         for name in ("modules", "parameters"):
             edit(tmp_path / name, lambda t: None, r=1 << 40)
             with pytest.raises(BudgetExceededError, check=says("RANK_OVER_LIMIT", rank=1 << 40)):
@@ -253,7 +251,7 @@ async def test_a_rank_over_the_limit_is_refused_before_it_takes_memory(tmp_path:
 
 async def test_updates_of_experts_are_not_merged_or_fused(tmp_path: Path) -> None:
     save_new("olmoe", tmp_path / "a")
-    async with EngineHarness.start(twin("olmoe").folder, tmp_path, adapters=["a"]) as harness:
+    async with serve("olmoe", tmp_path, adapters=["a"]) as harness:
         with pytest.raises(
             InvalidRequestError, check=says("NOT_MERGEABLE", parts="update of experts")
         ):

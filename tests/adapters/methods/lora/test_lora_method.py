@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
@@ -12,13 +13,15 @@ from builders.adapters import (
     edit_config,
     edit_tensors,
     linear_modules,
-    load_with_peft,
     logits,
     lora_config,
-    save_peft_adapter,
+    lower_adapter,
+    refusal_of,
     tiny_llama,
     with_operators,
 )
+from builders.methods import load_adapter, make_config, quiet, save_adapter
+from peft import PeftModel, get_peft_model
 
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
@@ -44,7 +47,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-# Other files compare every switch with PEFT (test_random_configs.py).
+# Other files compare every switch with PEFT (test_drawn_configs.py).
 SWITCHES = {
     "plain": {},
     "dora": {"use_dora": True, "target_modules": ALL},
@@ -63,9 +66,9 @@ SWITCHES = {
 def test_every_file_dtype_is_read_exactly(tmp_path: Path, switch: str, dtype: torch.dtype) -> None:
     model = tiny_llama(attention_bias=True)
     directory = tmp_path / "adapter"
-    save_peft_adapter(model, lora_config(**SWITCHES[switch]), directory)
+    save_adapter(model, lora_config(**SWITCHES[switch]), directory)
     edit_tensors(directory, lambda tensors: {k: v.to(dtype) for k, v in tensors.items()})
-    expected = logits(load_with_peft(model, directory))
+    expected = logits(load_adapter(model, directory))
     found = logits(with_operators(model, [(lower(directory, base_of(model)).operators, 1.0)]))
     assert relative_error(found, expected) < 1e-5
 
@@ -73,7 +76,7 @@ def test_every_file_dtype_is_read_exactly(tmp_path: Path, switch: str, dtype: to
 def test_scale_is_rounded_once(tmp_path: Path) -> None:
     model = tiny_llama()
     directory = tmp_path / "adapter"
-    save_peft_adapter(model, lora_config(lora_alpha=7), directory)
+    save_adapter(model, lora_config(lora_alpha=7), directory)
     tensors = read(directory).tensors
     operators = lower(directory, base_of(model, dtype=torch.bfloat16)).operators
     for name, module in operators.modules.items():
@@ -93,8 +96,8 @@ def test_scale_is_rounded_once(tmp_path: Path) -> None:
 def test_magnitude_spellings(tmp_path: Path, spelling: str, shape: str) -> None:
     model = tiny_llama()
     directory = tmp_path / "adapter"
-    save_peft_adapter(model, lora_config(use_dora=True), directory)
-    expected = logits(load_with_peft(model, directory))
+    save_adapter(model, lora_config(use_dora=True), directory)
+    expected = logits(load_adapter(model, directory))
 
     def respell(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         result = {}
@@ -116,8 +119,8 @@ def test_dora_takes_its_norm_from_the_served_weight(tmp_path: Path) -> None:
         for linear in linear_modules(served).values():
             linear.weight.add_(0.02 * torch.randn_like(linear.weight))
     directory = tmp_path / "adapter"
-    save_peft_adapter(trained, lora_config(use_dora=True), directory)
-    expected = logits(load_with_peft(served, directory))
+    save_adapter(trained, lora_config(use_dora=True), directory)
+    expected = logits(load_adapter(served, directory))
     found = logits(with_operators(served, [(lower(directory, base_of(served)).operators, 1.0)]))
     other = logits(with_operators(served, [(lower(directory, base_of(trained)).operators, 1.0)]))
     assert relative_error(found, expected) < 1e-5
@@ -149,7 +152,7 @@ def test_dequantises_one_module_at_a_time(tmp_path: Path) -> None:
 
     model = tiny_llama()
     directory = tmp_path / "adapter"
-    save_peft_adapter(model, lora_config(use_dora=True, target_modules=ALL), directory)
+    save_adapter(model, lora_config(use_dora=True, target_modules=ALL), directory)
     alive: list[weakref.ref[torch.Tensor]] = []
 
     def counted(weight: torch.Tensor) -> torch.Tensor:
@@ -171,7 +174,7 @@ def test_dequantises_one_module_at_a_time(tmp_path: Path) -> None:
 def test_wrapper_prefixes_are_dropped(tmp_path: Path) -> None:
     model = tiny_llama()
     directory = tmp_path / "adapter"
-    save_peft_adapter(model, lora_config(use_dora=True), directory)
+    save_adapter(model, lora_config(use_dora=True), directory)
     plain = lower(directory, base_of(model))
 
     def wrap(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -198,7 +201,7 @@ def test_wrapper_prefixes_are_dropped(tmp_path: Path) -> None:
 def test_reports_ranks_targets_and_base_warnings(tmp_path: Path) -> None:
     model = tiny_llama()
     directory = tmp_path / "adapter"
-    save_peft_adapter(model, lora_config(rank_pattern={"v_proj": 2}), directory)
+    save_adapter(model, lora_config(rank_pattern={"v_proj": 2}), directory)
     edit_config(directory, base_model_name_or_path="x/Other")
     lowered = lower(directory, base_of(model))
     assert lowered.ranks == (2, 4)
@@ -217,8 +220,8 @@ def test_ambiguous_patterns_follow_the_file_and_warn(tmp_path: Path) -> None:
     model = tiny_llama(dtype=torch.float64)
     directory = tmp_path / "adapter"
     config = lora_config(alpha_pattern={r".*\.q_proj": 3, r"self_attn\.q_proj": 40})
-    save_peft_adapter(model, config, directory)
-    expected = logits(load_with_peft(model, directory))
+    save_adapter(model, config, directory)
+    expected = logits(load_adapter(model, directory))
     lowered = lower(directory, base_of(model))
     found = logits(with_operators(model, [(lowered.operators, 1.0)]))
     assert relative_error(found, expected) < 1e-6
@@ -228,7 +231,7 @@ def test_ambiguous_patterns_follow_the_file_and_warn(tmp_path: Path) -> None:
 def test_rslora_scale_uses_each_modules_rank(tmp_path: Path) -> None:
     model = tiny_llama()
     directory = tmp_path / "adapter"
-    save_peft_adapter(model, lora_config(use_rslora=True, rank_pattern={"v_proj": 16}), directory)
+    save_adapter(model, lora_config(use_rslora=True, rank_pattern={"v_proj": 16}), directory)
     tensors = read(directory).tensors
     operators = lower(directory, base_of(model)).operators
     for leaf, rank in (("q_proj", 4), ("v_proj", 16)):
@@ -237,3 +240,40 @@ def test_rslora_scale_uses_each_modules_rank(tmp_path: Path) -> None:
         assert low_rank is not None
         expected = tensors[f"{name}.lora_B.weight"].T * (10 / math.sqrt(rank))
         torch.testing.assert_close(low_rank.b, expected)
+
+
+# PiSSA and OLoRA: PEFT converts them to plain LoRAs of the original base.
+
+
+def train_a_little(peft_model: PeftModel) -> None:
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_" in name:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.5 * parameter.std() * noise)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_a_converted_adapter_is_the_trained_model(init: str, tmp_path: Path) -> None:
+    model = tiny_llama()
+    config = make_config("lora", init_lora_weights=init, target_modules=["q_proj", "down_proj"])
+    with quiet():
+        peft_model = get_peft_model(copy.deepcopy(model), config)
+        assert isinstance(peft_model, PeftModel)
+        peft_model.peft_config["default"].init_lora_weights = True  # type: ignore[attr-defined]
+        peft_model.save_pretrained(str(tmp_path / "init"))
+        peft_model.peft_config["default"].init_lora_weights = init  # type: ignore[attr-defined]
+        train_a_little(peft_model)
+        peft_model.save_pretrained(str(tmp_path / "raw"))
+        expected = logits(peft_model.eval())
+        peft_model.save_pretrained(
+            str(tmp_path / "a"), path_initial_model_for_weight_conversion=str(tmp_path / "init")
+        )
+    lowered = lower_adapter(tmp_path, base_of(model))
+    found = logits(with_operators(model, [(lowered.operators, 1.0)]))
+    assert lowered.ranks == (8,)
+    assert (expected - logits(model)).norm() > 0.05 * expected.norm()
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+    # Without the conversion, the adapter is for changed weights, which the server does not have.
+    assert "init_lora_weights" in {field for field, _ in refusal_of(tmp_path, "raw").violations}

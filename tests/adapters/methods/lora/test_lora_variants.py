@@ -164,32 +164,6 @@ def test_block_diagonal_factors_must_fit_their_config(tmp_path: Path) -> None:
         assert "use_bdlora" in fields or f"{Q}.lora_B.weight" in fields
 
 
-@pytest.mark.parametrize(
-    ("changes", "field"),
-    [
-        ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters"),
-        ({"target_parameters": ["q_proj.bias"]}, "target_parameters"),
-        ({"target_modules": ["q_proj"]}, "target_modules"),
-        ({"target_modules": r".*\.q_proj"}, "target_modules"),
-        # PEFT matches the pattern with the parameter's name.
-        (
-            {"rank_pattern": {r".*q_proj\.weight": 5}},
-            "model.layers.0.self_attn.q_proj.lora_A.weight",
-        ),
-        ({"exclude_modules": ["q_proj"]}, "exclude_modules"),
-        ({"bias": "lora_only"}, "bias"),
-        ({"target_parameters": []}, "target_modules"),
-    ],
-)
-def test_target_parameters_must_be_the_weights_of_modules(
-    changes: dict[str, Any], field: str, tmp_path: Path
-) -> None:
-    directory = save(tmp_path, target_modules=[], target_parameters=["q_proj.weight"])
-    assert lower_adapter(tmp_path, base_of(tiny_llama())).target_modules == ("q_proj",)
-    edit_config(directory, **changes)
-    assert field in named(tmp_path)
-
-
 def test_a_conv1d_flag_warns(tmp_path: Path) -> None:
     directory = save(tmp_path)
     base = base_of(tiny_llama())

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from builders.adapters import base_of, linear_modules, load_with_peft, tiny_llama
-from builders.methods import make_config, quiet, save_adapter
+from builders.adapters import base_of, linear_modules, tiny_llama
+from builders.methods import load_adapter, make_config, quiet, save_adapter
 from builders.registries import WAIT_SECONDS
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -118,7 +118,7 @@ def merged_deltas(directory: Path) -> dict[str, torch.Tensor]:
     base = tiny_llama().double()
     before = {name: linear.weight.detach().clone() for name, linear in linear_modules(base).items()}
     with quiet():
-        merged = load_with_peft(base, directory).merge_and_unload()  # type: ignore[operator]
+        merged = load_adapter(base, directory).merge_and_unload()  # type: ignore[operator]
     after = linear_modules(merged)
     deltas = {name: after[name].weight.detach() - weight for name, weight in before.items()}
     return {name: delta for name, delta in deltas.items() if delta.any()}
