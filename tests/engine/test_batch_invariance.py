@@ -23,7 +23,6 @@ from turret.kernels.rows.linear import row_addmm_, row_linear
 from turret.kernels.rows.trial import forget_choices
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.engine.scheduling.request import FinishReason, Request, SamplingParams
-from turret.server.engine.scheduling.scheduler import Scheduler
 
 QV = ("q_proj", "v_proj")
 SPECS = (
@@ -224,19 +223,9 @@ async def test_base_requests_keep_their_bits_when_adapters_are_loaded(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 async def test_preemption_leaves_answers_unchanged(
-    tiny: Any, dtype: str, monkeypatch: pytest.MonkeyPatch
+    tiny: Any, dtype: str, preempted: list[tuple[Any, int]]
 ) -> None:
     model, root = tiny("smollm3")
-    preempted = []
-    preempt = Scheduler._preempt
-
-    def counted(self: Scheduler, sequence: Any, now: float) -> None:
-        preempted.append(sequence)
-        preempt(self, sequence, now)
-
-    monkeypatch.setattr(Scheduler, "_preempt", counted)
-    # Admit requests even if blocks will run out later.
-    monkeypatch.setattr(Scheduler, "_will_run_out", lambda *_: False)
     requests = [r for r in mixed_requests(max_tokens=48) if len(r.prompt_token_ids) < 100]
     expected = await each_alone(model, root, requests, dtype=dtype)
     assert not preempted

@@ -22,7 +22,6 @@ from turret.kernels.cpu import native
 from turret.kernels.likeliest import apply_token_mask
 from turret.server.constraints.matcher import STACK_BYTES, Constraint, Matcher
 from turret.server.engine.scheduling.request import FinishReason, SamplingParams, StopConditions
-from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.runner import Pooler, TorchExecutor
 from turret.server.engine.step.sampler import LateMask, Masks, Sampler, TokenMask
@@ -143,16 +142,8 @@ async def test_a_stop_token_is_allowed_before_min_tokens_if_nothing_else_is(mode
 
 
 async def test_preemption_keeps_the_state_of_the_constraint(
-    model: Path, schema: Constraint, monkeypatch: pytest.MonkeyPatch
+    model: Path, preempted: list[tuple[Any, int]]
 ) -> None:
-    preempted: list[int] = []
-    preempt = Scheduler._preempt
-
-    def counted(self: Scheduler, sequence: Sequence, now: float) -> None:
-        preempted.append(sequence.num_generated)
-        preempt(self, sequence, now)
-
-    monkeypatch.setattr(Scheduler, "_preempt", counted)
     long = compiled("regex", "([a-c]{9}-){9}")
     sampling = [SamplingParams(seed=i, temperature=2.0) for i in range(12)]
     requests = [
@@ -161,7 +152,9 @@ async def test_preemption_keeps_the_state_of_the_constraint(
     ]
     async with EngineHarness.start(model, kv_cache_bytes=1 << 20) as harness:
         together = await harness.run_all(requests)
-    assert max(preempted) > 0, "no answer was interrupted after its first token"
+    assert max(count for _, count in preempted) > 0, (
+        "no answer was interrupted after its first token"
+    )
     assert all(re.fullmatch("([a-c]{9}-){9}", answer.text) for answer in together)
     async with EngineHarness.start(model) as harness:
         assert (await harness.run(requests[3])).bits == together[3].bits

@@ -50,29 +50,9 @@ def test_a_possible_stop_string_is_held_back_until_it_is_decided() -> None:
     assert stopped is None
 
 
-def test_a_stop_string_over_three_tokens_ends_the_text_before_it() -> None:
-    out, stopped = feed(["a E", "N", "D b"], ["END"])
-    assert ("".join(out), stopped) == ("a ", "END")
-
-
-def test_the_stop_string_is_included_on_request() -> None:
-    out, stopped = feed(["a E", "ND b"], ["END"], include_stop=True)
-    assert ("".join(out), stopped) == ("a END", "END")
-
-
-def test_the_earliest_then_longest_stop_string_wins() -> None:
-    assert feed(["x--- y |"], ["|", "--", "---"])[1] == "---"
-    assert feed(["x| ---"], ["---", "|"])[1] == "|"
-
-
 def test_text_under_min_tokens_does_not_stop() -> None:
     out, stopped = feed(["END", "more", "END"], ["END"], min_tokens=3)
     assert ("".join(out), stopped) == ("ENDmore", "END")
-
-
-def test_text_held_back_at_the_end_is_returned() -> None:
-    out, stopped = feed(["abc EN"], ["END"])
-    assert (out, stopped) == (["abc ", "EN"], None)
 
 
 @given(

@@ -20,7 +20,6 @@ from turret.server.engine.scheduling.request import (
     SamplingParams,
     StopConditions,
 )
-from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.sampler import Sampler
 from turret.server.errors import AdapterNotFoundError, InvalidRequestError, PromptTooLongError
@@ -46,20 +45,14 @@ async def test_prompt_logprobs_are_returned_once(model: Path, length: int) -> No
 
 
 async def test_prompt_logprobs_are_returned_once_despite_preemption(
-    model: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, preempted: list[tuple[Any, int]]
 ) -> None:
-    preempted = []
-    preempt = Scheduler._preempt
-
-    def counted(self: Scheduler, sequence: Sequence, now: float) -> None:
-        preempted.append(sequence.num_generated)
-        preempt(self, sequence, now)
-
-    monkeypatch.setattr(Scheduler, "_preempt", counted)
     async with EngineHarness.start(model, kv_cache_bytes=1 << 20) as harness:
         requests = [make_request([i, *range(60)], max_tokens=60, options=ECHO) for i in range(16)]
         answers = await harness.run_all(requests)
-    assert max(preempted) > 0, "no answer was interrupted after its first token"
+    assert max(count for _, count in preempted) > 0, (
+        "no answer was interrupted after its first token"
+    )
     assert {len(a.prompt_logprobs) for a in answers} == {61}
     assert {len(a.token_ids) for a in answers} == {60}
     counted_there = harness.metrics.registry.get_sample_value("turret_preemptions_total")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,19 +12,15 @@ import torch
 from builders.bases.tiny_models import VOCAB_SIZE, save_tiny_model
 from builders.constraints import compiled
 from builders.random_adapters import ALL, AdapterSpec, arch_of, write_adapter
-from safetensors.torch import load_file, save_file
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.kernels.cpu import native
-from turret.server.build import build_backend
-from turret.server.config import CacheConfig, Config, ModelConfig
 from turret.server.engine.scheduling.request import (
     Request,
     ResponseOptions,
     SamplingParams,
     StopConditions,
 )
-from turret.server.metrics import Metrics
 from turret.server.models.decoding.decoder import Decoder, LikeliestTokens
 
 pytestmark = pytest.mark.skipif(
@@ -227,19 +222,3 @@ async def test_the_screen_can_be_disabled(root: Path, asked: Counter[str]) -> No
         answer = await harness.run(again)
     assert answer.token_ids == expected.token_ids
     assert not asked
-
-
-@pytest.mark.parametrize("is_finite", [True, False])
-def test_the_log_reports_screening_only_for_a_screened_head(
-    is_finite: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = save_tiny_model("qwen3", tmp_path / "model", changes=FAMILIES["qwen3"])
-    tensors = load_file(model / "model.safetensors")
-    if not is_finite:
-        tensors["lm_head.weight"][3, 5] = float("inf")
-    save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    config = Config(model=ModelConfig(model=model), cache=CacheConfig(kv_cache_bytes=1 << 20))
-    with caplog.at_level(logging.INFO, "turret.server.build"):
-        build_backend(config, Metrics()).close()
-    (line,) = [r.__dict__["fields"] for r in caplog.records if r.message == "model loaded"]
-    assert ("screened" in line["head"]) is is_finite

@@ -10,10 +10,13 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 from builders.registries import Gate, Registries, refs, until
+from method_oracle import serve
 from said import says
 from simulation.parts import Clock
 
+from turret.kernels.cpu.native import library, num_threads
 from turret.server.adapters.device.store import AdapterMemoryError
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.residency import leases
@@ -493,3 +496,26 @@ def test_tokens_are_delivered_if_there_is_no_next_step(make: Registries) -> None
     driven.scheduler.schedule = schedule  # type: ignore[method-assign]
     driven.finish("one")
     assert driven.events == ["one 1"] * 3
+
+
+# The threads that compute for the engine's thread.
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+async def test_torch_uses_one_thread_if_the_kernels_have_their_own(
+    dtype: str, tmp_path: Path
+) -> None:
+    """Two teams that spin while they wait compete for the processors."""
+    found: list[tuple[int, int]] = []
+    asked = threading.Event()
+
+    def ask() -> None:
+        found.append((num_threads(), torch.get_num_threads()))
+        asked.set()
+
+    async with serve("llama", tmp_path, dtype=dtype) as harness:
+        harness.engine._loop.post(ask)
+        assert asked.wait(30)
+    has_own = dtype == "bfloat16" and library() is not None
+    every = torch.get_num_threads()
+    assert found == [(every, 1 if has_own else every)]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from builders.sequences import sequence_with
 from transformers import (
+    LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
@@ -38,72 +39,9 @@ def drawn(logits: torch.Tensor, count: int = 400, **params: Any) -> Counter[int]
     )
 
 
-def support(warped: torch.Tensor) -> set[int]:
-    return set(torch.isfinite(warped[0]).nonzero().squeeze(1).tolist())
-
-
 def test_temperature_zero_is_the_likeliest_token() -> None:
     logits = logits_of()
     assert draw(logits, sequence_with(temperature=0.0)).token_id == int(logits.argmax())
-
-
-@pytest.mark.parametrize(
-    ("params", "warper"),
-    [
-        ({"top_k": 5}, TopKLogitsWarper(5)),
-        ({"top_p": 0.7}, TopPLogitsWarper(0.7)),
-        ({"min_p": 0.1}, MinPLogitsWarper(0.1)),
-    ],
-)
-def test_filters_keep_the_same_tokens_as_transformers(params: dict[str, Any], warper: Any) -> None:
-    for seed in range(4):
-        logits = logits_of(seed, scale=1.0)
-        ids: Any = torch.zeros(1, 1, dtype=torch.long)
-        kept = support(warper(ids, logits.unsqueeze(0).clone()))
-        found = drawn(logits, **params)
-        assert set(found) <= kept
-        # Rare tokens may be missing by chance, but not likely ones.
-        probabilities = logits.softmax(-1)
-        mass = float(probabilities[sorted(kept)].sum())
-        likely = {token for token in kept if float(probabilities[token]) / mass > 0.03}
-        assert likely <= set(found)
-
-
-def test_draws_follow_the_distribution() -> None:
-    logits = torch.log(torch.tensor([0.5, 0.3, 0.2, 1e-9]))
-    found = drawn(logits, count=3000)
-    for token, expected in ((0, 0.5), (1, 0.3), (2, 0.2)):
-        assert abs(found[token] / 3000 - expected) < 0.04
-
-
-def test_temperature_flattens() -> None:
-    logits = torch.log(torch.tensor([0.9, 0.1]))
-    share = drawn(logits, count=2000, temperature=2.0)[1] / 2000
-    assert abs(share - 0.25) < 0.04  # sqrt(0.1) / (sqrt(0.9) + sqrt(0.1))
-
-
-def test_repetition_penalty_is_that_of_transformers() -> None:
-    logits = logits_of(1)
-    sequence = sequence_with((7, 8), temperature=0.0, repetition_penalty=1.7, logprobs=True)
-    processor = RepetitionPenaltyLogitsProcessor(1.7)
-    ids: Any = torch.tensor([sequence.tokens])
-    for seen in (int(logits.argmax()), 3):
-        shifted = logits.clone()
-        shifted[seen] = logits.max() + 0.1
-        expected = int(processor(ids, shifted.unsqueeze(0).clone()).argmax())
-        assert draw(shifted, sequence).token_id == expected
-
-
-def test_presence_and_frequency_count_the_output_only() -> None:
-    logits = torch.zeros(VOCAB)
-    logits[3], logits[7], logits[8], logits[9] = 5.0, 5.2, 5.1, 4.0
-    plain = sequence_with((7, 8, 8), temperature=0.0)
-    assert draw(logits, plain).token_id == 7
-    # 7 was drawn once, 8 twice; 3 is in the prompt and does not count.
-    present = sequence_with((7, 8, 8), temperature=0.0, presence_penalty=1.0)
-    assert draw(logits, present).token_id == 3
-    frequent = sequence_with((7, 8, 8), temperature=0.0, frequency_penalty=0.15)
-    assert draw(logits, frequent).token_id == 7
 
 
 def test_bias_and_bans_apply_to_greedy_draws() -> None:
@@ -168,34 +106,6 @@ def test_state_kept_between_steps_does_not_change_results(monkeypatch: pytest.Mo
         sequence.tokens += torch.randint(vocab, (count,), generator=generator).tolist()
 
 
-class CountedBiases(dict[int, float]):
-    """Counts how often it is iterated."""
-
-    walks = 0
-
-    def __iter__(self) -> Iterator[int]:
-        self.walks += 1
-        return super().__iter__()
-
-    def values(self) -> Any:
-        self.walks += 1
-        return super().values()
-
-    def items(self) -> Any:
-        self.walks += 1
-        return super().items()
-
-
-def test_biases_are_read_once_per_request() -> None:
-    biases = CountedBiases(dict.fromkeys(range(VOCAB), 0.5))
-    sequence, sampler = sequence_with(temperature=0.0, logit_bias=biases), Sampler()
-    draw(logits_of(), sequence, sampler)
-    walks = biases.walks
-    for _ in range(20):
-        draw(logits_of(), sequence, sampler)
-    assert biases.walks == walks > 0
-
-
 def test_logprobs_are_those_of_the_unmodified_distribution() -> None:
     logits = logits_of()
     expected = logits.log_softmax(-1)
@@ -229,3 +139,96 @@ def test_the_last_possible_token_absorbs_rounding() -> None:
     logits[2] = 0.0
     assert set(drawn(logits, count=20)) == {2}
     assert set(drawn(logits, count=20, top_p=0.5)) == {2}
+
+
+# The exact distribution of draws, from a sweep over all uniform numbers.
+
+
+NUM_UNIFORMS = 1000
+
+
+class SweptSampler(Sampler):
+    """Draws with 0, 1/n, 2/n, … instead of random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._count = 0
+
+    def _uniform(self, sequence: Sequence, ahead: int = 0) -> float:
+        self._count += 1
+        return (self._count - 1) / NUM_UNIFORMS
+
+
+def shares(logits: torch.Tensor, **params: Any) -> torch.Tensor:
+    """The share of [0, 1) that leads to each token."""
+    sampler, sequence = SweptSampler(), sequence_with((7, 8, 8), **params)
+    found: Counter[int] = Counter()
+    for _ in range(NUM_UNIFORMS):
+        (draw,) = sampler.draw(logits.clone().unsqueeze(0), [sequence])
+        found[draw.token_id] += 1
+    return torch.tensor([found[i] / NUM_UNIFORMS for i in range(logits.shape[0])])
+
+
+def expected(logits: torch.Tensor, **params: Any) -> torch.Tensor:
+    """The distribution from which transformers' ``generate`` draws."""
+    steps: Any = LogitsProcessorList()
+    if "repetition_penalty" in params:
+        steps.append(RepetitionPenaltyLogitsProcessor(params["repetition_penalty"]))
+    steps.append(TemperatureLogitsWarper(params.get("temperature", 1.0)))
+    if "top_k" in params:
+        steps.append(TopKLogitsWarper(params["top_k"]))
+    if "top_p" in params:
+        steps.append(TopPLogitsWarper(params["top_p"]))
+    if "min_p" in params:
+        steps.append(MinPLogitsWarper(params["min_p"]))
+    ids: Any = torch.tensor([sequence_with((7, 8, 8)).tokens])
+    return steps(ids, logits.clone().unsqueeze(0))[0].softmax(-1)
+
+
+@pytest.mark.parametrize("scale", [0.5, 3.0])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"temperature": 0.6},
+        {"top_k": 1},
+        {"top_k": 4},
+        {"top_k": 1000},
+        {"top_p": 0.01},
+        {"top_p": 0.8},
+        {"min_p": 0.2},
+        {"top_k": 6, "top_p": 0.7},
+        {"top_k": 8, "min_p": 0.15, "temperature": 1.7},
+        {"top_p": 0.9, "min_p": 0.1},
+        {"top_k": 7, "top_p": 0.95, "min_p": 0.05, "temperature": 0.8, "repetition_penalty": 1.4},
+        {"repetition_penalty": 0.7},
+    ],
+    ids=str,
+)
+def test_the_distribution_is_that_of_transformers(params: dict[str, Any], scale: float) -> None:
+    logits = torch.randn(12, generator=torch.Generator().manual_seed(3)) * scale
+    found, target = shares(logits, **params), expected(logits, **params)
+    assert bool((target[found > 0] > 0).all())
+    assert float((found - target).abs().max()) <= 1.5 / NUM_UNIFORMS
+
+
+@pytest.mark.parametrize("params", [{"top_p": 0.999}, {"top_p": 0.5}, {"top_k": 500}])
+def test_flat_distributions_over_many_tokens_are_filtered_exactly(params: dict[str, Any]) -> None:
+    """There are more candidates than the sampler considers first."""
+    logits = torch.randn(2000, generator=torch.Generator().manual_seed(4)) * 0.01
+    kept = set(expected(logits, **params).nonzero().flatten().tolist())
+    found = set(shares(logits, **params).nonzero().flatten().tolist())
+    assert found <= kept
+    # A sweep of 1000 steps over nearly equal tokens hits at least half of them.
+    assert len(found) >= min(len(kept), NUM_UNIFORMS) * 0.45
+
+
+def test_penalties_shift_logits_by_their_definition() -> None:
+    """Presence counts once, frequency per occurrence, for generated tokens (7 once, 8 twice)."""
+    logits = torch.randn(12, generator=torch.Generator().manual_seed(5))
+    shifted = logits.clone()
+    shifted[7] -= 0.9 + 0.4 * 1
+    shifted[8] -= 0.9 + 0.4 * 2
+    shifted[2] += 1.5
+    found = shares(logits, presence_penalty=0.9, frequency_penalty=0.4, logit_bias={2: 1.5})
+    assert float((found - shifted.softmax(-1)).abs().max()) <= 1.5 / NUM_UNIFORMS

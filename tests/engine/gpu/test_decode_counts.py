@@ -11,6 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from builders.facts import Resident, resident
+from builders.operators import everywhere
 from counted_steps import (
     ARCH,
     HIDDEN,
@@ -21,7 +22,6 @@ from counted_steps import (
     Capture,
     Counting,
     Decoding,
-    everywhere,
     gated,
     listed_launches,
     lora,

@@ -168,19 +168,6 @@ def test_newcomers_do_not_starve_a_group_that_is_ahead() -> None:
     assert served[-50:].count("popular") >= 1
 
 
-def test_a_burst_of_a_rare_group_alternates_with_the_popular_one() -> None:
-    queue: FairQueue[Item] = FairQueue()
-    for _ in range(100):
-        queue.push(Item("popular"))
-    for _ in range(50):
-        serve_one(queue)
-    for _ in range(20):
-        queue.push(Item("rare"))
-    served = [serve_one(queue).group for _ in range(40)]
-    assert served.count("rare") == 20
-    assert max(served[:k].count("rare") - k / 2 for k in range(1, 41)) <= 1
-
-
 def test_a_party_with_many_requests_delays_another_of_its_group_by_one() -> None:
     queue: FairQueue[Item] = FairQueue()
     for number in range(64):
@@ -272,12 +259,6 @@ def test_a_rare_adapter_does_not_wait_for_a_popular_ones_overload() -> None:
     # Only the popular adapter suffers from its overload: the rare one waits just for a slot.
     assert p99_rare <= 20
     assert p50_popular > 100
-
-
-def test_without_overload_waits_are_short() -> None:
-    waits = queue_times({"popular": 0.9, "rare": 0.1}, load=0.8)
-    assert quantile(waits["rare"], 0.99) <= 20
-    assert quantile(waits["popular"], 0.99) <= 20
 
 
 def test_admissions_of_one_step_alternate_between_mixes() -> None:

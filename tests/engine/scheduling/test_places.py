@@ -317,3 +317,25 @@ def test_prompts_are_read_one_after_the_other_without_tenants() -> None:
     first, second = (clock.ask("base", 1, prompt_tokens=640) for _ in range(2))
     clock.run_until_ended([first], 11 * STEP_SECONDS)
     assert second not in clock.started
+
+
+# Scheduling during a change of the base weights: requests before and after it, and keys.
+
+
+def test_a_preempted_sequence_ends_before_the_base_changes() -> None:
+    scheduler = Scheduler(BlockPool(5, BLOCK_SIZE), max_num_seqs=8, max_num_batched_tokens=64)
+    first, second = sequence_of(range(8), "a"), sequence_of(range(8), "b")
+    for sequence in (first, second):
+        scheduler.add(sequence)
+    scheduler.complete(scheduler.schedule())
+    for sequence in (first, second):
+        sequence.tokens.append(1)
+    scheduler.complete(scheduler.schedule())
+    assert second.num_preemptions == 1
+    scheduler.is_draining = True
+    scheduler.finish(first)
+    assert (scheduler.running, scheduler.is_drained) == ([], False)
+    (item,) = scheduler.schedule().scheduled
+    assert item.sequence is second
+    scheduler.finish(second)
+    assert scheduler.is_drained

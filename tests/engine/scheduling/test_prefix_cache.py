@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from turret.server.adapters.adapter import Mix
-from turret.server.engine.scheduling.block_pool import BlockPool
+from turret.server.engine.scheduling.block_pool import BlockPool, next_key, root_key
 from turret.server.engine.scheduling.request import Request, StopConditions
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import PLACEHOLDER, Sequence
@@ -179,3 +179,33 @@ def test_prefix_positions_are_filled_once_and_shared() -> None:
     assert first.blocks[:2] == second.blocks[:2]
     assert first.tokens[:8] == [PLACEHOLDER] * 8
     assert (first.num_cached, second.num_cached) == (0, 0)
+
+
+# The order in which the KV block pool hands blocks out; test_prefix_cache.py tests the rest.
+
+
+KEYS = [root_key(0, ())]
+for _number in range(12):
+    KEYS.append(next_key(KEYS[-1], [_number]))
+CHAIN = KEYS[1:]
+
+
+def cached_chain(pool: BlockPool, keys: list[bytes]) -> list[int]:
+    """Blocks that were computed under ``keys`` and released."""
+    blocks = pool.allocate(len(keys))
+    assert blocks is not None
+    for block, key in zip(blocks, keys, strict=True):
+        pool.register(block, key)
+    pool.release(blocks)
+    return blocks
+
+
+def test_blocks_without_content_go_first_then_the_longest_unused() -> None:
+    pool = BlockPool(6, 4)
+    old = cached_chain(pool, CHAIN[:2])
+    new = cached_chain(pool, CHAIN[4:6])
+    assert set(pool.allocate(1) or []).isdisjoint({*old, *new})
+    # The end of a chain is reused first, because others can still use its beginning.
+    assert pool.allocate(1) == [old[1]]
+    assert pool.share(CHAIN[:2]) == [old[0]]
+    assert pool.share(CHAIN[4:6]) == new

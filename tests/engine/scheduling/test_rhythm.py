@@ -58,12 +58,29 @@ def test_each_chunk_of_a_prompt_costs_at_most_one_more_step(
     assert set(taken[:-1]) == {expected}
 
 
-def test_several_prompts_share_the_token_budget_of_a_step() -> None:
-    scheduler = scheduler_of(StepCost())
-    decoding(scheduler, 15)
-    for number in range(3):
-        scheduler.add(sequence_of([number, *range(9)], "", 4))
-    assert prompt_tokens(run(scheduler)) == 22
+@pytest.mark.parametrize(
+    ("decodes", "prompts", "max_num_seqs", "cost", "expected"),
+    [
+        # Several prompts share the tokens of a step.
+        (15, [10] * 3, 64, StepCost(), 22),
+        # A burst takes a whole step, but only if all of its prompts find a place.
+        (15, [51] * 4, 64, StepCost(), 204),
+        (15, [51] * 4, 16, StepCost(), 22),
+        # Nothing decodes beside it, or its rows are cheap.
+        (0, [400], 64, StepCost(), 400),
+        (15, [400], 64, None, 400),
+    ],
+)
+def test_the_tokens_of_prompts_in_a_step(
+    decodes: int, prompts: list[int], max_num_seqs: int, cost: StepCost | None, expected: int
+) -> None:
+    pool = BlockPool(4096, BLOCK_SIZE)
+    scheduler = Scheduler(pool, max_num_seqs=max_num_seqs, max_num_batched_tokens=512, cost=cost)
+    if decodes:
+        decoding(scheduler, decodes)
+    for number, length in enumerate(prompts):
+        scheduler.add(sequence_of([number, *range(length - 1)], "", 4))
+    assert prompt_tokens(run(scheduler)) == expected
 
 
 @pytest.mark.parametrize("num_prompts", [1, 3])
@@ -98,29 +115,6 @@ def test_a_long_context_alone_takes_whole_steps() -> None:
     assert [prompt_tokens(run(scheduler)) for _ in range(15)] == [512] * 15
 
 
-def test_a_burst_takes_whole_steps() -> None:
-    scheduler = scheduler_of(StepCost())
-    decoding(scheduler, 15)
-    for number in range(4):
-        scheduler.add(sequence_of([number, *range(50)], "", 4))
-    assert prompt_tokens(run(scheduler)) == 4 * 51
-
-
-def test_only_prompts_that_find_a_place_are_a_burst() -> None:
-    pool = BlockPool(4096, BLOCK_SIZE)
-    scheduler = Scheduler(pool, max_num_seqs=16, max_num_batched_tokens=512, cost=StepCost())
-    decoding(scheduler, 15)
-    for number in range(4):
-        scheduler.add(sequence_of([number, *range(50)], "", 4))
-    assert prompt_tokens(run(scheduler)) == 22
-
-
-def test_prompts_alone_take_whole_steps() -> None:
-    scheduler = scheduler_of(StepCost())
-    scheduler.add(sequence_of(list(range(400)), "", 4))
-    assert prompt_tokens(run(scheduler)) == 400
-
-
 def test_a_prompt_beside_many_decoding_sequences_has_a_constant_limit_without_costs() -> None:
     pool = BlockPool(4096, BLOCK_SIZE)
     scheduler = Scheduler(pool, max_num_seqs=64, max_num_batched_tokens=2048, most_beside=128)
@@ -130,13 +124,6 @@ def test_a_prompt_beside_many_decoding_sequences_has_a_constant_limit_without_co
     for number in range(2):
         scheduler.add(sequence_of([number, *range(299)], "", 1))
     assert prompt_tokens(run(scheduler)) == 600, "with two prompts, four sequences are too few"
-
-
-def test_prompts_are_not_split_if_their_rows_are_cheap() -> None:
-    scheduler = scheduler_of(None)
-    decoding(scheduler, 15)
-    scheduler.add(sequence_of(list(range(400)), "", 4))
-    assert prompt_tokens(run(scheduler)) == 400
 
 
 def test_costs_are_learnt_from_steps_that_only_generate() -> None:

@@ -14,7 +14,6 @@ from turret.server.engine.speculation import (
     MAX_DRAFT,
     MAX_MATCH,
     START,
-    Chances,
     Drafter,
     MixMemory,
     Speculation,
@@ -94,54 +93,6 @@ def make(
     return drafter
 
 
-def cheap() -> StepPlan:
-    """The cost of a step in which a row costs almost nothing."""
-    return StepPlan(1, 1e6)
-
-
-def test_a_draft_is_what_followed_in_the_prompt() -> None:
-    drafter = make([1, 2, 3, 4, 5, 6], [9, 2, 3])
-    assert drafter.draft(MixMemory(), cheap(), 3) == (4, 5, 6)
-    assert drafter.draft(MixMemory(), cheap(), 5) == (4, 5, 6, 9, 2)
-    assert make([1, 2, 3], [4]).draft(MixMemory(), cheap(), 5) == ()
-
-
-def test_repeated_text_is_drafted_again() -> None:
-    drafter = make([5], [1, 2, 3, 1, 2])
-    assert drafter.draft(MixMemory(), cheap(), 8) == (3, 1, 2, 3, 1, 2, 3, 1)
-
-
-def test_soft_tokens_are_not_drafted_from() -> None:
-    drafter = make([1, 2, 3, 1], start=4)
-    assert drafter.draft(MixMemory(), cheap(), 8)[:2] == (2, 3)
-    assert -1 not in drafter.draft(MixMemory(), cheap(), 8)
-    assert make([1], start=4).draft(MixMemory(), cheap(), 8) == ()
-
-
-def test_a_draft_ends_before_an_end_token_and_before_max_tokens() -> None:
-    text = [1, 2, 3, 4, 5, 6, 1, 2]
-    assert make(text, end_ids=frozenset({5})).draft(MixMemory(), cheap(), 9) == (3, 4)
-    # Two of three remaining tokens are drafted, because the step draws one more.
-    assert make(text, max_tokens=3).draft(MixMemory(), cheap(), 9) == (3, 4)
-    assert make(text, max_tokens=1).draft(MixMemory(), cheap(), 9) == ()
-    same = make([1] * 9, max_tokens=99)
-    assert len(same.draft(MixMemory(), cheap(), 99)) == MAX_DRAFT
-
-
-def test_drafts_come_from_earlier_answers_of_the_mix() -> None:
-    memory = MixMemory()
-    earlier = make([50], [1, 2, 3, 4])
-    earlier.end(memory)
-    assert make([60], [1]).draft(memory, cheap(), 8) == (2, 3, 4)
-    # The beginning of an answer is recognised as such.
-    other = make([61], [1, 9, 9, 9])
-    other.end(memory)
-    make([62], [7, 1, 5, 5]).end(memory)
-    assert make([60], [1]).draft(memory, cheap(), 2) == (9, 9)
-    assert make([60], [7, 1]).draft(memory, cheap(), 8) == (5, 5)
-    assert make([60], [1]).draft(MixMemory(), cheap(), 8) == ()
-
-
 def test_the_memory_of_a_mix_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speculation, "_MAX_TOKENS", 20)
     memory = MixMemory()
@@ -179,26 +130,6 @@ def test_no_draft_comes_from_the_answers_of_another_memory_key() -> None:
     plan = speculation.plan(1)
     assert speculation.draft(make([9], [2], memory_key="bob"), plan, 8) == ()
     assert speculation.draft(make([9], [2], memory_key="alice"), plan, 8)[:2] == (3, 4)
-
-
-def test_acceptance_estimates_follow_the_accepted_drafts() -> None:
-    chances = Chances()
-    before = chances.of(3)
-    # Each further token of the draft has a match one token longer; the third token was wrong.
-    chances.learn(3, 4, 2)
-    assert before < chances.of(3) < 1.0
-    assert chances.of(4) > Chances().of(4)
-    assert chances.of(5) < Chances().of(5)
-    assert chances.of(6) == Chances().of(6)
-    for _ in range(20):
-        chances.learn(3, 4, 0)
-    assert chances.of(3) < 0.05
-    assert chances.of(2) == Chances().of(2)
-    assert chances.of(0) == 0.0
-    for _ in range(50):
-        chances.learn(3, 9, 9)
-    assert 0.9 < chances.of(3) < 1.0
-    assert 0.9 < chances.of(MAX_MATCH) == chances.of(12) < 1.0
 
 
 def run(truth: Callable[[int], int], num_tokens: int, num_rows: int = 1) -> tuple[int, int, int]:
@@ -276,15 +207,3 @@ def test_the_cost_of_a_row_is_measured() -> None:
             rows = source.choice((1, 1, 1, 4, 9, 16))
             cost.took(rows, 0.001 * (fixed + rows) * source.uniform(0.9, 1.1))
         assert fixed / 1.6 < cost.fixed_rows < fixed * 1.6, fixed
-
-
-def test_steps_of_one_size_do_not_change_the_cost_of_a_row() -> None:
-    cost = StepCost()
-    for _ in range(1000):
-        cost.took(4, 0.02)
-    assert cost.fixed_rows == pytest.approx(7.0)
-    for seconds in (0.0, 1e-9, 1e3):
-        for _ in range(50):
-            cost.took(1, seconds)
-            cost.took(64, seconds)
-        assert 0.5 <= cost.fixed_rows <= 64.0

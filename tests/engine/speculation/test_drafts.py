@@ -98,19 +98,6 @@ def test_correct_drafts_are_kept_and_wrong_ones_leave_nothing_behind() -> None:
     assert other.num_cached == 8
 
 
-def test_an_answer_that_ends_within_its_draft_releases_every_block() -> None:
-    scheduler = make()
-    sequence = eager([1, 2, 3])
-    scheduler.add(sequence)
-    step(scheduler)
-    found = scheduler.schedule()
-    scheduler.complete(found)
-    sequence.tokens += [7, 7]
-    scheduler.accept(found.scheduled[0], 1)
-    scheduler.finish(sequence)
-    assert scheduler.blocks.num_active == 0
-
-
 def test_drafts_take_only_free_blocks() -> None:
     """Three blocks for two sequences: a sequence that needs one gets it, despite drafts."""
     scheduler = make(num_blocks=4)
@@ -128,14 +115,6 @@ def test_drafts_take_only_free_blocks() -> None:
         item.sequence.num_computed + item.num_rows <= BLOCK_SIZE * len(item.sequence.blocks)
         for item in found.scheduled
     )
-
-
-def test_nothing_is_drafted_beyond_max_tokens() -> None:
-    scheduler = make()
-    sequence = eager([1, 2, 3], max_tokens=4)
-    scheduler.add(sequence)
-    step(scheduler)
-    assert [len(item.draft) for item in step(scheduler)] == [2]
 
 
 @pytest.mark.parametrize("num_others", [0, 2])
@@ -158,11 +137,3 @@ def test_steps_have_no_drafts_if_the_device_lacks_memory_for_them(num_others: in
     if num_others:
         step(scheduler)
         assert any(item.draft for item in step(scheduler))
-
-
-def test_a_request_without_a_drafter_gets_no_draft() -> None:
-    scheduler = make()
-    sequence = sequence_of([1, 2, 1, 2, 1, 2], max_tokens=50)
-    scheduler.add(sequence)
-    for _ in range(4):
-        assert [item.draft for item in step(scheduler)] == [()]
