@@ -115,7 +115,7 @@ async def test_a_handshake_that_never_ends_is_timed_out(
     """The connection is accepted, but the handshake never completes."""
     monkeypatch.setattr(connection, "HANDSHAKE_SECONDS", 0.1)
     # The server sets this for the whole process: restore it after the test.
-    monkeypatch.setattr(asyncio.constants, "SSL_HANDSHAKE_TIMEOUT", 60.0)
+    monkeypatch.setattr(connection.constants, "SSL_HANDSHAKE_TIMEOUT", 60.0)
     certify(tmp_path, "own", LOCAL)
     security = SecurityConfig(tls_cert=tmp_path / "own.crt", tls_key=tmp_path / "own.key")
     async with http_harness(security=security) as server:

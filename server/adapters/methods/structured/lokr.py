@@ -9,6 +9,8 @@ from __future__ import annotations
 from turret.server.adapters.methods.kit import *
 
 _ROLES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+# The most elements of a w1 that is larger than w2 and the product of two factors.
+_MAX_WHOLE = 1 << 16
 
 
 def _check(m: Module) -> None:
@@ -23,8 +25,9 @@ def _check(m: Module) -> None:
     (out_l, in_m), (out_k, in_n) = first, second
     if out_l * out_k != m.outputs or in_m * in_n != m.inputs:
         m.misfit_width(in_m * in_n, out_l * out_k)
-    elif "lokr_w1" not in m and out_l * in_m > out_k * in_n:
-        # w1 is computed from its two factors, so it must be the smaller one, as it is in PEFT.
+    elif "lokr_w1" not in m and out_l * in_m > max(out_k * in_n, _MAX_WHOLE):
+        # w1 is multiplied out, so a small file could take much memory. PEFT makes w1 larger than w2
+        # only with a large decompose_factor.
         m.fault("lokr_w1_a", say("INVALID_TENSOR", why="lokr_w1 must be the smaller factor"))
 
 

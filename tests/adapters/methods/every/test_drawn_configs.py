@@ -96,9 +96,7 @@ def loha(draw: Draw) -> dict[str, Any]:
 def lokr(draw: Draw) -> dict[str, Any]:
     keys = {"r": ranks(draw, 12), "alpha": draw(st.sampled_from(ALPHAS))}
     keys["decompose_both"] = draw(st.booleans())
-    # A first factor in parts that is larger than the second one is refused.
-    factors = [-1, 2, 4] if keys["decompose_both"] else [-1, 2, 4, 8]
-    keys["decompose_factor"] = draw(st.sampled_from(factors))
+    keys["decompose_factor"] = draw(st.sampled_from([-1, 2, 4, 8]))
     return {**selection(draw), **keys, **patterns(draw, 12)}
 
 

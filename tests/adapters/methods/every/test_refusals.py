@@ -28,6 +28,7 @@ from said import says
 
 from turret.server.adapters.methods import METHODS, method_for
 from turret.server.adapters.methods.lower import lower_checkpoint
+from turret.server.adapters.methods.structured import lokr
 from turret.server.adapters.methods.unserved import CONVERT, UNSERVED
 from turret.server.adapters.peft_format.config_rules import Irrelevant, Rejected, Used
 from turret.server.cli import main
@@ -285,7 +286,9 @@ def test_vera_projections_must_be_saved_if_the_config_says_so(tmp_path: Path) ->
     assert named(refusal_of(tmp_path)) == {"projection_prng_key"}
 
 
-def test_lokr_factors_must_be_complete_and_unambiguous(tmp_path: Path) -> None:
+def test_lokr_factors_must_be_complete_and_unambiguous(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = save(tmp_path, "lokr", target_modules=["q_proj"])
 
     def double(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -309,6 +312,7 @@ def test_lokr_factors_must_be_complete_and_unambiguous(tmp_path: Path) -> None:
         return result
 
     edit_tensors(directory, swap)
+    monkeypatch.setattr(lokr, "_MAX_WHOLE", 1000)
     assert f"{Q}.lokr_w1_a" in named(refusal_of(tmp_path))
 
 
