@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from turret.server.basics.work import OnProgress
 from turret.words import printable
 
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
@@ -131,10 +132,6 @@ def taken_by(take: Callable[[str], None]) -> Iterator[None]:
 
 
 # Progress of long steps: a bar on the terminal, otherwise an occasional log line.
-
-
-# Called with a description, the number of finished parts, and the number of all parts.
-OnProgress = Callable[[str, int, int], None]
 
 _log = logging.getLogger(__name__)
 # Bars currently shown.

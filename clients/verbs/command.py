@@ -114,7 +114,7 @@ SHARED_FLAGS: Flags = {
     "--request-id": flag("identifies the request in the server's log", metavar="ID"),
     "--json": flag("print JSON", action="store_true"),
 }
-REQUIRED_ADAPTER: Flags = {ADAPTER: {**SHARED_FLAGS[ADAPTER], "required": True}}
+REQUIRED_ADAPTER: Flags = {ADAPTER: {**SHARED_FLAGS[ADAPTER], "required": True, "default": None}}
 # If a flag is not given, the server's default applies.
 GENERATION_FLAGS: Flags = {
     "--top-k": flag("keep the k likeliest tokens", **_COUNT),

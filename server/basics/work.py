@@ -78,6 +78,10 @@ def started_pool() -> ThreadPoolExecutor:
     return pool
 
 
+# Reports the progress of long work: a description, the number of finished parts, and that of all.
+OnProgress = Callable[[str, int, int], None]
+
+
 # Free memory that glibc keeps.
 
 

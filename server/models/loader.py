@@ -11,8 +11,8 @@ import torch
 from turret.kernels.cpu import native
 from turret.kernels.rows.linear import linear_formulation, prepare_linear
 from turret.kernels.rows.trial import choices
+from turret.server.basics.work import OnProgress
 from turret.server.errors import InvalidRequestError
-from turret.server.log import OnProgress
 from turret.server.models.decoding.adapted_linear import (
     AdaptedExperts,
     AdaptedLinear,

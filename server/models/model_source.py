@@ -22,8 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from turret.server.basics.work import OnProgress
 from turret.server.errors import InvalidRequestError
-from turret.server.log import OnProgress
 from turret.server.models.decoding.arch import Experts
 from turret.server.models.families import read_arch
 from turret.server.models.fidelity import Fidelity, WeightState, squared_error

@@ -16,11 +16,11 @@ from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoi
 from turret.server.adapters.fuse.lora_files import lora_config
 from turret.server.adapters.operators.vocabulary import EMBEDDING, HEAD
 from turret.server.adapters.peft_format.refusals import base_name_warning
+from turret.server.basics.work import OnProgress
 from turret.server.errors import InvalidRequestError
 from turret.server.models.families import read_arch
 from turret.server.models.model_source import StoredTensors
 from turret.server.models.sources.model_directory import (
-    OnProgress,
     fetch_hub_model,
     hub_model_id,
     scale_block,

@@ -102,6 +102,7 @@ static void in_pieces_openmp(Work *work, const void *job, int64_t pieces, int64_
  * then. */
 typedef struct {
     _Alignas(64) _Atomic uint64_t held; /* like Share.next: the piece and its job; NOTHING or TAKEN */
+    _Atomic int64_t done; /* pieces of this job that are finished but not reported */
     volatile sig_atomic_t can_leave;
     sigjmp_buf before;
     pid_t id;
@@ -201,20 +202,23 @@ static void leave_piece(int number) {
     siglongjmp(own->before, 1);
 }
 
-/* Computes a piece that the caller may take over. Returns whether this thread has finished it. */
-static __attribute__((noinline)) int compute_held(uint64_t number, Work *work, const void *job, int64_t thread,
-                                                  int64_t piece) {
+/* Like compute, on a worker, for pieces that the caller may take over. */
+static __attribute__((noinline)) int64_t compute_repeatable(uint64_t number, int64_t threads, Work *work,
+                                                            const void *job, int64_t thread) {
     Worker *const worker = own;
-    const uint64_t mine = number << PIECE_BITS | (uint64_t)piece;
-    atomic_store(&worker->held, mine);
-    if (!sigsetjmp(worker->before, 0)) {
+    sigsetjmp(worker->before, 0); /* leave_piece goes on from here */
+    for (int64_t piece; (piece = claim_any(team.shares, number, threads, thread)) >= 0;) {
+        uint64_t mine = number << PIECE_BITS | (uint64_t)piece;
+        atomic_store_explicit(&worker->held, mine, memory_order_release);
         worker->can_leave = 1;
         atomic_signal_fence(memory_order_seq_cst);
-        if (atomic_load(&worker->held) == mine) work(job, thread, piece);
+        if (atomic_load_explicit(&worker->held, memory_order_acquire) == mine) work(job, thread, piece);
         atomic_signal_fence(memory_order_seq_cst);
         worker->can_leave = 0;
+        if (atomic_exchange(&worker->held, NOTHING) != TAKEN)
+            atomic_fetch_add_explicit(&worker->done, 1, memory_order_release);
     }
-    return atomic_exchange(&worker->held, NOTHING) != TAKEN;
+    return atomic_exchange(&worker->done, 0);
 }
 
 static int64_t processor_time(const Worker *worker) {
@@ -229,7 +233,7 @@ static int is_suspended(const Worker *worker) {
     return processor_time(worker) == before;
 }
 
-/* Computes the pieces of suspended workers. Returns their number. */
+/* Computes the pieces of suspended workers. Returns their number, with the pieces that these had finished. */
 static int64_t take_over(uint64_t number, int64_t threads, Work *work, const void *job) {
     int64_t taken = 0;
     for (int64_t thread = 1; thread < threads; thread++) {
@@ -241,7 +245,7 @@ static int64_t take_over(uint64_t number, int64_t threads, Work *work, const voi
         syscall(SYS_tgkill, getpid(), worker->id, team.leave_signal);
         syscall(SYS_membarrier, MEMBARRIER_CMD_PRIVATE_EXPEDITED, 0, 0);
         work(job, 0, PIECE(held));
-        taken++;
+        taken += 1 + atomic_exchange(&worker->done, 0);
     }
     return taken;
 }
@@ -280,14 +284,10 @@ static void *serve(void *argument) {
         if (thread >= threads) continue;
         int cpu = atomic_load_explicit(&team.caller_cpu, memory_order_relaxed);
         if (sched_getcpu() == cpu) leave(cpu);
-        if (atomic_load_explicit(&team.can_repeat, memory_order_relaxed)) {
-            /* Report every piece at once: the caller cannot take over what is finished but not reported. */
-            for (int64_t piece; (piece = claim_any(team.shares, number, threads, thread)) >= 0;)
-                if (compute_held(number, work, job, thread, piece)) finish(1);
-        } else {
-            int64_t done = compute(team.shares, number, threads, work, job, thread);
-            if (done) finish((uint32_t)done);
-        }
+        int can_repeat = atomic_load_explicit(&team.can_repeat, memory_order_relaxed);
+        int64_t done = can_repeat ? compute_repeatable(number, threads, work, job, thread)
+                                  : compute(team.shares, number, threads, work, job, thread);
+        if (done) finish((uint32_t)done);
     }
     return 0;
 }

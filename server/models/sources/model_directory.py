@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 
 from turret.server.basics.files import why_lfs_pointer
 from turret.server.basics.names import HubId
+from turret.server.basics.work import OnProgress
 from turret.server.errors import HubError, HubUnavailableError, InvalidRequestError
 from turret.server.hub import Repository, cache_dir, cached_repository, download, find_repository
-from turret.server.log import OnProgress
 from turret.server.models import families
 from turret.server.words import Text, say
 

@@ -23,7 +23,7 @@ from turret.server.adapters.device.vocabulary import VocabularyGroup
 from turret.server.adapters.operators.gate import Gate
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.operators.vectors import Gain
-from turret.server.basics.work import is_out_of_memory
+from turret.server.basics.work import OnProgress, is_out_of_memory
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
 from turret.server.engine.step.batch import (
@@ -54,7 +54,6 @@ from turret.server.engine.step.gpu.tables import (
     StepTables,
 )
 from turret.server.engine.step.runner import Computed, Executor, fill_prefix, sampled_rows
-from turret.server.log import OnProgress
 from turret.server.models.decoding.gpu_decoder import GpuDecoder, GpuStep
 from turret.server.models.decoding.layer_ops import KvCache
 
