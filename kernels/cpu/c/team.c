@@ -46,18 +46,14 @@ static int64_t claim(Share *share, uint64_t number) {
     return -1;
 }
 
-/* Claims the next piece, of the thread's own share if it has one left; returns -1 if there is none. */
-static int64_t claim_any(Share *shares, uint64_t number, int64_t threads, int64_t thread) {
-    int64_t piece = -1;
-    for (int64_t i = 0; i < threads && piece < 0; i++) piece = claim(&shares[(thread + i) % threads], number);
-    return piece;
-}
-
-/* Computes pieces until none is left. Returns their number. */
+/* Computes pieces until none is left, beginning with the thread's own share. Returns their number. */
 static int64_t compute(Share *shares, uint64_t number, int64_t threads, Work *work, const void *job,
                        int64_t thread) {
     int64_t done = 0;
-    for (int64_t piece; (piece = claim_any(shares, number, threads, thread)) >= 0; done++) work(job, thread, piece);
+    for (int64_t i = 0; i < threads; i++) {
+        Share *share = &shares[(thread + i) % threads];
+        for (int64_t piece; (piece = claim(share, number)) >= 0; done++) work(job, thread, piece);
+    }
     return done;
 }
 
@@ -207,16 +203,20 @@ static __attribute__((noinline)) int64_t compute_repeatable(uint64_t number, int
                                                             const void *job, int64_t thread) {
     Worker *const worker = own;
     sigsetjmp(worker->before, 0); /* leave_piece goes on from here */
-    for (int64_t piece; (piece = claim_any(team.shares, number, threads, thread)) >= 0;) {
-        uint64_t mine = number << PIECE_BITS | (uint64_t)piece;
-        atomic_store_explicit(&worker->held, mine, memory_order_release);
-        worker->can_leave = 1;
-        atomic_signal_fence(memory_order_seq_cst);
-        if (atomic_load_explicit(&worker->held, memory_order_acquire) == mine) work(job, thread, piece);
-        atomic_signal_fence(memory_order_seq_cst);
-        worker->can_leave = 0;
-        if (atomic_exchange(&worker->held, NOTHING) != TAKEN)
-            atomic_fetch_add_explicit(&worker->done, 1, memory_order_release);
+    for (int64_t i = 0; i < threads; i++) {
+        Share *share = &team.shares[(thread + i) % threads];
+        for (int64_t piece; (piece = claim(share, number)) >= 0;) {
+            uint64_t mine = number << PIECE_BITS | (uint64_t)piece;
+            atomic_store_explicit(&worker->held, mine, memory_order_release);
+            worker->can_leave = 1;
+            atomic_signal_fence(memory_order_seq_cst);
+            if (atomic_load_explicit(&worker->held, memory_order_acquire) == mine) work(job, thread, piece);
+            atomic_signal_fence(memory_order_seq_cst);
+            worker->can_leave = 0;
+            if (atomic_exchange(&worker->held, NOTHING) == TAKEN) continue;
+            int64_t done = atomic_load_explicit(&worker->done, memory_order_relaxed) + 1;
+            atomic_store_explicit(&worker->done, done, memory_order_release);
+        }
     }
     return atomic_exchange(&worker->done, 0);
 }
