@@ -71,6 +71,15 @@ def test_another_salt_changes_the_key(salt: bytes, other: bytes, tokens: list) -
     assert len(keys) == len({salt, other})
 
 
+def test_every_part_of_a_key_counts() -> None:
+    mix = (("0" * 32, 1, 1.0),)
+    flags = [(False, False), (False, True), (True, False), (True, True)]
+    roots = {root_key(1, mix, is_long=long, is_first_pass=first) for long, first in flags}
+    assert len(roots) == len(flags)
+    changes = [(), ((1, mix),), ((2, mix),), ((1, ()),), ((1, mix), (2, ()))]
+    assert len({next_key(b"", (1, 2, 3), each) for each in changes}) == len(changes)
+
+
 @pytest.mark.parametrize(
     ("num_virtual", "num_preset", "num_shared"), [(0, 0, 0), (32, 32, 2), (32, 0, 2), (20, 0, 1)]
 )
