@@ -28,7 +28,7 @@ TEXTS = {
     "NOT_ANSWERED": "no turret server answers ({why})",
     "NOT_GRPC": "the server at {place} does not speak gRPC",
     "NOT_OFFERED": "the server does not offer this call",
-    "TLS_FAILED": "no secure connection to {place} was made ({why})",
+    "TLS_FAILED": "cannot make a secure connection to {place} ({why})",
     "CONNECTION_CLOSED": "the server at {place} closed the connection",
     "CLOSED_DURING_CALL": "the client was closed while the call was running",
     "ANSWER_CUT": "the server is shutting down and ended the answer early",
@@ -57,7 +57,7 @@ TEXTS = {
     "ANSWER_LOST": "the server closed the connection during the answer; see its log",
     # Evaluation.
     "IS_TEST_SET": "{path} is the test set; choose another file",
-    "PATH_NOT_WRITABLE": "{path} is not a file that can be written",
+    "PATH_NOT_WRITABLE": "{path} is not a writable file",
     "LABELS_NEED_CLASSIFY": "requires --classify",
     "LABELS_NOT_DISTINCT": "must be distinct and not empty",
     "ANSWER_NOT_A_LABEL": "{value!q} is not one of --labels",

@@ -136,7 +136,9 @@ def make(task: Task, *, seed: int, steps: int | None) -> None:
         flags = [f"--set={key}={value}" for key, value in settings.items()]
         subprocess.run([*command, str(work / "config.toml"), *flags], check=True)
         folder = HERE / "adapters" / task.name
-        shutil.copytree(work / "run" / "adapter", folder, dirs_exist_ok=True)
+        folder.mkdir(exist_ok=True)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copy(work / "run" / "adapter" / name, folder)
 
 
 def report(task: Task, tokenizer, *, seed: int, steps: int | None) -> None:

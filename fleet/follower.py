@@ -43,7 +43,7 @@ class Channel(ABC):
 
     @abstractmethod
     def call(self, wait_seconds: float, method: str, *arguments: Any) -> Any:
-        """Calls a method without its last argument, the time.
+        """Calls a method of the registry, which adds the time as the last argument.
 
         ``report`` waits up to ``wait_seconds`` for news, and ``outcome`` for the outcome.
         """

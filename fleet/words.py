@@ -26,7 +26,7 @@ TEXTS = {
     "INGRESS_FOLDER_FOREIGN": "{folder}, the directory for the files of the ingress, is a link or"
     " belongs to another user",
     "HAPROXY_MISSING": "HAProxy is not installed; {fix}",
-    "RAY_FAILED": "Ray: {cause}",
+    "RAY_FAILED": "Ray failed: {cause}",
     "RAY_NOT_JOINED": (
         "--ray-address: no Ray cluster can be joined at {address} ({cause}); `ray start --head`"
         " starts one and prints its address"
@@ -51,8 +51,8 @@ TEXTS = {
     ),
     # Settings of ``turret cluster serve``
     "FLEET_NO_PRELOAD": "is not supported in a fleet; load adapters with `turret adapters load`",
-    "FLEET_ONE_ADDRESS": "is not supported in a fleet, which has one address; the token file"
-    " decides who may change adapters",
+    "FLEET_ONE_ADDRESS": "is not supported in a fleet, which has no separate admin address; the"
+    " token file decides who may change adapters",
     "FLEET_NO_TRAINING": "is not supported in a fleet; train on a single server",
     "FLEET_NO_TLS": "is not supported in a fleet, which listens in plain text; terminate TLS in a"
     " proxy",

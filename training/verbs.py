@@ -177,7 +177,7 @@ def _init(args: argparse.Namespace) -> None:
 def _ranks(text: str) -> tuple[int, ...]:
     from turret.training.settings.flags import whole
 
-    ranks = (whole(part, 1, 1 << 16) for part in text.split(","))
+    ranks = (whole(part.strip(), 1, 1 << 16) for part in text.split(","))
     return tuple(dict.fromkeys(ranks))
 
 

@@ -15,15 +15,15 @@ TEXTS = {
     "NOT_KEY_VALUE": "must be TABLE.KEY=VALUE, not {value!q}",
     "LABELS_ARE_LEARNED": 'must be "completion" for a classification, which learns only the labels',
     "ENTRIES_NOT_IN_RANGE": "must have {least} to {most} entries, not {found}",
-    "ONE_VALUE_ONLY": "must have one value, because a sweep writes each variant to a directory in"
-    " it",
+    "ONE_VALUE_ONLY": "must have one value, because a sweep writes each variant to a directory"
+    " below it",
     # Settings that do not go together.
     "VALUE_UNSUPPORTED_BY": "{value} is not supported by {method}",
     "KEY_UNSUPPORTED_BY": "is not supported by {method}, which has only {choices}",
     "ODD_RANK": "must be even for hra, not {value}",
     "RANK_TOO_HIGH": "must be at most {most}, the limit of {method} on {module}, not {value}",
     "EXCEEDS_CONTEXT": "must be at most {most}, the context length of the model, not {value}",
-    "IS_TRAINING_FILE": "{path} is data.train as well; omit it to hold out"
+    "IS_TRAINING_FILE": "{path} is also data.train; omit this setting to hold out"
     " data.validation_fraction of the examples",
     "VALIDATION_EMPTY": "holds out none of the examples in {path} ({found}), but a sweep"
     " compares validation losses; raise it or set data.validation",
@@ -119,7 +119,7 @@ TEXTS = {
     "LORA_COUNT": "the adapter consists of {expected} LoRAs; pass --lora once for each, not {found}"
     " times",
     "XLORA_NO_LORAS": "adapters must be an object that names the LoRAs",
-    "XLORA_NAME": "adapters has the name {value!q:.60}, but PEFT supports only numbers from 0",
+    "XLORA_NAME": "adapters contains the name {value!q:.60}, but PEFT supports only numbers from 0",
     "XLORA_NUMBERS": "xlora_depth and xlora_dropout_p must be numbers",
     "XLORA_NO_CLASSIFIER": "{name} is in none of the adapter's files, because PEFT 0.20 and later"
     " omit it from {path}; save the adapter again",

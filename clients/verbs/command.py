@@ -142,7 +142,7 @@ GENERATION_FLAGS: Flags = {
 CONSTRAINT_FLAGS: Flags = {
     "--json-schema": flag("JSON that matches this schema", type=_text_or_file, metavar="FILE"),
     "--json-object": flag("a JSON object", **_SWITCH),
-    "--regex": flag("text that the whole expression matches", metavar="REGEX"),
+    "--regex": flag("text that matches this expression as a whole", metavar="REGEX"),
     "--grammar": flag(
         "text that this Lark or GBNF grammar describes", type=file_text, metavar="FILE"
     ),
@@ -162,7 +162,7 @@ def shared(*names: str) -> Flags:
 
 
 def add_connection_flags(parser: argparse.ArgumentParser, server: str = "") -> None:
-    """Add the flags of every verb.
+    """Add the connection flags, which every verb has.
 
     Args:
         parser: The verb's parser.

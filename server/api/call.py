@@ -22,8 +22,6 @@ from turret.server.metrics import Metrics
 from turret.server.words import say
 from turret.v1 import adapters_pb2, inference_pb2
 
-# Errors as clients see them: a code, a message, and when to try again.
-
 # The latest calls that failed, over any protocol, for operators who watch the server.
 
 MAX_FAILURES = 50
@@ -58,6 +56,9 @@ class Failure:
 
 # The last failures. They belong to one event loop.
 Failures = deque[Failure]
+
+
+# Errors as clients see them: a code, a message, and when to try again.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,6 +59,15 @@ class CommandParser(argparse.ArgumentParser):
     def add_subparsers(self, **kwargs: Any) -> Any:  # type: ignore[override]
         return super().add_subparsers(dest="_verb", **kwargs)
 
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        """Parse as argparse does, and report arguments that no verb has taken."""
+        values, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.error(say("UNEXPECTED_ARGUMENTS", count=len(rest), values=" ".join(rest)))
+        return values
+
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
@@ -74,7 +83,8 @@ class CommandParser(argparse.ArgumentParser):
                 self.error(f"{flag}: {say('TAKES_NO_VALUE')}")
         for group in self._mutually_exclusive_groups:
             named = {f for each in group._group_actions for f in each.option_strings}
-            if len(found := [flag for flag, _, _ in given if flag in named]) > 1:
+            found = list(dict.fromkeys(flag for flag, _, _ in given if flag in named))
+            if len(found) > 1:
                 self.error(f"{found[1]}: {say('CONFLICTS_WITH', other=found[0])}")
         # Missing arguments are reported below. The help shows which flags are required.
         asks_help = not {"-h", "--help"}.isdisjoint(self._given)
@@ -84,7 +94,8 @@ class CommandParser(argparse.ArgumentParser):
         try:
             values, rest = super().parse_known_args(args, namespace)
         except argparse.ArgumentError as error:
-            self.error(f"{_named((error.argument_name or '').split('/'))}: {error.message}")
+            name = f"{_named(error.argument_name.split('/'))}: " if error.argument_name else ""
+            self.error(f"{name}{error.message}")
         missing = [one for one in required if getattr(values, one.dest) is None]
         if rest and (missing or self._subparsers is None):
             if len(rest[0]) > 1 and rest[0].startswith("-"):

@@ -142,8 +142,9 @@ def read_request(
         AdapterNotFoundError: ``model`` is neither the base model, an adapter nor a mix.
         InvalidRequestError: Lists all errors in the request.
     """
-    info = exchange.services.inference.model()
+    # Take the body first, so that it is freed before a refusal is sent.
     sent: Sent[_A] = exchange.take_body()
+    info = exchange.services.inference.model()
     mix, wrong = named_in(sent.raw, info.name)
     exchange.call.about(mix)
     if wrong or sent.wrong:

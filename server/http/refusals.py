@@ -38,7 +38,7 @@ TABLE: dict[Code, HttpForm] = {
     Code.DATA_LOSS: HttpForm(500, "server_error"),
     Code.UNAUTHENTICATED: HttpForm(401, "authentication_error"),
 }
-# Codes of statuses that only HTTP has; the others are those of invalid arguments.
+# The codes of the statuses of ``HttpRefusal``. All other statuses have INVALID_ARGUMENT.
 _CODES = {
     **dict.fromkeys((404, 410), Code.NOT_FOUND),
     405: Code.UNIMPLEMENTED,

@@ -413,7 +413,7 @@ def text_type(config: Mapping[str, Any]) -> Any:
     kind, text = config.get("model_type"), config.get("text_config")
     if isinstance(kind, str) and kind in TEXT_PARTS:
         kind = (text.get("model_type") if isinstance(text, dict) else None) or TEXT_PARTS[kind]
-    # Any other value is not the name of a type.
+    # A value that is not a string names no type.
     return kind if isinstance(kind, str) else None
 
 

@@ -46,8 +46,8 @@ TEXTS: dict[str, str] = {
     "ADAPTS_EXPERT": "adapts an expert, which only LoRA supports",
     # Differences from the base model.
     "NO_SUCH_MODULE": "the base model has no module {module!q:.200}",
-    "NO_BASE_BIAS": "the base model has no bias there",
-    "ZERO_BASE_WEIGHT": "the base model's weight is 0 there, which no gain can change",
+    "NO_BASE_BIAS": "the base model has no bias in this module",
+    "ZERO_BASE_WEIGHT": "the base model's weight contains zeros, which no gain can change",
     "DIFFERS_FROM_BASE": "is {value}, but the base model has {expected}",
     "WRONG_MODEL_TYPE": "is for {expected} models, but the base model is of type {model_type}",
     "WRONG_WIDTH": "maps {inputs} to {outputs} features, but the base model's module maps"
@@ -67,8 +67,8 @@ TEXTS: dict[str, str] = {
     "NEEDS_ALL_TOKENS": f"needs a base model with all of its tokens; {_MERGE_FIRST}",
     "MISSING_ROWS": "the rows of tokens {first} to {last}, which the base model lacks, are not in"
     " the file; add {module} to modules_to_save as well",
-    "ADAPTER_LACKS_TOKENIZER": "is missing, but the adapter has rows for {rows} tokens, and the"
-    " base model for {base_rows}; save its tokenizer beside the weights",
+    "ADAPTER_LACKS_TOKENIZER": "is missing, but the adapter has rows for {rows} tokens and the"
+    " base model for only {base_rows}; save the adapter's tokenizer beside its weights",
     "CHAT_TEMPLATE_TOO_LARGE": "has a chat template of more than {most} bytes",
     "CHAT_TEMPLATE_INVALID": "invalid chat template: {problem}",
     "TOKENIZER_CODE": "a tokenizer with code of its own is not supported",
@@ -98,7 +98,7 @@ TEXTS: dict[str, str] = {
     "JSON_KEY_TOO_LONG": "has a key with more than {most} characters, {key!q:.80}",
     "JSON_HALF_CHARACTER": "contains half of a surrogate pair in key {key!q:.80}",
     # Tensor files.
-    "HEADER_TOO_LARGE": "its header has {found} bytes, more than {most}",
+    "HEADER_TOO_LARGE": "its header has {found} bytes, more than the limit of {most}",
     "METADATA_NOT_AN_OBJECT": "__metadata__ must be an object",
     "TENSOR_ENTRY_INVALID": "tensor {name!q:.200} has an invalid dtype, shape or data_offsets",
     "TENSOR_DTYPE_UNSUPPORTED": "tensor {name!q:.200} has dtype {value!q:.30}; supported"
@@ -123,15 +123,15 @@ TEXTS: dict[str, str] = {
     # Warnings about an adapter that is served.
     "AMBIGUOUS_PATTERNS": "{field}: {count} patterns match {module!q:.120} ({patterns}); the first"
     " one is used",
-    "TRAINED_FOR_ANOTHER_BASE": "trained for base model {trained!q:.200} but served on"
+    "TRAINED_FOR_ANOTHER_BASE": "trained for base model {trained!q:.200}, served on"
     " {served!q:.200}: the shapes fit, but the weights may differ",
     "OTHER_WEIGHTS": "trained on base weights with digest {trained}, but served on {served}",
-    "STORED_OTHERWISE": "trained on a base with other modules in 16 bits; the served one has"
-    " {modules}",
+    "STORED_OTHERWISE": "trained on a base with other modules in 16 bits; in the server's base,"
+    " these differ: {modules}",
     "OTHER_QUANTIZATION": "trained on {trained!q:.200}, whose weights are stored as {value}, but"
     " served on {served!q:.200}: the weights may differ",
     "BASE_DIFFERS": "adapter {path!q:.200} is rejected by --strict-base: {problem}",
-    "IS_TASK": "task {task} of the {count} in its files",
+    "IS_TASK": "serves task {task} of the {count} tasks in its files",
     "DRAWN_AGAIN": "{names} are not in the file, so they were drawn again from {seed} as in PEFT",
     "SOLVED_FROM_BASE": "{names} is not in the file, so it was computed from the 4-bit weights,"
     " whose error changes the update by about {share:.0%}",
@@ -156,7 +156,8 @@ TEXTS: dict[str, str] = {
     "UNFIT_COMPONENT": "component {component!q} ({method}) cannot be used: {why}",
     "NESTED_COMPONENT": "component {component!q} is built from components itself, which is not"
     " supported",
-    "UNEQUAL_RANKS": "components have different ranks ({ranks}) in {module}, but use_gks needs one",
+    "UNEQUAL_RANKS": "components have different ranks ({ranks}) in {module}, but use_gks requires"
+    " equal ranks",
     "PART_OF_XLORA": "is missing: PEFT saves X-LoRA in parts; join them with `turret convert`",
     # Fusions and merges.
     "WRONG_COMBINATION": "applies only to {owners}, not to {found}",
@@ -222,6 +223,6 @@ TEXTS: dict[str, str] = {
     "UPLOAD_OVER": "the upload has ended",
     "LONGER_THAN_ANNOUNCED": "has more than the {size} bytes announced",
     "FILES_INTERLEAVE": "starts before {other!q} is complete; send one file after the other",
-    "FILE_NOT_ANNOUNCED": "is not in the header, or was sent before",
+    "FILE_NOT_ANNOUNCED": "is not in the header, or was already sent",
     "WRONG_SHA256": "does not have the announced SHA-256; send it again",
 }

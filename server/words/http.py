@@ -16,13 +16,14 @@ TEXTS: dict[str, str] = {
     "WRONG_TYPE": "must be {expected}, not {value}",
     "TOO_LONG": "must have at most {most} characters when written as JSON",
     "NUMBER_TOO_LARGE": "must not contain numbers above 1.8e308",
-    "TOO_FEW_ENTRIES": "must have {least} or more entries",
+    "TOO_FEW_ENTRIES": "must have at least {least} entries",
     "NOT_TEXT": "must be a text part; this model accepts only text",
     "NOT_A_BIAS": "must map token ids to numbers from -100 to 100; the entry {token!q:.40} does"
     " not",
     "NOT_SUPPORTED": "is not supported; omit it",
     "NOT_SUPPORTED_USE": "is not supported; use {instead}",
-    "NOTHING_STORED": "is not supported: nothing is stored; send the whole conversation as input",
+    "NOTHING_STORED": "is not supported, because the server stores no conversations; send the"
+    " whole conversation as input",
     "TOO_MANY_ANSWERS": "all prompts together may have at most {most} answers, not {found}",
     "UNKNOWN_TOOL": "names a function that is not in tools",
     "GBNF_BESIDE_TOOLS": "must be a Lark grammar, not GBNF, if there are tools",
@@ -37,7 +38,7 @@ TEXTS: dict[str, str] = {
     "NOT_EQUAL": "must be equal to {other} ({expected})",
     "NOT_A_WEIGHT": "the weight of {name!q} must be a decimal number such as 0.5, not {weight!q}",
     # Requests.
-    "HEAD_TOO_LARGE": "the path and headers must be at most {most} bytes",
+    "HEAD_TOO_LARGE": "the path and headers together must be at most {most} bytes",
     "DUPLICATE_HEADER": "the request has more than one {header} header",
     "HOST_MISSING": "the request has no host header",
     "UNKNOWN_HOST": "unknown host {host!q}; use the server's address, or allow the host with"
@@ -65,5 +66,6 @@ TEXTS: dict[str, str] = {
     "NOT_A_MESSAGE_TYPE": "the body must be uncompressed protobuf with the content type {wanted}",
     "NOT_A_VECTOR": "must be a dense tensor with one dimension",
     "NOT_AS_LONG": "must have one entry for each token ({expected}), not {found}",
-    "NOT_WHOLE_NUMBERS": "must be a multiple of {size} bytes, the size of a number, not {found}",
+    "NOT_WHOLE_NUMBERS": "has {found} bytes, which is not a multiple of {size}, the size of a"
+    " number",
 }

@@ -13,7 +13,7 @@ TEXTS = {
     # Adapters in buckets and registries.
     "REMOTE_UNSUPPORTED": "needs a server with --adapter-remote, which lists where it may load"
     " adapters from",
-    "REMOTE_NOT_ALLOWED": "is not below a prefix of --adapter-remote ({choices})",
+    "REMOTE_NOT_ALLOWED": "is not below a location that --adapter-remote allows ({choices})",
     "REMOTE_LACKS_FILE": "contains no {file}",
     "REMOTE_MISSING": "there is no adapter at {path}",
     "REMOTE_FORBIDDEN": "access to {path} was denied; check the server's credentials",

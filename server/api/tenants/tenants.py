@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from turret.server.api.access import Party, TokenTable, bearer_token, token_digest
 from turret.server.api.gate import ServingGate
-from turret.server.api.tenants.checkpoints import Checkpoint, Checkpoints
+from turret.server.api.tenants.checkpoints import Checkpoint, Checkpoints, unix_time
 from turret.server.api.tenants.futures import CommandLog, Futures
 from turret.server.basics.files import reporting_disk_faults
 from turret.server.basics.turns import FairPool
@@ -71,7 +71,7 @@ class TenantModel:
     metadata: dict[str, str]
     log: CommandLog
     learner: int | None = None
-    used: float = field(default_factory=time.time)
+    used: float = field(default_factory=unix_time)
     inflight: str = ""
 
     @property
@@ -238,7 +238,7 @@ class Sessions:
         if session.is_numbered != is_numbered:
             raise unknown_model(model_id)
         session.seen = time.monotonic()
-        model.used = time.time()
+        model.used = unix_time()
         return model
 
     def sampler(self, owner: str, sampler_id: str) -> SavedSampler:
@@ -358,7 +358,10 @@ class Sessions:
 
     def _withdraw(self, sampler: SavedSampler) -> None:
         if sampler.is_own and self._gate.is_open:
-            self._later(self.training().withdraw(sampler.adapter))
+            self._later(self._withdrawn(sampler.adapter))
+
+    async def _withdrawn(self, name: str) -> None:
+        await self.training().withdraw(name)
 
     def _later(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.ensure_future(_quietly(work))

@@ -29,7 +29,7 @@ _MOST_LISTED = 100
 _ARCHIVED = ("adapter_config.json", "adapter_model.safetensors")
 _LINK_SECONDS = 900.0
 _PIECE_BYTES = 1 << 18
-# Signs links, so that nobody can make one. Links end with the process.
+# Signs links, so that nobody else can make one. Links become invalid when the process ends.
 _KEY, _SIGNATURE_BYTES = secrets.token_bytes(32), 16
 
 
@@ -59,7 +59,7 @@ class _TrainingRun:
 
 
 def _runs(state: TinkerState, owner: str) -> list[_TrainingRun]:
-    """The runs of an owner, the latest first."""
+    """The runs of an owner, the most recently used first."""
     found: dict[str, _TrainingRun] = {}
     for model in state.tenants.sessions.models(owner):
         run = _TrainingRun(model.model_id, model.config.rank, model.used, model.metadata, [])
@@ -172,7 +172,8 @@ async def set_ttl(state: TinkerState, exchange: Exchange, body: Ttl) -> Json:
     return {}
 
 
-# Files. Clients download them without a token, by links that contain what they are for.
+# Files. Clients download them without a token, through signed links that name the checkpoint, the
+# file and the expiry.
 
 
 def _link(exchange: Exchange, checkpoint: Checkpoint, name: str, expires: float) -> str:
@@ -201,7 +202,7 @@ async def file_urls(state: TinkerState, exchange: Exchange) -> Json:
 
 
 async def download(state: TinkerState, exchange: Exchange) -> None:
-    """Send a file, or an archive: an uncompressed tar file."""
+    """Send one file, or all of them as an uncompressed tar archive."""
     checkpoint, name = _linked(state, exchange.request.path_params["secret"])
     found = await asyncio.to_thread(_files, state.tenants.checkpoints.folder(checkpoint))
     found = [each for each in found if name in ("", each[0].name)]
@@ -222,8 +223,8 @@ def _linked(state: TinkerState, secret: str) -> tuple[Checkpoint, str]:
     """The checkpoint and the name of the file in a link.
 
     Raises:
-        HttpRefusal: The link has expired, or is none of ``_link``.
-        TrainingNotFoundError: The checkpoint does not exist any more.
+        HttpRefusal: The link has expired, or was not made by ``_link``.
+        TrainingNotFoundError: The checkpoint no longer exists.
     """
     with contextlib.suppress(ValueError):
         data = urlsafe_b64decode(secret)

@@ -315,7 +315,7 @@ class LikeliestTokens:
 
     Args:
         decoder: A decoder whose head does not change.
-        screen: Its head.
+        screen: The int8 copy of its head.
     """
 
     def __init__(self, decoder: Decoder, screen: Screen) -> None:

@@ -277,6 +277,7 @@ static void shrink_piece(const void *job, int64_t thread, int64_t piece) {
     const Job *j = job;
     Share own = next_walk(&j->shrinking, piece, j->pieces);
     (void)thread;
+    low_rank_begin();
     shrink(j->step, j->projection, &own);
     low_rank_end();
 }
@@ -285,6 +286,7 @@ static void expand_piece(const void *job, int64_t thread, int64_t piece) {
     const Job *j = job;
     Share own = next_walk(&j->expanding, piece, j->pieces);
     (void)thread;
+    low_rank_begin();
     expand(j->step, j->projection, &own);
     low_rank_end();
 }

@@ -182,7 +182,9 @@ void pieces_shrink(const bf16 *x, const ModuleSize *size, int64_t rank, float w,
 /* acc[:, 0:count] += (B v)[low:low + count], for at most AT_ONCE rows and COLUMNS columns. The other operators'
  * expand functions add w times their result. */
 void low_rank_expand(const Module *m, const Rows *rows, const ModuleSize *size, int64_t low, int64_t count);
-/* Releases the tiles. Call this function after a thread's last low-rank shrink or expand. */
+/* Prepare the tiles, and release them. Call these functions before a piece's first low-rank shrink or expand, and
+ * after its last one. */
+void low_rank_begin(void);
 void low_rank_end(void);
 
 /* Computes tile number `tile` of U = w2b diag(x) w1b^T. */

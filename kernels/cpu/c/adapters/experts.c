@@ -44,6 +44,7 @@ KERNEL static void adapt(const ExpertStep *step, const Pairs *p, int64_t pair, f
     ModuleSize size = {p->in_features, p->out_features};
     float *v = scratch;
     int has_update = 0;
+    low_rank_begin();
     for (int64_t k = first; k < last; k++) {
         const Update *u = step->members[k].updates + p->update;
         Module m = {.a = u->a + expert * u->rank * p->in_features, .rank = u->rank};

@@ -5,6 +5,7 @@
 #if HAS_TILES
 #include "low_rank_tiles.h"
 #else
+void low_rank_begin(void) {}
 void low_rank_end(void) {}
 #endif
 

@@ -35,6 +35,9 @@ INLINE void shape_tiles(int64_t wanted) {
     shaped = wanted;
 }
 
+/* A piece that was left (team.h) has not reached low_rank_end, and its tiles may have been reset since. */
+void low_rank_begin(void) { shaped = 0; }
+
 void low_rank_end(void) {
     if (shaped) tiles_end();
     shaped = 0;

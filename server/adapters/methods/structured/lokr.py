@@ -9,8 +9,9 @@ from __future__ import annotations
 from turret.server.adapters.methods.kit import *
 
 _ROLES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
-# The most elements of a w1 that is larger than w2 and the product of two factors.
+# The most elements of a w1 that is the product of two factors, if it is larger than w2.
 _MAX_WHOLE = 1 << 16
+_TOO_LARGE = f"lokr_w1 must have at most {_MAX_WHOLE} elements, or no more than lokr_w2"
 
 
 def _check(m: Module) -> None:
@@ -28,7 +29,7 @@ def _check(m: Module) -> None:
     elif "lokr_w1" not in m and out_l * in_m > max(out_k * in_n, _MAX_WHOLE):
         # w1 is multiplied out, so a small file could take much memory. PEFT makes w1 larger than w2
         # only with a large decompose_factor.
-        m.fault("lokr_w1_a", say("INVALID_TENSOR", why="lokr_w1 must be the smaller factor"))
+        m.fault("lokr_w1_a", say("INVALID_TENSOR", why=_TOO_LARGE))
 
 
 def _factor_shape(m: Module, which: str) -> tuple[int, int] | None:

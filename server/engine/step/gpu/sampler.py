@@ -39,7 +39,9 @@ _Row = tuple[float, float, float, float]
 
 
 class GpuSampler(Sampler):
-    """Draws on the device. Sequences with a vocabulary of their own are drawn on the host.
+    """Draws on the device.
+
+    The tokens of sequences with a vocabulary of their own are drawn on the host.
 
     Args:
         stop_token_ids: The model's end tokens, not drawn while under ``min_tokens``.
