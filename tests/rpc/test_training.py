@@ -218,12 +218,13 @@ async def test_exceeded_quotas_are_errors_and_leave_nothing_behind(
         failure = await failure_of(anext(aiter(stub.ExportCheckpoint(export))))
         assert failure.code is Code.RESOURCE_EXHAUSTED
         tables.may_run.clear()
-        calls = [asyncio.ensure_future(stub.ForwardBackward(asked(model))) for _ in range(2)]
-        await asyncio.sleep(0.2)
-        failure = await failure_of(stub.ForwardBackward(asked(model)))
+        # One runs and one waits, so the third is rejected.
+        calls = [asyncio.ensure_future(stub.ForwardBackward(asked(model))) for _ in range(3)]
+        rejected, left = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+        failure = await failure_of(rejected.pop())
         assert failure.code is Code.RESOURCE_EXHAUSTED
         tables.may_run.set()
-        await asyncio.gather(*calls)
+        await asyncio.gather(*left)
         (only,) = tables.learners.values()
         assert only.calls == ["save", "pass 1", "pass 1"]
 

@@ -196,7 +196,7 @@ def test_the_help_is_the_same_without_heavy_imports() -> None:
         (["generate", "--top-p", "much", "x"], say("NOT_A_NUMBER", value='"much"')),
         (["adapters", "list", "--jsn"], 'turret adapters list: .*"--json"'),
         (["adapters", "load", "x"], "PATH: "),
-        (["adapters", "fuse"], "--adapter: .*; NAME: "),
+        (["adapters", "fuse"], "NAME: .*; --adapter: "),
         (["generate", "-x"], '"-x"'),
         (["adapters"], "ACTION: "),
         (["serve", "--max-rank"], "--max-rank: "),
