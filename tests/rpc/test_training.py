@@ -246,8 +246,8 @@ async def test_waiting_passes_take_no_more_memory_than_their_bytes(tmp_path: Pat
             await stub.DeleteModel(pb.DeleteModelRequest(model_id=model.model_id))
             tables.may_run.set()
             await asyncio.gather(*calls, return_exceptions=True)
-        # The first calls take memory that later ones use again.
-        assert grown[2] - grown[1] < 3 * 300 * message.ByteSize() + (8 << 20)
+        # The first calls take memory that later ones use again, or return to the system.
+        assert grown[2] - max(grown[1], 0) < 3 * 300 * message.ByteSize() + (8 << 20)
 
 
 async def test_a_call_whose_client_disconnected_runs_to_its_end(tmp_path: Path) -> None:
