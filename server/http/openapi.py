@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,6 +23,12 @@ OpenAI's HTTP API for the base model, its adapters and their mixes.
   new part of the answer, and ends with `data: [DONE]`.
 - Stored completions, responses, files, assistants, batches, images and audio are not supported.
 """
+_BOUNDS = {
+    "ge": "minimum",
+    "gt": "exclusiveMinimum",
+    "le": "maximum",
+    "lt": "exclusiveMaximum",
+}
 _STATUSES: dict[int, str] = {
     400: "A field is wrong, or the body is not JSON.",
     401: "The token is missing or unknown.",
@@ -58,6 +65,7 @@ def document(routes: Iterable[Route], *, has_tokens: bool) -> dict[str, Any]:
     made = get_openapi(
         title="turret", version=turret.__version__, description=DESCRIPTION, routes=described
     )
+    made = json.loads(dumps(made), object_hook=_with_bounds)
     # FastAPI adds its own form of an error, which this server does not send.
     for name in ("HTTPValidationError", "ValidationError"):
         made["components"]["schemas"].pop(name, None)
@@ -72,6 +80,14 @@ def document(routes: Iterable[Route], *, has_tokens: bool) -> dict[str, Any]:
                 path = route.path.replace(":path}", "}")
                 made["paths"][path][route.method.lower()]["security"] = [{"token": []}]
     return made
+
+
+def _with_bounds(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema with JSON schema's own names of bounds, for which pydantic has two spellings."""
+    return {
+        _BOUNDS.get(name, name) if isinstance(value, int | float) else name: value
+        for name, value in schema.items()
+    }
 
 
 def _described(route: Route) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import httpx2
@@ -92,3 +93,12 @@ async def test_the_page_loads_nothing_from_elsewhere(http: HttpHarness) -> None:
     for name in ("redoc.standalone.js", "..%2fcore.py"):
         refused = Refused.of(await http.client.get(f"/docs/{name}"))
         assert (refused.status, refused.code) == (404, "unknown_url")
+
+
+async def test_bounds_of_numbers_are_those_of_json_schema(http: HttpHarness) -> None:
+    answer = await http.client.get("/openapi.json")
+    fields = answer.json()["components"]["schemas"]["ChatRequest"]["properties"]
+    number = next(each for each in fields["top_logprobs"]["anyOf"] if each["type"] == "integer")
+    assert (number["minimum"], number["maximum"]) == (0, 20)
+    # Pydantic's own words, which no client knows.
+    assert not re.search('"(ge|gt|le|lt)":', answer.text)
