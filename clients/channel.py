@@ -75,7 +75,7 @@ def _read_pem(name: str, path: str | os.PathLike[str]) -> bytes:
     if not isinstance(path, str | os.PathLike):
         # Do not repeat the value, which may be PEM itself.
         kind = type(path).__name__
-        raise ArgumentTypeError(name, say("NOT_OF_TYPE", wanted="the path of a file", value=kind))
+        raise ArgumentTypeError(name, say("WRONG_TYPE", expected="the path of a file", value=kind))
     try:
         return Path(path).read_bytes()
     except OSError as error:

@@ -5,7 +5,6 @@ from turret.words import sayer
 
 TEXTS = {
     # Arguments.
-    "NOT_OF_TYPE": "must be {wanted}, not {value}",
     "REQUIRED_WITH": "is required with a {other}",
     "NOT_ASCII": "must be printable ASCII",
     "INCLUDES_BEARER": "must not include the word Bearer",

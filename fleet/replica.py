@@ -215,7 +215,7 @@ class ReplicaRegistry(AdapterRegistry):
         now = time.monotonic()
         if now - self._asked_time >= _USAGE_SECONDS:
             self._asked_time = now
-            # While the registry is away, the last answer stays.
+            # If the registry cannot be reached, keep its last answer.
             with contextlib.suppress(UnavailableError):
                 usage = self._channel.usage()
                 self._elsewhere = [used for each, used in usage.items() if each != self._replica]

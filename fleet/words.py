@@ -47,7 +47,8 @@ TEXTS = {
         " {state_dir}`"
     ),
     "FLEET_NOT_JOINED": (
-        "no fleet is running on this machine; choose one with --state-dir or --ray-address"
+        "no Ray cluster is running on this machine or at RAY_ADDRESS; choose a fleet with"
+        " --state-dir or --ray-address"
     ),
     # Settings of ``turret cluster serve``
     "FLEET_NO_PRELOAD": "is not supported in a fleet; load adapters with `turret adapters load`",

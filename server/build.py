@@ -259,8 +259,9 @@ def _build_training(
 def _device_bytes(config: AdapterConfig) -> int:
     """The device memory for adapters in training.
 
-    Of 32 bytes per parameter in host memory, a pass copies about 10 to the device: an operator in
-    the serving dtype, its leaf in float32 and the gradient of that.
+    An adapter in training takes 32 bytes per parameter in host memory. A pass copies about 10 of
+    them to the device: an operator in the serving dtype, its leaf in float32 and the leaf's
+    gradient.
     """
     return config.training_bytes // 3
 

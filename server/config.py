@@ -177,8 +177,8 @@ class SchedulerConfig(Checked):
     )
     preempt_after_seconds: Seconds = setting(
         5.0,
-        "time after which a waiting request may take the place, or the adapters' memory, of another"
-        " request whose bearer token holds more of it, or whose mix was served more; 0: never",
+        "time that a request waits for a place, or for memory for its adapters, before it may take"
+        " that of another request; 0: never",
         ge=0,
     )
     speculation: Literal["auto", "prompt", "off"] = setting(

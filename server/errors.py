@@ -1,7 +1,7 @@
 """Every error that turret raises on purpose, as one tree.
 
-The docstring of a class says when the error occurs; docs/operations.md lists these. Classes without
-one are only bases.
+A class's docstring describes when the error occurs, for the table in docs/operations.md. Classes
+without a docstring are only bases.
 
 ``reason`` is an AIP-193 identifier: the name of the class, unless the class names another. Unless
 it is given, ``metadata`` has the parameters of the message, except those that are sentences
@@ -177,7 +177,7 @@ class NotMergedError(AdapterError):
 
 
 class TrainingNotFoundError(TurretError):
-    """No such model in training, sampler, session or checkpoint."""
+    """The model in training, sampler, session or checkpoint does not exist."""
 
     code = Code.NOT_FOUND
 

@@ -1,7 +1,8 @@
 """Prometheus metrics in a separate registry, with a bounded number of ``adapter`` labels.
 
-A series that several facts decide has a method of ``Metrics``; others are attributes, which their
-users change. All of this is safe to use from any thread, and never raises for an unknown name.
+``Metrics`` has a method for each series whose value or labels depend on several facts. Other series
+are attributes, which callers change directly. All of this is safe to use from any thread, and never
+raises for an unknown name.
 """
 
 from __future__ import annotations

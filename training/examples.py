@@ -381,7 +381,8 @@ def encode_all(
 
     Raises:
         DataError: An example cannot be rendered, is too long although ``config`` forbids that,
-            lacks the invocation, has another label or has nothing to learn; or no example is left.
+            lacks the invocation, has an unknown label or has nothing to learn; or no example is
+            left.
     """
     numbers = {label: number for number, label in enumerate(labels)}
     encoded, dropped, truncated, shortest = [], 0, 0, sys.maxsize

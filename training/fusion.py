@@ -130,8 +130,8 @@ class FusionLayer(nn.Module):
 
     Args:
         base: A linear module, which may be quantised.
-        updates: The components' updates in order; None where a component does not adapt the module,
-            but at least one does.
+        updates: The components' updates in order; None for a component that does not adapt the
+            module. At least one is not None.
         d_k: Width of queries and keys.
 
     Attributes:

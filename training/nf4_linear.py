@@ -1,4 +1,4 @@
-"""The NF4 linear modules of a run on a CPU, and those in MXFP4.
+"""The frozen NF4 modules of a run on a CPU, and its frozen MXFP4 modules on any device.
 
 bitsandbytes multiplies in the activations' dtype. In bfloat16 that is slow on Intel processors
 without AMX: on a Xeon, float32 products ran twice as fast as those of AVX512-BF16. So the weight is

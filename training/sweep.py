@@ -83,8 +83,8 @@ def sweep(
     """Train every variant, and write ``sweep.json`` into the sweep's directory at the end.
 
     Variants that are already finished are not trained again, so a sweep that was stopped continues.
-    All variants are checked at once. Those that the engine of a server
-    trains share a base and are trained together; the others follow, one at a time.
+    All variants are checked at once. Those that the engine of a server trains share a base and are
+    trained together; the others follow, one at a time.
 
     Args:
         variants: At least one. Their configs must have validation examples.
@@ -224,7 +224,7 @@ def _together(
 
 
 def _shared_listeners(listen: Observer, num_runs: int) -> Callable[[str], Observer]:
-    """Makes listeners of runs, by title, whose events become those of one run with all steps."""
+    """A function that makes a run's listener by its title; together they report a single run."""
     lock = threading.Lock()
     steps: Counter[str] = Counter()
 

@@ -25,8 +25,8 @@ TEXTS = {
     "EXCEEDS_CONTEXT": "must be at most {most}, the context length of the model, not {value}",
     "IS_TRAINING_FILE": "{path} is also data.train; omit this setting to hold out"
     " data.validation_fraction of the examples",
-    "VALIDATION_EMPTY": "holds out none of the examples in {path} ({found}), but a sweep"
-    " compares validation losses; raise it or set data.validation",
+    "VALIDATION_EMPTY": "holds out none of the {found!n:example} in {path}, but a sweep compares"
+    " validation losses; set data.validation, or a fraction above 0 of at least two examples",
     "SAME_COMPONENT_NAME": "two components have the same name; write NAME=DIRECTORY",
     # Modules.
     "PRESET_NOT_ALONE": "{value!q} cannot be combined with other targets",
@@ -92,7 +92,7 @@ TEXTS = {
     " base.model to the server's model",
     "SERVER_DOES_NOT_TRAIN": "{address} does not train; start it with `turret serve --training"
     " --state-dir DIR`",
-    "RUN_ELSEWHERE": "the run in {path} was started elsewhere; `{command}` continues it",
+    "RUN_ELSEWHERE": "the run in {path} was started {how} --server; `{command}` continues it",
     "NO_VALIDATION_LOSS": "{path} has no validation loss",
     # Repair adapters.
     "NOTHING_TO_REPAIR": "the 4-bit weights in {path} are served as stored, so there is nothing to"
@@ -115,18 +115,19 @@ TEXTS = {
     " org/name",
     "BASE_IS_4BIT": "{path} is 4-bit; pass the 16-bit or 32-bit checkpoint that the adapter was"
     " trained on",
-    "TENSOR_QUANTIZED": "{name} is {dtype}, which is quantised",
+    "TENSOR_QUANTIZED": "{name} has dtype {dtype}, so the model is quantised; pass the 16-bit or"
+    " 32-bit checkpoint that the adapter was trained on",
     "LORA_COUNT": "the adapter consists of {expected} LoRAs; pass --lora once for each, not {found}"
     " times",
     "XLORA_NO_LORAS": "adapters must be an object that names the LoRAs",
     "XLORA_NAME": "adapters contains the name {value!q:.60}, but PEFT supports only numbers from 0",
     "XLORA_NUMBERS": "xlora_depth and xlora_dropout_p must be numbers",
-    "XLORA_NO_CLASSIFIER": "{name} is in none of the adapter's files, because PEFT 0.20 and later"
-    " omit it from {path}; save the adapter again",
+    "XLORA_NO_CLASSIFIER": "{name} is neither in {path} nor in a LoRA's directory below it;"
+    " convert the whole directory that PEFT wrote",
     "XLORA_TRAINED_LORAS": "LoRA {number} was trained too (use_trainable_adapters), but PEFT 0.20"
     " and later do not save all of its layers; save the adapter with PEFT 0.19",
-    "XLORA_NO_ORIGINAL": "PEFT 0.20 and later do not save all layers of LoRA {number}, and {path},"
-    " from which it was made, is not an adapter; pass all LoRAs in order, each with --lora",
+    "XLORA_NO_ORIGINAL": "cannot read the original of LoRA {number}: {path} is not an adapter;"
+    " pass the original LoRAs in order, each with --lora",
     "XLORA_OTHER_LORA": "{path} is not LoRA {number}: {name} differs",
     "ADAMSS_CLUSTERS": "{name}: the base gives clusters of {expected} rows, but the file has"
     f" {{found}}; {_TRAINED_BASE}",

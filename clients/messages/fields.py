@@ -160,7 +160,7 @@ def several(name: str, value: Any, wanted: str) -> Iterable[Any]:
 
 def not_of_type(name: str, wanted: str, value: object) -> ArgumentTypeError:
     """The error for an argument that is not ``wanted``, which describes its type."""
-    return ArgumentTypeError(name, say("NOT_OF_TYPE", wanted=wanted, value=repr(value)))
+    return ArgumentTypeError(name, say("WRONG_TYPE", expected=wanted, value=repr(value)))
 
 
 def as_json(name: str, value: object) -> str:

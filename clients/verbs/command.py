@@ -126,7 +126,7 @@ GENERATION_FLAGS: Flags = {
     "--min-p": flag("drop tokens below this share of the likeliest", **_NUMBER),
     "--repetition-penalty": flag("divide the logits of earlier tokens", **_NUMBER),
     "--presence-penalty": flag("subtract from the logits of generated tokens", **_NUMBER),
-    "--frequency-penalty": flag("the same, per occurrence", **_NUMBER),
+    "--frequency-penalty": flag("subtract from the logits per occurrence", **_NUMBER),
     "--stop": flag("text that ends the answer; repeatable", action="append", metavar="TEXT"),
     "--stop-token-id": flag(
         "token that ends the answer; repeatable",

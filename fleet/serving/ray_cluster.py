@@ -231,7 +231,8 @@ def join_as_guest(ray_address: str | None, state_dir: Path | None) -> None:
     try:
         _init(ray, is_local=is_local, address=ray_address or "auto")
     except ConnectionError as error:
-        raise UnavailableError(say("FLEET_NOT_JOINED")) from error
+        away = say("RAY_NOT_JOINED", address=ray_address, cause=error)
+        raise UnavailableError(away if ray_address else say("FLEET_NOT_JOINED")) from error
     except (RuntimeError, ValueError) as error:
         raise UnavailableError(say("RAY_FAILED", cause=error)) from None
 

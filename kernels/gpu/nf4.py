@@ -301,7 +301,7 @@ def check_product(x: torch.Tensor, weight: Nf4Matrix) -> None:
     check_length("packed", weight.packed, size // 2)
     # The kernel indexes with 32 bits: 64-bit indices cost registers.
     if size // 2 >= 1 << 31:
-        raise ValueError(f"packed has {size // 2} bytes; the limit is below 2³¹")
+        raise ValueError(f"packed has {size // 2} bytes, but must have fewer than 2³¹")
     check_contiguous("absmax", weight.absmax)
     check_length("absmax", weight.absmax, size // BLOCK)
 

@@ -103,7 +103,7 @@ def by_rows(
         x: ``[num_rows, …]``.
         sample: Makes ``SAMPLE_ROWS`` rows to try.
     """
-    # If a library never keeps a row's bits, one row at a time is the best that it can do here.
+    # If a library never keeps a row's bits, compute one row at a time, the best possible here.
     # Sums of products have a second formulation for such libraries.
     return in_sizes(compute, x, choose(op, key, lambda: (compute, sample())) or (1,))
 

@@ -476,7 +476,9 @@ class StateDir(SharedStateDir):
         except (KeyError, TypeError, ValueError, RecursionError):
             raise ValueError(say("STATE_BASE_DAMAGED", path=path)) from None
         if digest != base_digest:
-            text = say("STATE_OF_OTHER_BASE", path=self.path, found=name, base_model=base_name)
+            names = {"path": self.path, "found": name, "base_model": base_name}
+            digests = {"digest": str(digest), "base_digest": base_digest}
+            text = say("STATE_OF_OTHER_BASE", **names, **digests)
             raise ValueError(text)
 
     def read(self, *, sweeps: bool = True) -> list[SavedRegistration]:

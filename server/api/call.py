@@ -54,7 +54,7 @@ class Failure:
     time: float = field(default_factory=time.time)
 
 
-# The last failures. They belong to one event loop.
+# Belongs to one event loop; the newest failure is last.
 Failures = deque[Failure]
 
 

@@ -110,7 +110,7 @@ class Training:
         violations = Violations()
         violations.check_count(len(message.data), MAX_DATUMS, "data")
         violations.raise_if_any()
-        # Until it is its turn, a pass is kept as bytes, which take less memory than a message.
+        # Keep a waiting pass as bytes, which take less memory than a message.
         sent = message.SerializeToString()
         del message
 

@@ -1,4 +1,4 @@
-"""Conversion of messages: all errors in one are collected, and reported together."""
+"""Converts messages, and collects all errors in one message to report them together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads, and an event loop, that take the work of several tenants in turn; limits on them."""
+"""Runs tenants' work in turn, on threads or on an event loop; limits what is open at a time."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ TABLE: dict[Code, HttpForm] = {
     Code.DATA_LOSS: HttpForm(500, "server_error"),
     Code.UNAUTHENTICATED: HttpForm(401, "authentication_error"),
 }
-# The codes of the statuses of ``HttpRefusal``. All other statuses have INVALID_ARGUMENT.
+# HTTP status of an ``HttpRefusal`` → code. Other statuses have INVALID_ARGUMENT.
 _CODES = {
     **dict.fromkeys((404, 410), Code.NOT_FOUND),
     405: Code.UNIMPLEMENTED,

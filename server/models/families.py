@@ -393,8 +393,8 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_moe": Family(_READ_QWEN3, experts=_qwen3_experts),
     "smollm3": Family(_read_smollm3),
 }
-# ``model_type`` of models of text and images whose ``text_config`` is one of these → the
-# ``model_type`` of that part, if it does not have one.
+# ``model_type`` of a model of text and images → the default ``model_type`` of its
+# ``text_config``.
 TEXT_PARTS: Mapping[str, str] = {
     "gemma3": "gemma3_text",
     # Mistral Small 3.1 and later, and Ministral 3.

@@ -198,7 +198,9 @@ class TrainingService:
         most = self._max_bytes // 2 if owner else self._max_bytes
         used = self._used[owner] if owner else self._used.total()
         if needed + used > most or needed + self._used.total() > self._max_bytes:
-            raise BudgetExceededError(say("TRAINING_FULL", bytes=needed, most=most, used=used))
+            both = {"all_used": self._used.total(), "training_bytes": self._max_bytes}
+            text = say("TRAINING_FULL", bytes=needed, used=used, most=most, **both)
+            raise BudgetExceededError(text)
         self._used[owner] += needed
         self._reserved[adapter_id] = owner, needed
         self._count_adapters()

@@ -64,7 +64,8 @@ TEXTS: dict[str, str] = {
     "UNEQUAL_ROWS": "has {rows!n:row}, but {other} has {expected}",
     "TOO_MANY_ADDED_ROWS": "has {rows} rows, but at most {most} more than the base model's"
     f" {{base_rows}} are supported; {_MERGE_FIRST}",
-    "NEEDS_ALL_TOKENS": f"needs a base model with all of its tokens; {_MERGE_FIRST}",
+    "NEEDS_ALL_TOKENS": "is not supported if the adapter changes the number of tokens; "
+    + _MERGE_FIRST,
     "MISSING_ROWS": "the rows of tokens {first} to {last}, which the base model lacks, are not in"
     " the file; add {module} to modules_to_save as well",
     "ADAPTER_LACKS_TOKENIZER": "is missing, but the adapter has rows for {rows} tokens and the"
@@ -212,8 +213,9 @@ TEXTS: dict[str, str] = {
     "CHANGED_DURING_EXPORT": "{path} changed while it was exported",
     # Uploads and the state directory.
     "STATE_DIR_REQUIRED": "uploaded and fused adapters need a server with --state-dir",
-    "STATE_OF_OTHER_BASE": "--state-dir: {path} contains adapters of base model {found!q}, not of"
-    " {base_model!q}; use another directory",
+    "STATE_OF_OTHER_BASE": "--state-dir: {path} contains adapters of base model {found!q} with"
+    " digest {digest:.12}, but the server has {base_model!q} with digest {base_digest:.12}; use"
+    " another directory",
     "STATE_BASE_DAMAGED": "--state-dir: {path} is damaged; restore it, or remove it if the base"
     " model is still the same",
     "STATE_DISK_FULL": "the disk of --state-dir has {free_bytes!b} free, but {needed_bytes!b} are"

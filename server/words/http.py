@@ -13,7 +13,6 @@ TEXTS: dict[str, str] = {
     "UNSUPPORTED_MEDIA_TYPE": "the body must be uncompressed JSON with the header `content-type:"
     " application/json`",
     # Fields.
-    "WRONG_TYPE": "must be {expected}, not {value}",
     "TOO_LONG": "must have at most {most} characters when written as JSON",
     "NUMBER_TOO_LARGE": "must not contain numbers above 1.8e308",
     "TOO_FEW_ENTRIES": "must have at least {least} entries",
@@ -49,20 +48,22 @@ TEXTS: dict[str, str] = {
     "REQUEST_ENDED": "the server is shutting down and ended the request",
     # Training.
     "SESSION_NOT_FOUND": "the session {session!q} has ended or does not exist",
-    "TRAINED_MODEL_NOT_FOUND": "no model {model!q} is being trained",
+    "TRAINED_MODEL_NOT_FOUND": "the model {model!q} does not exist or is no longer in training",
+    "TRAINING_RUN_NOT_FOUND": "the training run {run!q} does not exist",
     "SAMPLER_NOT_FOUND": "the sampler {sampler!q} has ended or does not exist",
     "CHECKPOINT_NOT_FOUND": "the checkpoint {path!q} does not exist",
     "CHECKPOINT_EXISTS": "the checkpoint {path!q} already exists",
     "CHECKPOINT_OF_OTHER_BASE": "the checkpoint {path!q} was trained on another base model",
     "CHECKPOINT_WITHOUT_OPTIMIZER": "is not in this checkpoint, which was saved for sampling",
     "RESULT_GONE": "this result does not exist or is no longer kept",
+    "LINK_EXPIRED": "this link is invalid or has expired; request a new one",
     "COMMAND_MISSING": "the command with seq_id {number} did not arrive, so this one cannot run",
     "COMMANDS_WAITING": "this model has too many waiting commands; the limit is {most}",
     "TRAINING_ENDED": "the model was unloaded before this command ran",
     "GRADIENT_NOT_FINITE": "the gradient is infinite or not a number, so the weights are unchanged",
     "TRAINING_LIMIT_REACHED": "a client can have at most {most} {what}",
-    "TRAINING_DISK_FULL": "this client's checkpoints and samplers take {used!b}, and may take at"
-    " most {most!b}; delete some",
+    "TRAINING_DISK_FULL": "checkpoints and samplers take {used!b} of the {most!b} for this"
+    " client, and {all_used!b} of the {all_most!b} for all clients; delete some",
     "NOT_A_MESSAGE_TYPE": "the body must be uncompressed protobuf with the content type {wanted}",
     "NOT_A_VECTOR": "must be a dense tensor with one dimension",
     "NOT_AS_LONG": "must have one entry for each token ({expected}), not {found}",

@@ -8,8 +8,8 @@ TEXTS = {
     "EXCEEDS_FIELD": "must be at most {other} ({most}), not {value}",
     "TOO_MANY_ENTRIES": "must have at most {most} entries, not {found}",
     "TOO_MANY_BYTES": "must have at most {most} bytes, not {found}",
-    "TOO_MANY_NUMBERS": "{found} inputs with {numbers} numbers each exceed the limit of"
-    " {most_numbers} numbers in an answer; send at most {most} inputs",
+    "TOO_MANY_NUMBERS": "must have at most {most} entries, not {found}, because each result has"
+    " {numbers} numbers and an answer at most {most_numbers}",
     "HOLDS_EMPTY_STRING": "must not contain an empty string",
     "HOLDS_TOO_LONG_STRING": "contains a string of {found} characters, more than the limit of"
     " {most}",
@@ -42,8 +42,8 @@ TEXTS = {
     " {room} in the context of {max_model_len}",
     "NOTHING_TO_TRAIN": "must be true if train_mlp and train_unembed are false",
     "OTHER_ADAPTER_CONFIG": "contains an adapter of another method, rank or set of modules",
-    "TRAINING_FULL": "the adapter needs {bytes!b}; of the {most!b} for training, {used!b} are in"
-    " use",
+    "TRAINING_FULL": "the adapter needs {bytes!b}, but this client uses {used!b} of its {most!b}"
+    " for training, and all clients use {all_used!b} of {training_bytes!b}",
     "NOT_A_TOKEN": "token {value} is not in the vocabulary of {size} tokens",
     "ANSWER_COMPLETE": "already has {found!n:token}, but {other} allows only {most}",
     "ANSWER_ENDED": "token {index} already ends the answer",
@@ -84,8 +84,8 @@ TEXTS = {
     " weight 1: {adapters}",
     "VOCABULARY_NOT_ALONE": "only one adapter with its own vocabulary can be used, and only with"
     " weight 1: {adapters}",
-    "VOCABULARY_WITH_PARTIAL": "{adapter} has tokens that the base model lacks, so it cannot be"
-    " combined with {partial}, which leaves a part of the prompt to the base model",
+    "VOCABULARY_WITH_PARTIAL": "{adapter} has its own vocabulary, so it cannot be combined with"
+    " {partial}, which uses keys and values that the base model alone computes",
     "SEVERAL_FIRST_PASSES": "only one adapter that needs a first pass can be used, not several:"
     " {adapters}",
     "FIRST_PASS_WITH_PREFIX": "{adapter} needs a first pass over the prompt, so it cannot be"

@@ -118,7 +118,8 @@ TEXTS = {
     "TENSOR_INVALID": "{name}: {problem}",
     "SCALE_MISSING": "{name} is stored in 8-bit floats but has no scale",
     "SCALES_MISMATCH": "the scales have the shape {found} instead of {expected}",
-    "NOT_MXFP4": "{name} is not stored as MXFP4: an expert has {found} and scales {scales}",
+    "NOT_MXFP4": "{name} is not valid MXFP4: an expert has {found} with scales {scales}, but"
+    " uint8 [rows, blocks, 16] with scales uint8 [rows, blocks] is required",
     "EXPERT_SHAPE_UNSUPPORTED": "{name} has an expert of unsupported shape {found}",
     "EXPERT_WIDTH_UNSUPPORTED": "experts with {width} inputs are not supported on a GPU, only"
     " multiples of {multiple}",

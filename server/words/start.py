@@ -31,8 +31,8 @@ TEXTS = {
     "TORCH_WITHOUT_CUDA": "the installed torch supports only CPUs; `pip install torch` installs a"
     " build for NVIDIA GPUs",
     "STATE_DIR_IN_USE": "{path} is in use by another server; choose another directory",
-    "TLS_FILES_UNUSABLE": "cannot be loaded: {why}; the certificate, key and authorities must be"
-    " PEM files that belong together, and the key must have no password",
+    "TLS_FILES_UNUSABLE": "cannot be loaded: {why}; --tls-cert, --tls-key and --tls-client-ca"
+    " must be PEM, and the key must match the certificate and have no password",
     "NOT_A_SOCKET": "{path} exists and is not a socket",
     "ADDRESS_OF_OTHER": "{value} is already used by {other}",
     "ADDRESS_TAKEN": "{value} is in use by another process",

@@ -35,6 +35,7 @@ TEXTS = {
     "TOO_SMALL": "must be at least {least}, not {value}",
     "TOO_LARGE": "must be at most {most}, not {value}",
     "TOO_MANY_CHARACTERS": "must have at most {most} characters, not {found}",
+    "WRONG_TYPE": "must be {expected}, not {value}",
     "NOT_A_LIST": "must be a list, not {value}",
     "NOT_A_STRING": "must be a string, not {value}",
     "NOT_A_NUMBER": "must be a number, not {value}",

@@ -106,7 +106,7 @@ SERVER_NAME = "turret.example"
 def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``{server,client,here}.{crt,key}``, self-signed.
 
-    The certificate ``here`` is for this machine's tls_address, the others are for SERVER_NAME.
+    The certificate ``here`` is for this machine's address, the others are for SERVER_NAME.
     """
     folder = tmp_path_factory.mktemp("pem")
     for name in ("server", "client"):
@@ -117,7 +117,7 @@ def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tls_address(pem: Path) -> Iterator[str]:
-    """The tls_address of a server that requires a client's certificate."""
+    """The address of a server that requires a client's certificate."""
     with served(pem, "server") as found:
         yield found
 

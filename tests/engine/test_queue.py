@@ -1,4 +1,4 @@
-"""The limit of waiting requests, and the share of it that one tenant may have."""
+"""Limits of waiting requests and of unread answers, and one tenant's share of them."""
 
 from __future__ import annotations
 

@@ -347,7 +347,7 @@ def ray() -> StubRay:
 
 @pytest.fixture
 def module(ray: StubRay, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A separate copy of the module on the simulated Ray, so that others still use it on Ray."""
+    """A separate copy of the module on the simulated Ray; other tests keep the real one."""
     exceptions = types.ModuleType("ray.exceptions")
     vars(exceptions).update(
         RayError=RayError,

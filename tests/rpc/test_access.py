@@ -297,7 +297,7 @@ def shown(address: str, own: Path | None = None) -> str:
     """The server's certificate on a new connection that it answers, as PEM.
 
     Raises:
-        OSError: The server refuses the client's certificate, or that it has none.
+        OSError: The server rejects the client's certificate, or requires one.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False

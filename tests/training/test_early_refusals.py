@@ -273,7 +273,7 @@ def test_a_sweep_is_refused_before_the_first_rank(tmp_path: Path):
     last.write_facts({"server": "localhost:1"})
     words = ("sweep", config, "--ranks", "2,4")
     command = f"turret train run {last.path}/config.toml --resume --server localhost:1"
-    assert str(say("RUN_ELSEWHERE", path=last.path, command=command)) in ended(*words)
+    assert str(say("RUN_ELSEWHERE", path=last.path, how="with", command=command)) in ended(*words)
     RunFolder(tmp_path / "run").write_facts({})
     assert str(say("OUTPUT_IS_A_RUN", path=tmp_path / "run")) in ended(*words)
 

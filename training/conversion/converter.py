@@ -195,7 +195,7 @@ def _weight(
 ) -> torch.Tensor:
     tensor = tensors.get(name)
     if not tensor.is_floating_point():
-        text = say("TENSOR_QUANTIZED", name=name, dtype=tensor.dtype)
+        text = say("TENSOR_QUANTIZED", name=name, dtype=str(tensor.dtype).removeprefix("torch."))
         raise InvalidRequestError.of("--base", text)
     return tensor.to(dtype or tensor.dtype).to(device, torch.float32)
 

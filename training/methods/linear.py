@@ -72,7 +72,7 @@ def _ia3_config(config: MethodSettings, base: TrainingBase) -> peft.PeftConfig:
 
 
 def _keep_dtype(attached: Any, model: Any) -> None:
-    """Undo that PEFT's 4-bit layer returns float32, which attention does not mix with others."""
+    """Convert PEFT's float32 outputs back, because attention does not mix dtypes."""
     dtype = model.dtype
     for module in attached.modules():
         if isinstance(module, IA3Layer) and isinstance(module, torch.nn.Module):

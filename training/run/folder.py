@@ -112,7 +112,8 @@ class RunFolder:
             RunError: The run continues elsewhere; the error names the command that resumes it.
         """
         if not self.is_finished and ("server" in self.read_facts()) != is_served:
-            raise RunError(say("RUN_ELSEWHERE", path=self.path, command=self.resume_command()))
+            facts = {"path": self.path, "command": self.resume_command()}
+            raise RunError(say("RUN_ELSEWHERE", how="without" if is_served else "with", **facts))
 
     @contextmanager
     def held(self) -> Iterator[None]:

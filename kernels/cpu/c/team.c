@@ -2,8 +2,9 @@
  *
  * OpenMP divides the work once and waits at a barrier for every thread. A decode step has some 250 barriers.
  * If another process takes one of the processors, each barrier waits for the missing thread, for
- * milliseconds each time. The library's own threads avoid this, because others claim the missing thread's pieces. They must not be used while another
- * library's threads are working: two teams that spin while they wait take the processors from each other.
+ * milliseconds each time. The library's own threads avoid this, because others claim the missing thread's pieces.
+ * They must not be used while another library's threads are working: two teams that spin while they wait take
+ * the processors from each other.
  */
 #define _GNU_SOURCE
 #include "team.h"

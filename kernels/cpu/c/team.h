@@ -25,7 +25,8 @@ typedef void Work(const void *job, int64_t thread, int64_t piece);
 void in_pieces(Work *work, const void *job, int64_t pieces, int64_t threads);
 
 /* The same for pieces that may be stopped anywhere and computed again by another thread. Such a piece changes nothing
- * that affects its result, keeps nothing in variables of its thread, and calls nothing that is unsafe to abandon halfway, such as a lock or malloc. */
+ * that affects its result, keeps nothing in variables of its thread, and calls nothing that is unsafe to abandon
+ * halfway, such as a lock or malloc. */
 void in_repeatable_pieces(Work *work, const void *job, int64_t pieces, int64_t threads);
 
 #endif

@@ -166,7 +166,7 @@ class Sessions:
         self._ending: set[asyncio.Task[None]] = set()
 
     def training(self) -> TrainingService:
-        """The training.
+        """The service that trains.
 
         Raises:
             UnavailableError: The server is starting or shutting down.
@@ -320,7 +320,7 @@ class Sessions:
             self._withdraw(sampler)
 
     def sweep(self) -> None:
-        """End silent sessions, and fail commands that wait for one that never arrived."""
+        """End silent sessions, and fail commands that wait for a command that never arrived."""
         now = time.monotonic()
         for session in list(self._all.values()):
             lasts = SESSION_SECONDS if session.lasts is None else session.lasts
@@ -470,7 +470,13 @@ class Tenants:
             most = (self.checkpoints.bytes_free + all_used) // 2
             share = most // 2 if owner else most
             if used[owner] >= share or all_used >= most:
-                text = say("TRAINING_DISK_FULL", used=used[owner], most=share)
+                text = say(
+                    "TRAINING_DISK_FULL",
+                    used=used[owner],
+                    most=share,
+                    all_used=all_used,
+                    all_most=most,
+                )
                 raise InvalidRequestError.of("path", text)
             yield
 

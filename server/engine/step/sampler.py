@@ -491,7 +491,7 @@ class Sampler:
         return found
 
     def _uniform(self, sequence: Sequence, ahead: int = 0) -> float:
-        """The random number for the token that is drawn next, ``ahead`` tokens before it.
+        """The random number for the token that is ``ahead`` positions after the next one.
 
         The n-th generated token of a sequence takes the n-th number of its seed. So a step that is
         computed again, because there was no memory for it, draws the same tokens.

@@ -476,7 +476,7 @@ def _few_parts(value: Any, *place: str) -> Any:
 
 
 def text_or_list(things: str, wrap: Callable[[str], Any], schema: Any) -> BeforeValidator:
-    """A validator that accepts a text instead of a list of things; ``wrap`` makes it a thing."""
+    """A validator that also accepts a text; ``wrap`` turns it into the only entry of the list."""
 
     def check(value: Any) -> Any:
         if not isinstance(value, str | list):

@@ -17,7 +17,7 @@ from typing import Any
 
 from turret.server.api.access import MAX_EXPORTS
 from turret.server.api.tenants.checkpoints import KINDS, Checkpoint, not_found, unix_time
-from turret.server.api.tenants.tenants import unknown_model
+from turret.server.errors import TrainingNotFoundError
 from turret.server.http.endpoint import Exchange, Json
 from turret.server.http.refusals import HttpRefusal
 from turret.server.http.tinker.schemas import OfPath, Ttl
@@ -134,7 +134,7 @@ async def get_run(state: TinkerState, exchange: Exchange) -> Json:
     for run in _runs(state, state.owner(exchange)):
         if run.run_id == wanted:
             return _run_json(state, run)
-    raise unknown_model(wanted)
+    raise TrainingNotFoundError(say("TRAINING_RUN_NOT_FOUND", run=wanted[:80]))
 
 
 async def list_run_checkpoints(state: TinkerState, exchange: Exchange) -> Json:
@@ -233,7 +233,7 @@ def _linked(state: TinkerState, secret: str) -> tuple[Checkpoint, str]:
             expires, path, name = text.decode().split(" ")
             if float(expires) >= unix_time():
                 return state.tenants.checkpoints.find(None, path), name
-    raise HttpRefusal(404, say("RESULT_GONE"))
+    raise HttpRefusal(404, say("LINK_EXPIRED"))
 
 
 def _files(folder: Path) -> list[tuple[tarfile.TarInfo, Path]]:

@@ -168,7 +168,7 @@ def _settings(parts: tinker_pb2.TinkerPassParts, violations: Violations) -> dict
     for name, setting in newer.items():
         place = f"{path}.{name[: reading.SHOWN_CHARS]}"
         is_number = setting.WhichOneof("value") == "number"
-        violations.check(is_number, place, "WRONG_TYPE", expected="a number", value="a text")
+        violations.check(is_number, place, "NOT_A_NUMBER", value="a string")
         settings[name] = setting.number
     reading.check_settings(message.loss_fn, settings, violations, path)
     return settings

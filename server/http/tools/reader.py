@@ -394,8 +394,8 @@ def _meant(text: str, kinds: frozenset[str]) -> Any:
     return value
 
 
-# The text that begins a call after its mark, and the parser of the call, by syntax. A name may
-# begin with anything.
+# The text that begins a call after its mark, and the parser of the call, by syntax. A ``named``
+# call begins with its name, so any text may begin it.
 _CALLS: Mapping[str, tuple[str, Callable[[Source, int, Tools], Parser[bool]]]] = {
     "json": ("{", _json_call),
     "named": ("", _named_call),
@@ -409,7 +409,7 @@ def _calls(source: Source, form: Form, tools: Tools) -> Parser[None]:
     Text that looks like a call but is not one, or calls an unknown tool, stays text.
     """
     index = 0
-    # What was taken as the beginning of a call, in case there is no call; None in text.
+    # The text taken as the beginning of a call, in case no call follows; None outside of a call.
     taken = (yield from _opening(source, form)) if form.is_bare else None
     while True:
         if taken is None:
@@ -424,7 +424,7 @@ def _calls(source: Source, form: Form, tools: Tools) -> Parser[None]:
 
 
 def _opening(source: Source, form: Form) -> Parser[str | None]:
-    """What begins a call at the front of the answer, with or without the mark; None for text."""
+    """The beginning of a call at the front of the answer, with or without the mark; else None."""
     while True:
         begun = source.text.lstrip()
         num_blanks = len(source.text) - len(begun)
@@ -459,7 +459,7 @@ def _call(source: Source, form: Form, tools: Tools, index: int, taken: str) -> P
 
 
 def _is_followed(source: Source, form: Form) -> Parser[bool]:
-    """Take what ends a call; returns whether another one follows at once, without a mark."""
+    """Take the end of a call; returns whether another one follows at once, without a mark."""
     while form.syntax != "named":
         rest = source.text.lstrip()
         if form.end and rest.startswith(form.end):

@@ -1,7 +1,4 @@
-"""A model in a GGUF file: its config, its tokenizer, and its weights, dequantised one at a time.
-
-Every tensor and every key is used or rejected.
-"""
+"""A model in a GGUF file: its config, its tokenizer, and its weights, dequantised one at a time."""
 
 from __future__ import annotations
 
@@ -24,10 +21,10 @@ if TYPE_CHECKING:
 
 # The transformers config for the keys of a GGUF file.
 #
-# Every key about the architecture is used or rejected, because ignoring a key may give a different
-# function.
+# Every tensor, and every key about the architecture, is used or rejected, because ignoring one may
+# give a different function.
 
-# Reads rotary positions from the keys of a GGUF file, and from tensors of factors.
+# Rotary positions, from the keys of a GGUF file and from tensors of factors.
 
 
 # Tensors that hold rotary factors, not weights.

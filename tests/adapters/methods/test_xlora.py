@@ -339,7 +339,7 @@ def test_modules_are_counted_in_pefts_order(architecture: str) -> None:
 
 
 def test_layers_that_peft_does_not_save_are_restored(root: Path) -> None:
-    """The conversion exists because of this.
+    """PEFT does not save all layers of an X-LoRA, which is why turret converts it.
 
     Once PEFT saves all layers, the main file can be read directly.
     """

@@ -272,7 +272,7 @@ def test_calls_carry_their_adapters_in_a_header_for_load_balancers() -> None:
     assert recorder.keys[2:] == ["json,sql"] * 6
 
 
-# Answers that a stopping cutting ends: another cutting continues them, or an error is raised.
+# Answers that a stopping server cuts: another server continues them, or an error is raised.
 
 
 CUT = say("ANSWER_CUT")
@@ -302,7 +302,7 @@ class Stopping(inference_pb2_grpc.InferenceServicer):
         is_cut = self._is_cut(context)
         for text in texts[:1] if is_cut else texts:
             yield inference_pb2.GenerateChunk(text=text, token_ids=[ord(text)])
-        # Text that was held back for a stop string; the next cutting sends it again.
+        # Text that was held back for a stop string; the next server sends it again.
         yield inference_pb2.GenerateChunk(
             text=texts[1:2] if is_cut else "", finish_reason=_CANCELLED if is_cut else _STOP
         )

@@ -1,4 +1,4 @@
-"""The prefix cache compared with a simple model: all expected hits, and no others."""
+"""The prefix cache compared with a simple model, and the order in which blocks are reused."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_prefix_positions_are_filled_once_and_shared() -> None:
     assert (first.num_cached, second.num_cached) == (0, 0)
 
 
-# The order in which the KV block pool hands blocks out; test_prefix_cache.py tests the rest.
+# The order in which the KV block pool hands out blocks.
 
 
 KEYS = [root_key(0, ())]

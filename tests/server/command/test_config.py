@@ -195,7 +195,7 @@ def test_config_show_prints_the_settings_of_a_server(
     assert shown["adapters.max_rank"] == {"value": 64, "origin": "TURRET_MAX_RANK"}
     assert shown["model.dtype"] == {"value": "float16", "origin": "--dtype"}
     assert shown["log.verbose"] == {"value": False, "origin": "default"}
-    # Of all switches, only one is on by default; the page shows the other defaults.
+    # Only one switch is on by default; the page shows the other defaults.
     assert [name for name, each in shown.items() if each["value"] is True] == ["model.head_screen"]
     assert main(["config", "show"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(settings())

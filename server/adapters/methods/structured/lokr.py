@@ -9,7 +9,7 @@ from __future__ import annotations
 from turret.server.adapters.methods.kit import *
 
 _ROLES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
-# The most elements of a w1 that is the product of two factors, if it is larger than w2.
+# Maximum elements of a w1 that is computed from two factors; one no larger than w2 may have more.
 _MAX_WHOLE = 1 << 16
 _TOO_LARGE = f"lokr_w1 must have at most {_MAX_WHOLE} elements, or no more than lokr_w2"
 
