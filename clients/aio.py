@@ -46,11 +46,7 @@ from turret.clients.calls import (
 )
 from turret.clients.channel import DEFAULT_ADDRESS, Tls, check_address
 from turret.clients.errors import TurretRpcError
-from turret.clients.messages.adapter_files import (
-    ExportWriter,
-    NewDirectory,
-    upload_messages,
-)
+from turret.clients.messages.adapter_files import ExportWriter, NewDirectory, upload_messages
 from turret.clients.messages.fields import ArgumentTypeError
 from turret.clients.messages.mix import AdaptersLike, AdapterWeight, to_mix
 from turret.clients.messages.requests import (

@@ -52,8 +52,7 @@ HINTS: Mapping[str, str] = {
     "REQUEST_TOO_LARGE": "shorten the prompt, or spread several inputs over several calls",
     "ANSWER_TOO_LARGE": "lower top_n or logprobs, or pass fewer inputs in a call",
 }
-# The same for the command line, where braces may also name flags. Reasons that are not listed have
-# no hint.
+# The same for the command line. Reasons that are not listed have no hint.
 COMMAND_HINTS: Mapping[str, str] = {
     "ADAPTER_NOT_FOUND": "`turret adapters list` shows the registered adapters",
     "ADAPTER_EXISTS": "replace it with `turret adapters replace` or `upload --replace`, or remove"
@@ -78,20 +77,18 @@ COMMAND_HINTS: Mapping[str, str] = {
 _ANSWERS = ("closest", "current_generation", "alias")
 
 
-def hint_for(key: str, metadata: Mapping[str, str], hints: Mapping[str, str], **known: Any) -> str:
+def hint_for(key: str, metadata: Mapping[str, str], hints: Mapping[str, str]) -> str:
     """The next step; empty if none is certain.
 
     Args:
         key: The reason of an error, or the name of its status if it has none.
         metadata: The error's metadata.
         hints: The table for the interface: ``HINTS`` or ``COMMAND_HINTS``.
-        known: More values for the braces of a hint.
     """
     if any(name in metadata for name in _ANSWERS):
         return ""
     try:
-        given = {name: value for name, value in known.items() if value is not None}
-        return hints.get(key, "").format_map({**given, **metadata})
+        return hints.get(key, "").format_map(metadata)
     except KeyError:
         return ""
 

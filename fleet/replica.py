@@ -21,20 +21,9 @@ from turret.fleet import protocol as p
 from turret.fleet.follower import Channel, ReplicaLink, propose
 from turret.fleet.words import say
 from turret.server import log
-from turret.server.adapters.adapter import (
-    Adapter,
-    AdapterInfo,
-    AdapterRef,
-    Alias,
-)
+from turret.server.adapters.adapter import Adapter, AdapterInfo, AdapterRef, Alias
 from turret.server.adapters.base import Allowed, BaseModel, ChangedBase, Precision
-from turret.server.adapters.merger import (
-    ChangeBase,
-    Edit,
-    Merger,
-    MergeState,
-    PreparedMerge,
-)
+from turret.server.adapters.merger import ChangeBase, Edit, Merger, MergeState, PreparedMerge
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.registry.installer import NewWeights
 from turret.server.adapters.registry.name_table import (

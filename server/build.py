@@ -28,11 +28,7 @@ from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state_dir import NoStateDir, open_state_dir
 from turret.server.api.gate import Backend
 from turret.server.api.vocabularies import Vocabularies, Vocabulary
-from turret.server.basics.triton_needs import (
-    LEAST_CAPABILITY,
-    keep_compiled_in,
-    missing_for_triton,
-)
+from turret.server.basics.triton_needs import LEAST_CAPABILITY, keep_compiled_in, missing_for_triton
 from turret.server.basics.work import compute_on_this_thread
 from turret.server.config import (
     ADAPTER_DEVICE_BYTES,

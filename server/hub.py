@@ -13,10 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from turret.server import log
 from turret.server.basics.names import HubId
-from turret.server.errors import (
-    HubError,
-    HubUnavailableError,
-)
+from turret.server.errors import HubError, HubUnavailableError
 from turret.server.words import say
 
 # Conversion of huggingface_hub's errors to the server's errors.

@@ -12,14 +12,7 @@ import functools
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    Info,
-    ProcessCollector,
-)
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -344,8 +337,6 @@ class Metrics:
             target = adapter, str(generation)
             if target in self._targets.get(name, ()):
                 self._alias_requests.labels(name, *target, code).inc()
-
-    # Training
 
     def info(self, version: str, model: str, dtype: str, quantization: str) -> None:
         """Set the labels of ``turret_info``."""

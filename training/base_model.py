@@ -15,12 +15,7 @@ from typing import Any, Literal
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
 from turret.kernels.nf4_matmul import MXFP4

@@ -23,6 +23,7 @@ from turret.clients.evaluation.evaluate import (
     micro_f1_of_sets,
 )
 from turret.server.adapters.adapter import CONFIG_FILE, MULTI_LABEL, SINGLE_LABEL, TENSORS_FILE
+from turret.server.adapters.checkpoint.adapter_checkpoint import PEFT_PREFIX
 from turret.server.adapters.peft_format.classifier_checkpoint import HEAD_NAMES, TASK_TYPE
 from turret.training.adapter_folder import write_adapter
 from turret.training.batches import BatchRow, Dataset, TrainingBatch, make_batch
@@ -178,7 +179,7 @@ def write_head(model: Any, folder: Path, dataset: Dataset, dtype: torch.dtype) -
     """
     config: Mapping[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     state = load_file(folder / TENSORS_FILE)
-    state[f"base_model.model.{_NAME}.weight"] = getattr(model, _NAME).weight
+    state[f"{PEFT_PREFIX}{_NAME}.weight"] = getattr(model, _NAME).weight
     saved = {*(config.get("modules_to_save") or ()), *HEAD_NAMES}
     added = {
         "task_type": TASK_TYPE,

@@ -20,13 +20,7 @@ from turret.server.adapters.adapter import AdapterRef
 from turret.server.basics.files import sync_directory
 from turret.server.basics.settings import MIB
 from turret.server.build import build_backend
-from turret.server.config import (
-    AdapterConfig,
-    CacheConfig,
-    Config,
-    ModelConfig,
-    SchedulerConfig,
-)
+from turret.server.config import AdapterConfig, CacheConfig, Config, ModelConfig, SchedulerConfig
 from turret.server.engine.scheduling.request import (
     FinishReason,
     Request,

@@ -347,7 +347,7 @@ def with_client(
     return run
 
 
-def print_error(error: Exception, args: argparse.Namespace | None = None) -> None:
+def print_error(error: Exception, args: argparse.Namespace) -> None:
     """Print an error as one line on standard error, with the names of flags.
 
     Args:
@@ -356,7 +356,7 @@ def print_error(error: Exception, args: argparse.Namespace | None = None) -> Non
     """
     with contextlib.suppress(OSError):
         print(end="", flush=True)
-    print(f"error: {_line_of(error, args or argparse.Namespace())}", file=sys.stderr)
+    print(f"error: {_line_of(error, args)}", file=sys.stderr)
 
 
 def _line_of(error: Exception, args: argparse.Namespace) -> str:
@@ -365,7 +365,7 @@ def _line_of(error: Exception, args: argparse.Namespace) -> str:
         return error.message
     if isinstance(error, TurretRpcError):
         key = error.reason or error.code.name
-        hint = hint_for(key, error.metadata, COMMAND_HINTS, **vars(args))
+        hint = hint_for(key, error.metadata, COMMAND_HINTS)
         return error.described(hint, lambda field: as_typed(field, args))
     if isinstance(error, ArgumentError):
         return f"{as_typed(error.argument, args)}: {error.problem}"

@@ -23,12 +23,7 @@ from typing import Any
 from turret.fleet.config import FleetConfig
 from turret.fleet.serving import fleet_folder
 from turret.fleet.serving.fleet_folder import FleetFolder
-from turret.fleet.serving.ingress import (
-    LOOPBACK,
-    ingress_environment,
-    joined_folder,
-    write_haproxy,
-)
+from turret.fleet.serving.ingress import LOOPBACK, ingress_environment, joined_folder, write_haproxy
 from turret.fleet.words import say
 from turret.server.basics.files import replace_file
 from turret.server.errors import UnavailableError

@@ -33,14 +33,7 @@ from turret.kernels.gpu.common import (
     tuning,
 )
 from turret.kernels.gpu.low_rank import empty_parts, shrink_options
-from turret.kernels.gpu.tables import (
-    GATE_RECORD,
-    GATES,
-    RANK_TILE,
-    RECORD,
-    TILE_ROWS,
-    SegmentTable,
-)
+from turret.kernels.gpu.tables import GATE_RECORD, GATES, RANK_TILE, RECORD, TILE_ROWS, SegmentTable
 
 WORDS = 4
 _RECORD, _GATE_RECORD = tl.constexpr(RECORD), tl.constexpr(GATE_RECORD)

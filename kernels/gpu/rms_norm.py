@@ -8,12 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from turret.kernels.gpu.common import (
-    check_contiguous,
-    check_float,
-    check_rows,
-    check_shape,
-)
+from turret.kernels.gpu.common import check_contiguous, check_float, check_rows, check_shape
 
 
 @triton.jit

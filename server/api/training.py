@@ -32,13 +32,7 @@ from turret.server.api.violations import Violations
 from turret.server.basics.files import reporting_disk_faults
 from turret.server.errors import InvalidRequestError
 from turret.server.training.losses import LOSSES, TARGETS
-from turret.server.training.trainer import (
-    ADAM_RANGES,
-    AdamParams,
-    Datum,
-    DatumLoss,
-    LearnerConfig,
-)
+from turret.server.training.trainer import ADAM_RANGES, AdamParams, Datum, DatumLoss, LearnerConfig
 from turret.v1 import training_pb2
 
 if TYPE_CHECKING:

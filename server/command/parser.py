@@ -59,15 +59,6 @@ class CommandParser(argparse.ArgumentParser):
     def add_subparsers(self, **kwargs: Any) -> Any:  # type: ignore[override]
         return super().add_subparsers(dest="_verb", **kwargs)
 
-    def parse_args(  # type: ignore[override]
-        self, args: Sequence[str] | None = None, namespace: Any = None
-    ) -> Any:
-        """Parse as argparse does, and report arguments that no verb has taken."""
-        values, rest = self.parse_known_args(args, namespace)
-        if rest:
-            self.error(say("UNEXPECTED_ARGUMENTS", count=len(rest), values=" ".join(rest)))
-        return values
-
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
@@ -96,8 +87,11 @@ class CommandParser(argparse.ArgumentParser):
         except argparse.ArgumentError as error:
             name = f"{_named(error.argument_name.split('/'))}: " if error.argument_name else ""
             self.error(f"{name}{error.message}")
+        finally:
+            for action in required:
+                action.required = True
         missing = [one for one in required if getattr(values, one.dest) is None]
-        if rest and (missing or self._subparsers is None):
+        if rest:
             if len(rest[0]) > 1 and rest[0].startswith("-"):
                 # A flag and its value may be one quoted word.
                 self._refuse_flag(rest[0].partition("=")[0].partition(" ")[0])

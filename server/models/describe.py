@@ -23,12 +23,7 @@ from turret.server.models.decoding.arch import LAYER_PREFIX, ROUTER, Arch
 from turret.server.models.decoding.decoder import Decoder
 from turret.server.models.model_source import ModelSource
 from turret.server.models.weights.base_linear import BaseLinear
-from turret.server.models.weights.nf4 import (
-    DenseLinear,
-    Nf4Weight,
-    join_linears,
-    nf4_linear,
-)
+from turret.server.models.weights.nf4 import DenseLinear, Nf4Weight, join_linears, nf4_linear
 
 # The facts about the served model that clients can request.
 

@@ -23,12 +23,7 @@ from turret.server.models.decoding.cpu_layers import CpuLayerOps
 from turret.server.models.decoding.decoder import Decoder, DecoderLayer
 from turret.server.models.families import read_arch
 from turret.server.models.fidelity import Fidelity
-from turret.server.models.model_source import (
-    ModelSource,
-    StoredTensors,
-    no_progress,
-    quantize,
-)
+from turret.server.models.model_source import ModelSource, StoredTensors, no_progress, quantize
 from turret.server.models.sources.model_directory import weight_files
 from turret.server.models.weights.base_linear import BaseLinear
 from turret.server.models.weights.nf4 import (

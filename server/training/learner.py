@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
 from turret.server.adapters.base import BaseModel, BaseModule
 from turret.server.adapters.checkpoint.adapter_checkpoint import (
+    PEFT_PREFIX,
     PROMPT_EMBEDDINGS,
     AdapterCheckpoint,
 )
 from turret.server.adapters.fuse.lora_files import (
-    PREFIX,
     AdapterFiles,
     save_tensors,
     target_modules,
@@ -215,7 +215,7 @@ def _modules(operators: AdapterOperators) -> dict[str, Any]:
 
 def _in_file(name: str) -> str:
     """The name of a tensor in PEFT's file."""
-    return name if name == PROMPT_EMBEDDINGS else f"{PREFIX}{name}"
+    return name if name == PROMPT_EMBEDDINGS else f"{PEFT_PREFIX}{name}"
 
 
 # New adapters.

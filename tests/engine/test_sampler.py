@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -104,6 +105,34 @@ def test_state_kept_between_steps_does_not_change_results(monkeypatch: pytest.Mo
         assert torch.equal(sampler.adjusted(logits, sequence), expected), step
         count = 40 if step == 20 else 1
         sequence.tokens += torch.randint(vocab, (count,), generator=generator).tolist()
+
+
+class CountedBiases(dict[int, float]):
+    """Counts how often it is iterated."""
+
+    walks = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.walks += 1
+        return super().__iter__()
+
+    def values(self) -> Any:
+        self.walks += 1
+        return super().values()
+
+    def items(self) -> Any:
+        self.walks += 1
+        return super().items()
+
+
+def test_biases_are_read_once_per_request() -> None:
+    biases = CountedBiases(dict.fromkeys(range(VOCAB), 0.5))
+    sequence, sampler = sequence_with(temperature=0.0, logit_bias=biases), Sampler()
+    draw(logits_of(), sequence, sampler)
+    walks = biases.walks
+    for _ in range(20):
+        draw(logits_of(), sequence, sampler)
+    assert biases.walks == walks > 0
 
 
 def test_logprobs_are_those_of_the_unmodified_distribution() -> None:

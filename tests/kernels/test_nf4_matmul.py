@@ -22,11 +22,7 @@ from kernel_traffic import DEVICE, DTYPES, HALF, MAX_ERROR, error_ratio
 from turret.kernels.gpu.activations import silu_mul
 from turret.kernels.gpu.common import Tuning
 from turret.kernels.gpu.nf4 import nf4_dequantize, nf4_matmul, parts_of
-from turret.kernels.nf4_matmul import (
-    BLOCK,
-    CODE,
-    Nf4Matrix,
-)
+from turret.kernels.nf4_matmul import BLOCK, CODE, Nf4Matrix
 
 bnb = pytest.importorskip("bitsandbytes.functional")
 

@@ -6,15 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_traffic import (
-    DEVICE,
-    DTYPES,
-    MAX_ERROR,
-    error_ratio,
-    make_pack,
-    rotated,
-    traffic,
-)
+from kernel_traffic import DEVICE, DTYPES, MAX_ERROR, error_ratio, make_pack, rotated, traffic
 
 from turret.kernels.gpu.low_rank import Shrink, nf4_shrink, segmented_expand, segmented_shrink
 from turret.kernels.gpu.nf4 import nf4_matmul, nf4_rotate

@@ -27,11 +27,7 @@ from turret.server.api import limits
 from turret.server.api.admin import MAX_UPLOADS
 from turret.server.api.tenants import checkpoints, futures
 from turret.server.api.tenants import tenants as sessions
-from turret.server.api.uploads import (
-    IDLE_SECONDS,
-    MAX_CHUNK_BYTES,
-    UPLOAD_FILES,
-)
+from turret.server.api.uploads import IDLE_SECONDS, MAX_CHUNK_BYTES, UPLOAD_FILES
 from turret.server.api.violations import MAX_VIOLATIONS
 from turret.server.http.tinker import wire
 from turret.server.http.tinker.routes import routes

@@ -21,10 +21,7 @@ from turret.server.api import access
 from turret.server.api.call import Call
 from turret.server.api.inference_answers import keep
 from turret.server.basics.codes import Code
-from turret.server.config import (
-    MIB,
-    SchedulerConfig,
-)
+from turret.server.config import MIB, SchedulerConfig
 from turret.server.engine.answer import AnswerMemory
 from turret.server.errors import BudgetExceededError
 from turret.server.metrics import Metrics

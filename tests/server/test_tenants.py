@@ -27,11 +27,7 @@ from turret.clients.client import TurretClient
 from turret.server.adapters.adapter import TENSORS_FILE
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.api.access import Party, Shares
-from turret.server.config import (
-    AdapterConfig,
-    SchedulerConfig,
-    SecurityConfig,
-)
+from turret.server.config import AdapterConfig, SchedulerConfig, SecurityConfig
 from turret.server.engine.speculation import Drafter
 from turret.server.errors import QueueFullError
 from turret.server.http import endpoint

@@ -20,11 +20,7 @@ from builders.random_adapters import ALL, AdapterSpec, arch_of, write_adapter
 from servers.server_under_test import ServerUnderTest, start_server
 
 from turret.clients.client import AdapterWeight, TurretClient
-from turret.clients.errors import (
-    FailedPreconditionError,
-    InvalidArgumentError,
-    NotFoundError,
-)
+from turret.clients.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from turret.clients.verbs.generate import Conversation
 
 NUM_WEIGHTS = 3

@@ -12,7 +12,11 @@ import torch
 from transformers import AutoConfig
 
 from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
+from turret.server.adapters.checkpoint.adapter_checkpoint import (
+    PEFT_PREFIX,
+    AdapterCheckpoint,
+    Findings,
+)
 from turret.server.adapters.fuse.lora_files import lora_config
 from turret.server.adapters.operators.vocabulary import EMBEDDING, HEAD
 from turret.server.adapters.peft_format.refusals import base_name_warning
@@ -28,17 +32,10 @@ from turret.server.models.sources.model_directory import (
 )
 from turret.training.adapter_folder import new_folder, write_adapter
 from turret.training.conversion import MadeLora
-from turret.training.conversion.kinds import (
-    CONVERTED,
-    XLORA,
-    ConvertibleKind,
-    check_plain_base,
-)
+from turret.training.conversion.kinds import CONVERTED, XLORA, ConvertibleKind, check_plain_base
 from turret.training.conversion.xlora import read_folder, split_xlora
 from turret.training.words import say
 from turret.words import counted
-
-_PREFIX = "base_model.model."
 
 
 def convert(
@@ -140,13 +137,13 @@ def _write(
     base: BaseModel,
 ) -> None:
     has_bias = any(one.bias is not None for one in made.values())
-    tensors = {f"{_PREFIX}{name}": tensor.float() for name, tensor in saved.items()}
+    tensors = {f"{PEFT_PREFIX}{name}": tensor.float() for name, tensor in saved.items()}
     for name, one in made.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = one.a
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = one.b
+        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = one.a
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = one.b
         if has_bias:
             bias = torch.zeros(len(one.b)) if one.bias is None else one.bias
-            tensors[f"{_PREFIX}{name}.lora_B.bias"] = bias
+            tensors[f"{PEFT_PREFIX}{name}.lora_B.bias"] = bias
     named = str(config.get("base_model_name_or_path") or base.name)
     ranks = {name: one.rank for name, one in made.items()}
     lora = lora_config(ranks, base, named, has_bias)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
+from turret.server.adapters.checkpoint.adapter_checkpoint import PEFT_PREFIX, AdapterCheckpoint
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.component import COMPONENTS_KEY
@@ -166,7 +166,7 @@ def _write_lora(folder: Path, saved: AdapterCheckpoint | None, original: Path | 
         return
     assert saved is not None, "the saved LoRA is complete"
     tensors = {
-        f"base_model.model.{name.removeprefix(_LORA_PREFIX)}": tensor
+        f"{PEFT_PREFIX}{name.removeprefix(_LORA_PREFIX)}": tensor
         for name, tensor in saved.tensors.items()
         if _is_lora(name)
     }

@@ -23,11 +23,7 @@ from turret.server.models.model_source import StoredTensors
 from turret.server.models.sources.check import find_gguf
 from turret.server.models.sources.gguf_file import open_gguf
 from turret.server.models.sources.gguf_header import SUFFIX
-from turret.server.models.sources.model_directory import (
-    read_config,
-    scale_block,
-    weight_files,
-)
+from turret.server.models.sources.model_directory import read_config, scale_block, weight_files
 from turret.training.adapter_folder import new_folder, write_adapter
 from turret.training.base_model import TrainingBase, load_model
 from turret.training.errors import RunError

@@ -356,7 +356,8 @@ static void in_pieces_own(Work *work, const void *job, int64_t pieces, int64_t t
             continue;
         }
         atomic_store(&team.is_caller_asleep, 1);
-        if ((done = atomic_load(&team.done)) != (uint32_t)pieces) wait_while(&team.done, done, can_repeat ? SLEEP_END : 0);
+        if ((done = atomic_load(&team.done)) != (uint32_t)pieces)
+            wait_while(&team.done, done, can_repeat ? SLEEP_END : 0);
         atomic_store(&team.is_caller_asleep, 0);
     }
 }
@@ -366,14 +367,12 @@ EXPORT void turret_own_threads(int64_t are_wanted) { has_own_threads = are_wante
 
 static void divide(Work *work, const void *job, int64_t pieces, int64_t threads, int can_repeat) {
     threads = least(least(threads, pieces), MOST_THREADS);
-    if (threads <= 1) {
-        for (int64_t piece = 0; piece < pieces; piece++) work(job, 0, piece);
-    } else if (!has_own_threads) {
+    if (threads > 1 && !has_own_threads) {
         in_pieces_openmp(work, job, pieces, threads);
-    } else if (pthread_mutex_trylock(&team.one) == 0) {
+    } else if (threads > 1 && pthread_mutex_trylock(&team.one) == 0) {
         in_pieces_own(work, job, pieces, threads, can_repeat);
         pthread_mutex_unlock(&team.one);
-    } else { /* another thread's job is running */
+    } else { /* one thread suffices, or another thread's job is running */
         for (int64_t piece = 0; piece < pieces; piece++) work(job, 0, piece);
     }
 }

@@ -16,14 +16,13 @@ import torch
 
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
 from turret.server.adapters.base import BaseModel
+from turret.server.adapters.checkpoint.adapter_checkpoint import PEFT_PREFIX
 from turret.server.adapters.fuse.module_fuser import FusedModule
 from turret.server.adapters.methods import METHODS
 from turret.server.adapters.state_dir import StagedUpload, UploadedFile
 
 # The method that reads these files.
 METHOD = "lora"
-# PEFT's prefix of names of tensors.
-PREFIX = "base_model.model."
 
 
 def fused_files(
@@ -40,11 +39,11 @@ def fused_files(
     ranks = {name: module.rank for name, module in modules.items()}
     tensors: dict[str, torch.Tensor] = {}
     for name, module in modules.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = module.a
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = module.b
+        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = module.a
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = module.b
         if has_bias:
             bias = torch.zeros(len(module.b)) if module.bias is None else module.bias
-            tensors[f"{PREFIX}{name}.lora_B.bias"] = bias
+            tensors[f"{PEFT_PREFIX}{name}.lora_B.bias"] = bias
     return AdapterFiles(lora_config(ranks, base, base_model, has_bias), tensors)
 
 

@@ -8,12 +8,7 @@ from itertools import accumulate
 from turret.kernels.fusion_gate import GATE_MULTIPLE
 from turret.lazy_torch import torch
 from turret.server.adapters.checkpoint.adapter_checkpoint import Findings
-from turret.server.adapters.component import (
-    COMPONENTS_KEY,
-    Component,
-    component_refs,
-    unfit,
-)
+from turret.server.adapters.component import COMPONENTS_KEY, Component, component_refs, unfit
 from turret.server.adapters.operators.adapter_operators import beyond_low_rank
 from turret.server.adapters.operators.gate import Gate, GivenScore, PrototypeScore, QueryScore
 from turret.server.adapters.operators.low_rank import LowRank

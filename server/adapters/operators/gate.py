@@ -7,11 +7,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Self
 
-from turret.kernels.fusion_gate import (
-    GATE_MULTIPLE,
-    fusion_gate_reference,
-    routing_gate_reference,
-)
+from turret.kernels.fusion_gate import GATE_MULTIPLE, fusion_gate_reference, routing_gate_reference
 from turret.kernels.rows.linear import row_addmm_, row_linear
 from turret.lazy_torch import torch
 from turret.server.adapters.operators.operator import BaseRows, Operator, Tensors

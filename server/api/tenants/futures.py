@@ -14,12 +14,7 @@ from pydantic_core import to_json
 
 from turret.server.api.call import fault_of
 from turret.server.basics.codes import Code
-from turret.server.errors import (
-    InvalidRequestError,
-    QueueFullError,
-    TurretError,
-    UnavailableError,
-)
+from turret.server.errors import InvalidRequestError, QueueFullError, TurretError, UnavailableError
 from turret.server.words import say
 
 _log = logging.getLogger(__name__)

@@ -62,7 +62,6 @@ class TinkerState:
 
     def command(
         self,
-        exchange: Exchange,
         model: TenantModel,
         number: int,
         run: Callable[[], Awaitable[Result]],

@@ -59,7 +59,7 @@ async def _command(
         # A command that fails uses its number too, so that later ones do not wait for it.
         return await work(state, model, kept.checked(kind))
 
-    return _promise(state.command(exchange, model, number, run), model.model_id)
+    return _promise(state.command(model, number, run), model.model_id)
 
 
 # Models.
@@ -124,7 +124,7 @@ async def _create(
                 state.tenants.sessions.drop_model(model)
                 raise
 
-        future = state.command(exchange, model, 0, run)
+        future = state.command(model, 0, run)
     return _promise(future, model_id)
 
 
@@ -185,7 +185,7 @@ async def forward_backward(state: TinkerState, exchange: Exchange) -> Json:
         result = await tenants.read(tenant, lambda: wire.result_of_pass(losses))
         return Result(result, wire.PROTOBUF)
 
-    future = state.command(exchange, model, number, run, len(body))
+    future = state.command(model, number, run, len(body))
     return _promise(future, model.model_id)
 
 

@@ -11,12 +11,7 @@ from turret.kernels.expert_routing import Routing
 from turret.kernels.nf4_matmul import MXFP4, NF4, Nf4Matrix
 from turret.server.errors import InvalidRequestError
 from turret.server.models.weights.base_linear import BaseLinear
-from turret.server.models.weights.nf4 import (
-    BLOCKSIZE,
-    Nf4Weight,
-    PackedLinear,
-    fuse_weights,
-)
+from turret.server.models.weights.nf4 import BLOCKSIZE, Nf4Weight, PackedLinear, fuse_weights
 from turret.server.models.weights.nf4_cpu import nf4_expert_products
 from turret.server.words import say
 

@@ -24,12 +24,7 @@ from turret.kernels.cpu.row_adapters import blocks_bytes
 from turret.server.adapters.device.cpu.store import CpuStore
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.reference import ReferenceStore
-from turret.server.adapters.device.store import (
-    Members,
-    ProjectionLayout,
-    SliceShape,
-    StepMembers,
-)
+from turret.server.adapters.device.store import Members, ProjectionLayout, SliceShape, StepMembers
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.constant_kv import ConstantKv
 from turret.server.adapters.operators.gate import Gate

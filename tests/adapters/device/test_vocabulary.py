@@ -17,10 +17,7 @@ from torch import nn
 
 from turret.server.adapters.adapter import AdapterRef, Source
 from turret.server.adapters.residency.loader import AdapterLoader
-from turret.server.errors import (
-    AdapterCheckpointError,
-    BudgetExceededError,
-)
+from turret.server.errors import AdapterCheckpointError, BudgetExceededError
 from turret.server.models.describe import describe_base
 from turret.server.models.loader import load_decoder
 from turret.server.models.model_source import resolve_model

@@ -9,12 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders.adapters import (
-    base_of,
-    lower_adapter,
-    read_adapter,
-    tiny_llama,
-)
+from builders.adapters import base_of, lower_adapter, read_adapter, tiny_llama
 from builders.methods import drawing, load_adapter, make_config, quiet, save_adapter
 from hypothesis import given
 from hypothesis import strategies as st

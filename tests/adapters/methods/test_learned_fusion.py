@@ -11,14 +11,7 @@ import torch
 from builders.adapters import linear_modules
 from builders.methods import ALL, load_adapter, make_config, save_adapter
 from builders.mixes.fusions import PREFIX, delta_weight, fusion_oracle, save_fusion
-from method_oracle import (
-    check_oracles,
-    check_rounding,
-    check_score,
-    prompt_of,
-    serve,
-    twin,
-)
+from method_oracle import check_oracles, check_rounding, check_score, prompt_of, serve, twin
 from servers.engine_harness import make_request
 from torch import nn
 

@@ -8,17 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from builders.adapters import (
-    base_of,
-    edit_config,
-    edit_tensors,
-    lower_adapter,
-    tiny_llama,
-)
+from builders.adapters import base_of, edit_config, edit_tensors, lower_adapter, tiny_llama
 from builders.methods import make_config, save_adapter
 from said import says
 from transformers.activations import ACT2FN
 
+from turret.server.adapters.methods import METHODS
 from turret.server.adapters.methods.transforms.peanut import ACTIVATIONS, activation
 from turret.server.errors import AdapterCheckpointError, AdapterMismatchError
 
@@ -383,3 +378,8 @@ def test_nearly_equal_reflections_lose_nothing_to_rounding(tmp_path: Path) -> No
     change = exact.b.T @ exact.a
     error = rounded.low_rank.b.double().T @ rounded.low_rank.a.double() - change
     assert error.norm() < 0.005 * change.norm()
+
+
+def test_only_index_tensors_may_be_integers() -> None:
+    with_integers = {name for name, method in METHODS.items() if method.integers}
+    assert with_integers == {"vblora", "unilora", "shira", "supertuning", "frod"}

@@ -10,13 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders.adapters import (
-    base_of,
-    edit_config,
-    edit_tensors,
-    lora_config,
-    tiny_llama,
-)
+from builders.adapters import base_of, edit_config, edit_tensors, lora_config, tiny_llama
 from builders.methods import save_adapter
 from said import says
 
@@ -28,10 +22,7 @@ from turret.server.adapters.peft_format.refusals import (
     is_other_base,
 )
 from turret.server.adapters.residency.loader import AdapterLoader
-from turret.server.errors import (
-    AdapterCheckpointError,
-    AdapterMismatchError,
-)
+from turret.server.errors import AdapterCheckpointError, AdapterMismatchError
 from turret.server.models.fidelity import Fidelity
 from turret.server.words import say
 

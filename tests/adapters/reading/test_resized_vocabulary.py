@@ -22,11 +22,7 @@ from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory
 from turret.server.adapters.registry.export import AdapterExport
 from turret.server.adapters.registry.installer import AdapterTokenizers
 from turret.server.adapters.residency.loader import AdapterLoader
-from turret.server.errors import (
-    AdapterChangedError,
-    AdapterCheckpointError,
-    AdapterMismatchError,
-)
+from turret.server.errors import AdapterChangedError, AdapterCheckpointError, AdapterMismatchError
 from turret.server.models.describe import describe_base
 from turret.server.models.loader import load_decoder
 from turret.server.models.model_source import resolve_model

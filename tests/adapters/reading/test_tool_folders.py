@@ -8,14 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders.adapters import (
-    base_of,
-    edit_config,
-    logits,
-    lora_config,
-    tiny_llama,
-    with_operators,
-)
+from builders.adapters import base_of, edit_config, logits, lora_config, tiny_llama, with_operators
 from builders.methods import load_adapter, save_adapter
 from said import says
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from builders.facts import mix_of
-from builders.sequences import BLOCK_SIZE, make_scheduler, sequence_of
+from builders.sequences import BLOCK_SIZE, make_scheduler, run_alone, sequence_of
 
-from turret.server.engine.scheduling.block_pool import BlockPool
+from turret.server.engine.scheduling.block_pool import BlockPool, root_key
 from turret.server.engine.scheduling.request import Request, StopConditions
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence, SequenceState
@@ -320,6 +320,24 @@ def test_prompts_are_read_one_after_the_other_without_tenants() -> None:
 
 
 # Scheduling during a change of the base weights: requests before and after it, and keys.
+
+
+def test_a_waiting_sequence_starts_with_the_new_base() -> None:
+    """The sequence was considered, has some keys, and waits while the base changes."""
+    scheduler = make_scheduler()
+    hog, late = sequence_of(range(200), "a"), sequence_of(range(100), "b")
+    run_alone(scheduler, hog)
+    scheduler.add(late)
+    scheduler.schedule()
+    assert late.state is SequenceState.WAITING
+    assert late.keys
+    scheduler.is_draining = True
+    scheduler.finish(hog)
+    assert scheduler.schedule().scheduled == ()
+    scheduler.change_base(2)
+    scheduler.is_draining = False
+    scheduler.complete(scheduler.schedule())
+    assert late.keys[0] == root_key(2, late.mix.key)
 
 
 def test_a_preempted_sequence_ends_before_the_base_changes() -> None:

@@ -346,6 +346,8 @@ async def test_one_answer_reports_every_error(http: HttpHarness) -> None:
     assert refused.violations.keys() == wrong.keys()
     for field in wrong:
         assert refused.message.count(f"{field}: ") == 1, field
+    refused = await http.refused(LOAD, {})
+    assert refused.violations.keys() == {"lora_name", "lora_path"}
 
 
 async def test_values_of_responses_without_effect_are_accepted(http: HttpHarness) -> None:

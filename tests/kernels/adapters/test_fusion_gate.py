@@ -26,12 +26,7 @@ import itertools
 
 import pytest
 import torch
-from builders.mixes.gated_pack import (
-    PLAIN,
-    Fusion,
-    GatedPack,
-    routed_in_float64,
-)
+from builders.mixes.gated_pack import PLAIN, Fusion, GatedPack, routed_in_float64
 from kernel_traffic import DEVICE, HALF, error_ratio
 
 from turret.kernels.fusion_gate import (

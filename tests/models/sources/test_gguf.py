@@ -14,11 +14,7 @@ from builders.bases.tiny_models import BOS, EOS, save_tiny_model
 from gguf import GGMLQuantizationType as Kind
 from gguf_oracle import assert_alike, transformers_state
 from said import says
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    LlamaConfig,
-)
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from turret.server.errors import InvalidRequestError

@@ -11,12 +11,7 @@ from start_problems import parse, read, refused
 from turret.server.basics.settings import format_byte_size, parse_byte_size
 from turret.server.cli import main
 from turret.server.command.flags import Settings, settings
-from turret.server.config import (
-    Config,
-    ListenConfig,
-    is_local_address,
-    split_address,
-)
+from turret.server.config import Config, ListenConfig, is_local_address, split_address
 
 TLS = ["--tls-cert", "c", "--tls-key", "k"]
 

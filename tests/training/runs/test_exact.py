@@ -209,12 +209,16 @@ def test_a_directory_is_neither_overwritten_nor_mixed_up(
         train(tmp_path, tiny_llama, "other", resume=True)
     write_words(tmp_path / "train.jsonl")
     facts = json.loads((run / "run.json").read_text())
-    facts["base"]["digest"] = "0"
+    digest, facts["base"]["digest"] = facts["base"]["digest"], "0"
     (run / "run.json").write_text(json.dumps(facts))
     changed = say("DIGEST_CHANGED", key="base.digest")
     # Before the base is loaded.
     monkeypatch.setattr(engine, "attach", None)
     with pytest.raises(RunError, check=says("RUN_DIFFERS", found=changed)):
+        train(tmp_path, tiny_llama, "run", "run.seed=1", resume=True)
+    facts["base"]["digest"], facts["versions"]["torch"] = digest, "1.0"
+    (run / "run.json").write_text(json.dumps(facts))
+    with pytest.raises(RunError, match=r"versions\.torch"):
         train(tmp_path, tiny_llama, "run", "run.seed=1", resume=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")

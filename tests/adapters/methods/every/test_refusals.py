@@ -32,11 +32,7 @@ from turret.server.adapters.methods.structured import lokr
 from turret.server.adapters.methods.unserved import CONVERT, UNSERVED
 from turret.server.adapters.peft_format.config_rules import Irrelevant, Rejected, Used
 from turret.server.cli import main
-from turret.server.errors import (
-    AdapterCheckpointError,
-    AdapterMismatchError,
-    BudgetExceededError,
-)
+from turret.server.errors import AdapterCheckpointError, AdapterMismatchError, BudgetExceededError
 
 Q = "model.layers.0.self_attn.q_proj"
 KEY = f"base_model.model.{Q}"

@@ -43,11 +43,7 @@ from turret.server.adapters.state_dir import SavedRegistration
 from turret.server.engine.scheduling.request import SamplingParams
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Step
-from turret.server.errors import (
-    AdapterCheckpointError,
-    AdapterMismatchError,
-    InvalidRequestError,
-)
+from turret.server.errors import AdapterCheckpointError, AdapterMismatchError, InvalidRequestError
 
 ONE, TWO = [70, 71], [72]
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
