@@ -411,16 +411,16 @@ async def test_exports_are_limited_because_they_hold_open_files(
         registry=registries(2.5), tokens=TOKENS, shares=Shares(separates_tokens=True)
     ) as server:
         server.registry.load("a", "a")
-        calls = [export_as(token) for token in ("alice", "alice", "alice", "bob")]
+        calls = [aiter(export_as(token)) for token in ("alice", "alice", "alice", "bob")]
         for call in calls:
-            assert (await call.read()).WhichOneof("part") == "header"
+            assert (await anext(call)).WhichOneof("part") == "header"
         for token in ("alice", "bob"):
             failure = await failure_of(anext(aiter(export_as(token))))
             assert failure.code is Code.RESOURCE_EXHAUSTED
             assert failure.retry_seconds is not None
         finish.set()
         for call in calls:
-            assert (await call.read()).WhichOneof("part") == "chunk"
+            assert {part.WhichOneof("part") async for part in call} == {"chunk"}
         assert (await export_as("alice").read()).WhichOneof("part") == "header"
     registries.close()
 
