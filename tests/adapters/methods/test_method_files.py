@@ -318,6 +318,8 @@ def test_an_error_names_the_inconsistent_field(
     kind: Any, method: str, changes: dict[str, Any], edit: Any, named: str, tmp_path: Path
 ) -> None:
     directory = save(tmp_path, method, **changes)
+    if edit:
+        lower_adapter(tmp_path, base_of(tiny_llama()))
     if isinstance(edit, dict):
         edit_config(directory, **edit)
     else:
