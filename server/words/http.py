@@ -25,7 +25,7 @@ TEXTS: dict[str, str] = {
     " whole conversation as input",
     "TOO_MANY_ANSWERS": "all prompts together may have at most {most} answers, not {found}",
     "UNKNOWN_TOOL": "names a function that is not in tools",
-    "GBNF_BESIDE_TOOLS": "must be a Lark grammar, not GBNF, if there are tools",
+    "GBNF_BESIDE_TOOLS": "must be a Lark grammar, not GBNF, if the request has tools",
     "SCHEMA_TOO_NESTED": "cannot be combined with such a deeply nested schema",
     "UNENFORCEABLE_IN_XML": "is not supported for models that write tool calls as XML",
     "UNENFORCEABLE_SCHEMA": "must be {expected} for models that write tool calls as XML",
