@@ -163,7 +163,8 @@ def add_flags(
         "--config",
         metavar="PATH",
         default=argparse.SUPPRESS,
-        help=f"TOML file of settings; flags and variables win (default: ${CONFIG_VARIABLE})",
+        help="TOML file of settings; flags and environment variables take precedence over it"
+        f" (default: ${CONFIG_VARIABLE})",
     )
     groups = {
         name: parser.add_argument_group(name, kind.__doc__)
