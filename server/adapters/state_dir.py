@@ -131,7 +131,7 @@ def _parse(kind: str, adapter: TypeAdapter[_S], data: bytes, versions: Sequence[
     """Reads a JSON object that also has a version.
 
     Raises:
-        ValueError: The version is another one, or a field is unknown, missing or of another type.
+        ValueError: The version is not supported, or a field is unknown, missing or of a wrong type.
     """
     fields = json.loads(data)
     if not isinstance(fields, dict) or fields.pop("version", None) not in versions:

@@ -69,7 +69,7 @@ TEXTS: dict[str, str] = {
     "MISSING_ROWS": "the rows of tokens {first} to {last}, which the base model lacks, are not in"
     " the file; add {module} to modules_to_save as well",
     "ADAPTER_LACKS_TOKENIZER": "is missing, but the adapter has rows for {rows} tokens and the"
-    " base model for only {base_rows}; save the adapter's tokenizer beside its weights",
+    " base model for only {base_rows}; save the adapter's tokenizer alongside its weights",
     "CHAT_TEMPLATE_TOO_LARGE": "has a chat template of more than {most} bytes",
     "CHAT_TEMPLATE_INVALID": "invalid chat template: {problem}",
     "TOKENIZER_CODE": "tokenizers with custom code are not supported",

@@ -132,7 +132,7 @@ def parse_config(data: bytes, path: str) -> dict[str, Any]:
 
 
 def read_trained_base(directory: AdapterDirectory) -> TrainedBase:
-    """The base in ``provenance.json`` beside an adapter's files."""
+    """The base in ``provenance.json`` alongside an adapter's files."""
     if not directory.has(PROVENANCE_FILE):
         return TrainedBase()
     try:

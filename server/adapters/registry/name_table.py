@@ -46,7 +46,7 @@ class Registration:
 
     Attributes:
         name: The name in requests.
-        uuid: Identifies this registration; a name that is loaded again has another one.
+        uuid: Identifies this registration; a name that is loaded again has a new one.
         current: The generation that new requests get.
         kept: Replaced generations that requests may still name; the last one was served last.
         retired: Other replaced generations, which mixes still hold.

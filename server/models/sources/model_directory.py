@@ -30,7 +30,7 @@ _TOKENIZERS = ("tokenizer*.json", "*.model", "vocab.json", "vocab.txt", "tekken.
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 # The limit of safetensors itself.
 _MAX_HEADER_BYTES = 100_000_000
-# Errors of files with other content than expected.
+# Errors of files with unexpected content.
 _DAMAGES = ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError
 _HUB_CACHE = re.compile(r".*/models--(.+?)--(.+)/snapshots/[0-9a-f]{40}")
 

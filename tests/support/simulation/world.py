@@ -406,7 +406,9 @@ class World:
         assert not missing, f"{len(missing)} requests never ended"
         for answer in self.requests:
             generated = answer.sequence.tokens[answer.sequence.prompt_end :]
-            assert self.received[answer.stream] == generated, "other tokens than generated"
+            assert self.received[answer.stream] == generated, (
+                "the received tokens differ from the generated ones"
+            )
         while len(self.threads):
             self._read()
         self._turn()
