@@ -73,7 +73,7 @@ TEXTS = {
     # Lines of such a file.
     "LINE_NOT_JSON": "is not valid JSON: {problem}; every line must be one JSON object",
     "DUPLICATE_KEY": "appears twice in the object",
-    "UNEXPECTED_KEY": "is unexpected here; an example has {keys}",
+    "UNEXPECTED_KEY": "is not a key of an example, which has {keys}",
     "NOT_AN_EXAMPLE": "must be a JSON object with {keys}",
     "HALF_CHARACTER": "contains half of a surrogate pair, {value}; add its other half",
     "NOT_A_MESSAGE": "must be an object with role and content",

@@ -44,7 +44,7 @@ TEXTS = {
     " quantised",
     "NO_TEXT_MODEL": "transformers has no text-only class for {model_type}",
     # Examples.
-    "LABEL_COUNT": "{path} has {found!n:different label}; {least} to {most} are supported",
+    "LABEL_COUNT": "{path} has {found!n:distinct label}; the number must be from {least} to {most}",
     "LABELS_NEED_CLASSIFICATION": 'requires data.task = "classification"',
     "NO_LABEL": "has no label; a classification needs prompt and completion",
     "UNKNOWN_LABEL": "the label {value!q:.60} is not in the training file",

@@ -163,7 +163,7 @@ def add_flags(
         "--config",
         metavar="PATH",
         default=argparse.SUPPRESS,
-        help="TOML file of settings; flags and environment variables take precedence over it"
+        help="TOML file of settings, which flags and environment variables override"
         f" (default: ${CONFIG_VARIABLE})",
     )
     groups = {

@@ -196,7 +196,7 @@ TEXTS: dict[str, str] = {
     " first",
     "TOO_MANY_ALIASES": "there are {most} aliases already; delete one first",
     "REGISTERED_AGAIN": "adapter {adapters!q} was registered again after the alias was set",
-    "NO_EARLIER_GENERATION": "the server keeps no generation of adapter {adapters!q} before"
+    "NO_EARLIER_GENERATION": "the server keeps no generation of adapter {adapters!q} earlier than"
     " {current_generation}; --keep-generations sets how many it keeps",
     "BEING_UNLOADED": "adapter {adapters!q} is being unloaded",
     "ADAPTER_EXISTS": "adapter {adapter!q} already exists with different content",

@@ -39,7 +39,7 @@ TEXTS = {
     "CONTEXT_TOO_SHORT": "the prompt has {prompt_tokens} tokens, too many for the context length"
     " of {max_model_len}",
     "MAX_TOKENS_TOO_LARGE": "{max_tokens} tokens were requested, but this prompt leaves room for"
-    " only {room} in the context length of {max_model_len}",
+    " only {room} within the context length of {max_model_len}",
     "NOTHING_TO_TRAIN": "must be true if train_mlp and train_unembed are false",
     "OTHER_ADAPTER_CONFIG": "contains an adapter of another method, rank or set of modules",
     "TRAINING_FULL": "the adapter needs {bytes!b}, but this client uses {used!b} of its {most!b}"
