@@ -104,7 +104,7 @@ def with_errors(
     """Convert a user's mistakes to a one-line error and an exit code.
 
     Args:
-        verb: Runs a verb, and returns another exit code than 0 if it has one.
+        verb: Runs a verb; returns its exit code, or None for 0.
     """
 
     def run(args: argparse.Namespace) -> int:

@@ -321,8 +321,8 @@ def with_client(
 ) -> Callable[[argparse.Namespace], int]:
     """Pass a client to a verb, and convert its errors to one line and an exit code.
 
-    A verb returns another exit code than 0 if it has one. It may set ``stopped`` of its arguments
-    to the line that is printed if Ctrl-C ends it.
+    A verb returns an exit code, or None for 0. It may set ``stopped`` of its arguments to the line
+    that is printed if Ctrl-C ends it.
     """
 
     def run(args: argparse.Namespace) -> int:
