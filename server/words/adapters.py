@@ -145,7 +145,7 @@ TEXTS: dict[str, str] = {
     "COMPONENTS_ADAPT_MORE": "its components adapt {count!n:module} that it does not target; these"
     " modules use the base alone",
     "LARGE_UPDATES": "its updates are as large as the weights that they change: {bytes!b} in"
-    " host memory and again on the device",
+    " host memory, and the same on the device",
     "NO_CONV1D": "fan_in_fan_out is true but has no effect on the base model's linear modules",
     # Adapters that others are built from.
     "COMPONENTS_MISSING": "adapter {path!q:.200} needs its components: {found}",

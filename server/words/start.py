@@ -37,7 +37,7 @@ TEXTS = {
     "NOT_A_SOCKET": "{path} exists and is not a socket",
     "ADDRESS_OF_OTHER": "{value} is already used by {other}",
     "ADDRESS_TAKEN": "{value} is in use by another process",
-    "HOST_NOT_RESOLVED": "cannot look up the host {host}",
+    "HOST_NOT_RESOLVED": "cannot resolve the host {host}",
     "ADDRESS_OF_ANOTHER_MACHINE": "{value} is not an address of this machine; 0.0.0.0 stands for"
     " all of its addresses",
     "NOT_INSTALLED": "missing packages: {packages}; {step}",
