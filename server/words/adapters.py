@@ -55,7 +55,7 @@ TEXTS: dict[str, str] = {
     "WRONG_INPUTS": "its {module} takes {found} features, but the base model's takes {expected}",
     "TOO_MANY_LAYERS": "it is for a model with at least {found} layers, but the base model has"
     " {expected}",
-    "ADAPTS_VISION": "it adapts the {part}, but only the language model is served; train it without"
+    "ADAPTS_VISION": "it adapts {part!q}, but only the language model is served; train it without"
     " the vision layers",
     "TRAINED_FOR": "it was trained for {trained!q:.200}, but the base is {served!q:.200}",
     "OTHER_BASE": "adapter {path!q:.200} was trained for {trained_for!q:.200}, not for"
