@@ -486,7 +486,7 @@ class FleetRegistry:
             except TurretError as error:
                 # The next replacement drops them.
                 said = log.fields(adapter=name, reason=error)
-                _log.warning("cannot drop generations", extra=said)
+                _log.warning("cannot drop kept generations", extra=said)
 
     # Unloading
 
@@ -727,7 +727,7 @@ def _usable_aliases(
             for target in alias.targets:
                 _check_target(target, names)
         except TurretError as error:
-            _log.error("cannot restore", extra=log.fields(alias=alias.name, reason=error))
+            _log.error("cannot restore an alias", extra=log.fields(alias=alias.name, reason=error))
         else:
             yield alias
 

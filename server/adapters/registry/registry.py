@@ -283,7 +283,9 @@ class AdapterRegistry:
             try:
                 self._check_alias(alias)
             except TurretError as error:
-                _log.error("cannot restore", extra=log.fields(alias=alias.name, reason=error))
+                _log.error(
+                    "cannot restore an alias", extra=log.fields(alias=alias.name, reason=error)
+                )
             else:
                 self._put_alias(alias)
         for saved in found:
@@ -291,7 +293,9 @@ class AdapterRegistry:
                 try:
                     self.pin(saved.name)
                 except TurretError as error:
-                    _log.error("cannot pin", extra=log.fields(adapter=saved.name, reason=error))
+                    _log.error(
+                        "cannot pin an adapter", extra=log.fields(adapter=saved.name, reason=error)
+                    )
         return len(found)
 
     # New weights
@@ -573,7 +577,7 @@ class AdapterRegistry:
         except TurretError as error:
             # The next replacement drops them.
             _log.warning(
-                "cannot drop generations",
+                "cannot drop kept generations",
                 extra=log.fields(adapter=registration.name, reason=error),
             )
         else:

@@ -377,7 +377,7 @@ async def _quietly(work: Coroutine[None, None, None]) -> None:
         # A server that is shutting down rejects the work, and keeps no state anyway.
         pass
     except Exception:
-        _log.exception("the end of a session failed")
+        _log.exception("a training session could not be ended")
 
 
 SWEEP_SECONDS = 10.0
@@ -555,4 +555,4 @@ class Tenants:
                 # The server is starting or shutting down, or its disk failed, which was logged.
                 continue
             except Exception:
-                _log.exception("the sweep of training failed")
+                _log.exception("expired training sessions and results could not be removed")
