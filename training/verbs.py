@@ -259,7 +259,7 @@ def _served(args: argparse.Namespace) -> Any:
 
     Raises:
         RunError: The server does not train.
-        TurretRpcError: It cannot be reached, or the token lacks a role.
+        TurretRpcError: The server cannot be reached, or the token lacks a role.
     """
     from turret.clients.errors import TurretRpcError
     from turret.training.errors import RunError

@@ -155,7 +155,7 @@ async def all_messages(requests: AsyncIterator[Received]) -> AsyncIterator[Any]:
     The reader limits their number and time.
 
     Raises:
-        InvalidRequestError: One is malformed.
+        InvalidRequestError: A message is malformed.
     """
     async for each in requests:
         yield each.take()

@@ -246,7 +246,7 @@ def check_fits(path: str, header: SafetensorsHeader, max_elements: int, item_byt
         item_bytes: The minimum number of bytes that each element takes as served.
 
     Raises:
-        BudgetExceededError: It has more.
+        BudgetExceededError: The adapter has more elements.
     """
     elements = header.num_elements
     if elements > max_elements:

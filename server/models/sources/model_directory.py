@@ -313,7 +313,7 @@ def check_hub_model(hub_id: HubId) -> dict[str, Any]:
         Its ``config.json``.
 
     Raises:
-        InvalidRequestError: It is not; the error has the reason and advice.
+        InvalidRequestError: The model is not supported. The error has the reason and advice.
     """
     try:
         repository, folder = _describe(hub_id)
