@@ -126,7 +126,7 @@ GENERATION_FLAGS: Flags = {
     "--min-p": flag("drop tokens below this share of the highest probability", **_NUMBER),
     "--repetition-penalty": flag("divide the logits of earlier tokens by X", **_NUMBER),
     "--presence-penalty": flag("subtract X from the logits of generated tokens", **_NUMBER),
-    "--frequency-penalty": flag("subtract X from a logit per occurrence of its token", **_NUMBER),
+    "--frequency-penalty": flag("subtract X from a token's logit per occurrence", **_NUMBER),
     "--stop": flag("text that ends the answer; repeatable", action="append", metavar="TEXT"),
     "--stop-token-id": flag(
         "token that ends the answer; repeatable",

@@ -41,7 +41,7 @@ _FLAGS: command.Flags = {
     "--system": command.flag("system message; implies --chat", **_SYSTEM),
     "--echo": command.flag("print the prompt first", **_SWITCH),
     "--logprobs": command.flag("with --json: print log probabilities", **_SWITCH, default=None),
-    "--top-n": command.flag("with --json: alternatives per token", type=int, metavar="N"),
+    "--top-n": command.flag("with --json: print N alternatives per token", type=int, metavar="N"),
     "--token-ids": command.flag("with --json: print token ids", **_SWITCH),
     "--stats": command.flag("print usage and timing to standard error", **_SWITCH),
 }
