@@ -727,7 +727,7 @@ def _usable_aliases(
             for target in alias.targets:
                 _check_target(target, names)
         except TurretError as error:
-            _log.error("cannot restore an alias", extra=log.fields(alias=alias.name, reason=error))
+            _log.error("cannot restore", extra=log.fields(alias=alias.name, reason=error))
         else:
             yield alias
 

@@ -58,7 +58,7 @@ class FleetStore(StateDir):
         try:
             return _base_from(json.loads(self._merge.read_bytes()))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            _log.error("cannot restore the merge", extra=log.fields(file=self._merge, reason=error))
+            _log.error("cannot restore", extra=log.fields(file=self._merge, reason=error))
             return p.FleetBase()
 
     def write_base(self, base: p.FleetBase) -> None:

@@ -262,7 +262,7 @@ class ReplicaRegistry(AdapterRegistry):
             else:
                 self._installer.unpin(registration)
         except TurretError as error:
-            _log.error("cannot pin an adapter", extra=log.fields(adapter=saved.name, reason=error))
+            _log.error("cannot pin", extra=log.fields(adapter=saved.name, reason=error))
 
     def _force(self, registration: Registration) -> None:
         # Repeat, because a request that took its adapters just before the name was closed may reach

@@ -204,9 +204,7 @@ class App:
             if record is None:
                 return
             for warning in record.facts.warnings:
-                _log.warning(
-                    "adapter loaded with a warning", extra=log.fields(adapter=name, why=warning)
-                )
+                _log.warning("loaded with a warning", extra=log.fields(adapter=name, why=warning))
         model = backend.model_info
         self.metrics.info(turret.__version__, model.name, model.dtype, model.quantization)
         self._on_loaded()

@@ -211,8 +211,7 @@ def _add_serve(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "serve",
         help=_OWN_VERBS["serve"],
         description="Run the server until SIGTERM or SIGINT. Every flag is also a key of --config"
-        " and an environment variable: --max-rank is max_rank in the table [adapters], and"
-        " TURRET_MAX_RANK.",
+        " and an environment variable: --max-rank is adapters.max_rank and TURRET_MAX_RANK.",
     )
     add_flags(parser)
     parser.set_defaults(func=_serve)
@@ -298,8 +297,7 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     from turret.clients.verbs import VERBS, add_verb
 
     parser = CommandParser(
-        prog="turret",
-        description="Serve many adapters of many methods on one 4-bit base model.",
+        prog="turret", description="Serve many adapters of many methods on one 4-bit base model."
     )
     parser.verbs_below = _verbs_below
     parser.add_argument("-V", "--version", action="version", version=f"turret {turret.__version__}")

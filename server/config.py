@@ -172,8 +172,7 @@ class SchedulerConfig(Checked):
     max_queued_bytes: Bytes = setting(
         512 * MIB,
         "maximum memory of waiting and running requests, with their messages and unsent answers,"
-        " of which one bearer token may take three quarters; further requests get"
-        " RESOURCE_EXHAUSTED",
+        " of which a bearer token may take three quarters; further requests get RESOURCE_EXHAUSTED",
         ge=MIB,
     )
     preempt_after_seconds: Seconds = setting(
@@ -383,9 +382,7 @@ class SecurityConfig(Checked):
     tls_cert: Place | None = setting(None, "PEM certificate chain of the server")
     tls_key: Place | None = setting(None, "PEM private key of the server")
     tls_client_ca: Place | None = setting(
-        None,
-        "PEM certificates of authorities; each client must present a certificate of one of them"
-        " (mTLS)",
+        None, "PEM certificates of the authorities that must sign clients' certificates (mTLS)"
     )
     trust_request_chat_template: Switch = setting(
         False, "accept chat templates in requests, like vLLM's flag of this name"

@@ -599,7 +599,7 @@ def _read_all(directory: Path, parse: Callable[[bytes], _S]) -> tuple[list[_S], 
             if path.name != _file_name(saved.name):
                 raise ValueError(f"is the file of {saved.name!r}")
         except (OSError, ValueError, RecursionError) as error:
-            _log.error("cannot restore a saved file", extra=log.fields(file=path, reason=error))
+            _log.error("cannot restore", extra=log.fields(file=path, reason=error))
             is_complete = False
             continue
         found.append(saved)

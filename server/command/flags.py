@@ -163,8 +163,7 @@ def add_flags(
         "--config",
         metavar="PATH",
         default=argparse.SUPPRESS,
-        help="TOML file of settings, which flags and environment variables override"
-        f" (default: ${CONFIG_VARIABLE})",
+        help=f"TOML file; flags and variables override its settings (default: ${CONFIG_VARIABLE})",
     )
     groups = {
         name: parser.add_argument_group(name, kind.__doc__)

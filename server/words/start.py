@@ -8,8 +8,7 @@ TEXTS = {
     "TAKES_NO_VALUE": "takes no value",
     "NOT_A_CAPABILITY": "must be a number such as 9.0, not {value!q}",
     "UNEXPECTED_ARGUMENTS": "{count!n:unexpected argument}: {values}",
-    "UNQUOTED_TEXT": "{count!n:unexpected argument}: {values}; put a text of several words"
-    " in quotes",
+    "UNQUOTED_TEXT": "{count!n:unexpected argument}: {values}; put a text with spaces in quotes",
     # Settings, files and addresses.
     "INVALID": "{why}",
     "UNKNOWN_VARIABLE": "unknown setting",

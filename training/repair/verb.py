@@ -20,8 +20,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "repair",
         help="make an adapter that corrects a part of a model's quantisation error",
         description="Make a LoRA that approximates the difference between the weights in a model's"
-        " files and the quantised ones. In a mix, it brings the base closer to the weights in the"
-        " files.",
+        " files and the quantised ones. In a mix, it brings the base closer to the files.",
     )
     parser.add_argument(
         "model",

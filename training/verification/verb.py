@@ -23,9 +23,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     parser = subparsers.add_parser(
         "verify",
         help=text,
-        description="Check that a server with an OpenAI API gives the same answers with adapters as"
-        " PEFT. The server must have loaded the adapters. Exit code 1 means that at least one"
-        " answer is wrong.",
+        description="Check that a server's answers over OpenAI's API match PEFT's, with adapters."
+        " The server must have loaded them. Exit code 1 means that at least one answer is wrong.",
     )
     parser.add_argument(
         "adapters",

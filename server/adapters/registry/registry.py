@@ -283,9 +283,7 @@ class AdapterRegistry:
             try:
                 self._check_alias(alias)
             except TurretError as error:
-                _log.error(
-                    "cannot restore an alias", extra=log.fields(alias=alias.name, reason=error)
-                )
+                _log.error("cannot restore", extra=log.fields(alias=alias.name, reason=error))
             else:
                 self._put_alias(alias)
         for saved in found:
@@ -293,9 +291,7 @@ class AdapterRegistry:
                 try:
                     self.pin(saved.name)
                 except TurretError as error:
-                    _log.error(
-                        "cannot pin an adapter", extra=log.fields(adapter=saved.name, reason=error)
-                    )
+                    _log.error("cannot pin", extra=log.fields(adapter=saved.name, reason=error))
         return len(found)
 
     # New weights
