@@ -46,7 +46,7 @@ RUN /opt/turret/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels
 
 FROM ${PYTHON_IMAGE}
 # For a GPU, Triton compiles C at the first start. For a fleet, KubeRay checks Ray's health with wget, and
-# calls ray from a login shell, which has another PATH than the image.
+# calls ray from a login shell, whose PATH differs from the image's.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG EXTRA=""
 # hadolint ignore=DL3008,SC2086

@@ -49,7 +49,7 @@ test-gpu: setup
 long: setup
 	$(BIN)/python -m pytest --timeout 3000 -n $(JOBS) -m long $(ARGS)
 
-# Sends random bytes to every parser, guided by coverage, and then to a server beside a normal client. Inputs that
+# Sends random bytes to every parser, guided by coverage, and then to a server alongside a normal client. Inputs that
 # break something are written to build/findings.
 fuzz: setup
 	cd tests/support && ../../$(BIN)/python -m fuzz.guided $(FUZZ_SECONDS) ../../build/findings

@@ -7,7 +7,7 @@
 #   bench/gpu.sh --only …   passed to bench/gpu.py, like --tune
 #
 # 1 compiles all kernels on all cores, and tests them. 2 measures what is promised. 3 measures the rest. 4 looks for
-# memory errors and races. 5 tests the whole server, with loads beside captured steps. A command that fails does not
+# memory errors and races. 5 tests the whole server, with loads alongside captured steps. A command that fails does not
 # stop the others. The exit status is 1 if a command failed, or if a figure is over one and a half times its promise.
 #
 # Calls 1 to 4 need Python 3.11 or newer (PYTHON=… chooses it) with torch, triton and numpy, and a C compiler; call 1

@@ -6,7 +6,7 @@ It runs the whole server, except that a step computes nothing: it sleeps as long
 compute, and draws fixed tokens. With ``--cpu``, the steps compute. Clients run in another process.
 For each number of streams, it prints how long the device waits between two steps with a token of
 every stream, and which share of the time it computes: with tokens handed out before the next step,
-and beside it as on a GPU. Launches are not part of it. All values are medians.
+and during it, as on a GPU. Launches are not part of it. All values are medians.
 
 The last columns are the processor time of the server per token: of the engine's thread, and of all
 other threads. They depend less on the cores that the clients take.
@@ -36,7 +36,7 @@ from turret.server.engine.step.runner import Runner, StepResult
 from turret.server.engine.step.sampler import Draw
 from turret.server.metrics import Metrics
 
-# As on CUDA (``server/build.py``).
+# The same as on CUDA devices (``server/build.py``).
 _SWITCH_SECONDS = 5e-4
 # The least share of the time for which a GPU or the CPU should compute.
 LEAST_SHARE = 0.85

@@ -4,8 +4,8 @@
 
 The benchmark starts one server per number of registered adapters (random LoRAs), and plays the same
 traces in the style of S-LoRA (Gamma arrivals, power-law popularity, fixed seed) to each in turn. On
-the largest server, it measures the cost of cold loads, and whether a rare adapter is served beside
-a popular one. It writes one JSON document, and prints it.
+the largest server, it measures the cost of cold loads, and whether a rare adapter is served
+alongside a popular one. It writes one JSON document, and prints it.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def probe_cold(address: str, names: Sequence[str]) -> dict[str, Any]:
 def measure_interference(
     address: str, resident: str, others: Sequence[str], count: int
 ) -> dict[str, Any]:
-    """The time to first token of a resident adapter, beside requests for cold and warm adapters.
+    """The time to first token of a resident adapter, alongside requests for cold and warm adapters.
 
     The same requests for the same other adapters are played twice at the same times, with one
     prompt token changed. The first time, each of these adapters is cold and must be read; the

@@ -1,4 +1,4 @@
-"""The time for processing prompts, and their effect on requests that decode meanwhile.
+"""The time for processing prompts, and their effect on requests that decode at that time.
 
     python bench/prompts.py [--repeats 3] [--only TEXT] [--lengths 512 2048]
 

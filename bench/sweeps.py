@@ -1,4 +1,4 @@
-"""Variants of a run that are trained together in one process, beside one of them alone.
+"""Variants of a run that are trained together in one process, compared with one of them alone.
 
     python bench/sweeps.py [--steps 6] [--batch-size 4] [--rounds 3]
 

@@ -1,4 +1,4 @@
-"""Training of many adapters on the base that serves, beside PEFT one adapter after another.
+"""Training of many adapters on the base that serves, compared with PEFT one adapter after another.
 
     python bench/training.py [--tenants 1 4 16] [--steps 3] [--rows 4] [--length 44]
 

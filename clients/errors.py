@@ -348,7 +348,7 @@ class DeadlineExceededError(TurretRpcError, status=grpc.StatusCode.DEADLINE_EXCE
 
 
 class AbortedError(TurretRpcError, status=grpc.StatusCode.ABORTED):
-    """An adapter of the request was unloaded by force meanwhile."""
+    """An adapter of the request was unloaded by force."""
 
 
 class CallCancelledError(TurretRpcError, status=grpc.StatusCode.CANCELLED):

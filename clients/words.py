@@ -21,7 +21,7 @@ TEXTS = {
     " accepts",
     "ANSWER_TOO_LARGE": "the answer has {size} bytes, more than the {most} that the client accepts",
     "NOT_IN_TIME": "the call did not finish in time",
-    "CONNECTION_LOST": "the connection broke ({why})",
+    "CONNECTION_LOST": "the connection was lost ({why})",
     "NOT_REACHED": "no turret server answers at {place} ({why})",
     "NOT_RESOLVED": "no turret server answers at {place} (the host or port is unknown)",
     "NOT_ANSWERED": "no turret server answers ({why})",
@@ -65,7 +65,7 @@ TEXTS = {
     "EVALUATION_CUT": "the server closed the connection {done}; see its log",
     # Files of examples.
     "PATH_MISSING": "{path} does not exist",
-    "PATH_IS_A_DIRECTORY": "{path} is a directory; name a file in it",
+    "PATH_IS_A_DIRECTORY": "{path} is a directory; pass a file in it",
     "EXAMPLE_KEYS": "messages, or prompt and completion (labels may replace the answer)",
     "TRAINING_EXAMPLE_KEYS": "messages, or prompt and completion, or text (labels may replace the"
     " answer)",
@@ -73,7 +73,7 @@ TEXTS = {
     # Lines of such a file.
     "LINE_NOT_JSON": "is not valid JSON: {problem}; every line must be one JSON object",
     "DUPLICATE_KEY": "appears twice in the object",
-    "UNEXPECTED_KEY": "is unexpected here; an example has {keys}",
+    "UNEXPECTED_KEY": "is not a key of an example, which has {keys}",
     "NOT_AN_EXAMPLE": "must be a JSON object with {keys}",
     "HALF_CHARACTER": "contains half of a surrogate pair, {value}; add its other half",
     "NOT_A_MESSAGE": "must be an object with role and content",

@@ -1,6 +1,6 @@
 """Checks that the example adapters, loaded from disk with PEFT, answer ``prompts.jsonl``.
 
-Greedy decoding on the NF4-rounded base, in fp32 and in bf16, beside the base model's own answer::
+Greedy decoding on the NF4-rounded base, in fp32 and in bf16, next to the base model's own answer::
 
     python examples/check_examples.py
 

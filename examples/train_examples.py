@@ -66,7 +66,7 @@ def measure(model: PeftModel, tokenizer, task: Task, seed: int) -> tuple[float, 
 
 
 def replace_lines(path: Path, prefix: str, lines: list[str]) -> None:
-    """Replaces the file's lines with ``prefix`` by ``lines``, or appends these."""
+    """Replaces the lines that start with ``prefix``, or appends ``lines`` if there are none."""
     old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     at = next((i for i, line in enumerate(old) if line.startswith(prefix)), len(old))
     kept = [(i, line) for i, line in enumerate(old) if not line.startswith(prefix)]
@@ -161,10 +161,12 @@ def report(task: Task, tokenizer, *, seed: int, steps: int | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trains the example adapters.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(TASKS)} (all)")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"one of {', '.join(TASKS)} (default: all)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of data and weights")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the task's own)")
-    parser.add_argument("--score-only", action="store_true", help="score what is on disk")
+    parser.add_argument("--score-only", action="store_true", help="only score the adapters on disk")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.names) - set(TASKS))
     if unknown:

@@ -57,10 +57,10 @@ def as_ray_address(value: str) -> str:
 class FleetConfig(Checked):
     """The number of replicas, and the machines on which they run."""
 
-    replicas: Whole | None = setting(None, "replicas (default: 2)", ge=1)
-    min_replicas: Whole | None = setting(None, "fewest, if the number follows the load", ge=1)
+    replicas: Whole | None = setting(None, "number of replicas (default: 2)", ge=1)
+    min_replicas: Whole | None = setting(None, "minimum number, if it follows the load", ge=1)
     max_replicas: Whole | None = setting(
-        None, "most; one is added while more than four sequences wait on each", ge=1
+        None, "maximum number; one is added while more than four sequences wait on each", ge=1
     )
     ray_address: Annotated[str, AfterValidator(as_ray_address)] | None = setting(
         None,
@@ -68,10 +68,10 @@ class FleetConfig(Checked):
         shown="ADDRESS",
     )
     lease_seconds: Seconds = setting(
-        5.0, "how long changes of adapters wait for a replica that is silent", ge=1
+        5.0, "how long changes to adapters wait for a replica that does not respond", ge=1
     )
     stop_without_registry: Switch = setting(
-        False, "replicas answer UNAVAILABLE while the registry is away, instead of serving on"
+        False, "answer UNAVAILABLE while the registry cannot be reached, instead of serving"
     )
 
     def faults(self) -> Iterator[Violation]:

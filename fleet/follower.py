@@ -361,7 +361,7 @@ class ReplicaLink:
             try:
                 self._follower.apply(change)
             except Exception as error:
-                _log.exception("the replica cannot follow the fleet")
+                _log.exception("the replica cannot apply the fleet's changes")
                 self._fail(error)
                 return
             with self._changed:

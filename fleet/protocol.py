@@ -156,7 +156,7 @@ class Join:
     """A replica's request for the whole state.
 
     Attributes:
-        replica: The replica's name; after a restart it has another one.
+        replica: The replica's name; a restarted replica has a new one.
         base_name, base_digest: The model that it has loaded.
         keep_generations: How many replaced generations of a name the fleet keeps. All replicas have
             the same settings, so the last one to join decides.

@@ -486,7 +486,7 @@ class FleetRegistry:
             except TurretError as error:
                 # The next replacement drops them.
                 said = log.fields(adapter=name, reason=error)
-                _log.warning("cannot drop generations", extra=said)
+                _log.warning("cannot drop kept generations", extra=said)
 
     # Unloading
 
@@ -697,7 +697,7 @@ def _generation(saved: SavedRegistration, generation: int) -> SavedGeneration:
     """A generation that requests may name.
 
     Raises:
-        AdapterNotFoundError: It is not kept.
+        AdapterNotFoundError: The generation is not kept.
     """
     found = next((each for each in generations_of(saved) if each.generation == generation), None)
     if found is None:

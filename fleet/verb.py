@@ -27,7 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     parser = subparsers.add_parser(
         "cluster",
         help=text,
-        description="Many replicas as one server, on Ray Serve (pip install 'turret[cluster]').",
+        description="Run many replicas as one server on Ray Serve (pip install 'turret[cluster]').",
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     _add_serve(verbs)

@@ -4,7 +4,7 @@ from turret.server.words import adapters, http, requests, serving, start
 from turret.words import sayer
 
 TEXTS = {
-    # The registry
+    # The registry.
     "REGISTRY_AWAY": "the fleet's registry cannot be reached; loaded adapters are still served",
     "REGISTRY_FAILED": "the fleet's registry did not {action}: {cause}",
     "REGISTRY_RESTARTED": (
@@ -16,12 +16,12 @@ TEXTS = {
     "COMPONENT_MISSING": (
         "the component with digest {digest} is not registered, or is being unloaded"
     ),
-    # A replica
+    # A replica.
     "MERGE_FAILED": "a replica failed to compute the merged weights; see its log",
     "MERGE_WITHDRAWN": "the merge was cancelled",
-    "REPLICA_FAILED": "the replica cannot follow the fleet",
-    "REPLICA_CUT_OFF": "the replica has lost the fleet's registry",
-    # Ray and its ingress
+    "REPLICA_FAILED": "the replica cannot apply the fleet's changes",
+    "REPLICA_CUT_OFF": "the replica has lost its connection to the fleet's registry",
+    # Ray and its ingress.
     "INGRESS_FOLDER": "cannot use {folder} for the files of the ingress: {cause}",
     "INGRESS_FOLDER_FOREIGN": "{folder}, the directory for the files of the ingress, is a link or"
     " belongs to another user",
@@ -50,7 +50,7 @@ TEXTS = {
         "no Ray cluster is running on this machine or at RAY_ADDRESS; choose a fleet with"
         " --state-dir or --ray-address"
     ),
-    # Settings of ``turret cluster serve``
+    # Settings of ``turret cluster serve``.
     "FLEET_NO_PRELOAD": "is not supported in a fleet; load adapters with `turret adapters load`",
     "FLEET_ONE_ADDRESS": "is not supported in a fleet, which has no separate admin address; the"
     " token file decides who may change adapters",

@@ -25,7 +25,7 @@ from turret.kernels.rows.elementwise import row_exp_
 from turret.kernels.rows.linear import row_linear
 from turret.lazy_torch import torch
 
-# Sizes are padded to multiples of this, so that fewer shapes need a trial.
+# Sizes are padded to multiples of this, so that fewer shapes need a trial (``rows/trial.py``).
 GATE_MULTIPLE = 16
 # Maximum number of components of an adapter in the Triton kernel, whose programs hold all scores.
 MAX_COMPONENTS = 64

@@ -27,7 +27,7 @@ _ROW_MULTIPLE = 4
 # The value is finite, so that a row with a fully masked tile (sliding window) needs no special
 # case: the next tile's rescaling by e^(MASKED − m) = 0 erases the terms of such a tile.
 _MASKED = -1e30
-# Columns of ones beside the values, so that the same product computes the softmax denominator.
+# Columns of ones next to the values, so that the same product computes the softmax denominator.
 _ONES = 4
 
 

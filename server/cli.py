@@ -40,7 +40,7 @@ _OWN_VERBS = {
 _TRAINING = {
     "train": "train an adapter",
     "convert": "convert an adapter of an unsupported method to a supported form",
-    "verify": "check that a server answers with adapters as PEFT does",
+    "verify": "check that a server's answers with adapters match those of PEFT",
 }
 # Functions that add the verbs of the fleet and the trainer. The server imports neither package, so
 # they are found by name when the verb is used.
@@ -211,7 +211,7 @@ def _add_serve(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "serve",
         help=_OWN_VERBS["serve"],
         description="Run the server until SIGTERM or SIGINT. Every flag is also a key of --config"
-        " and a variable: --max-rank is max_rank in the table [adapters], and TURRET_MAX_RANK.",
+        " and an environment variable: --max-rank is adapters.max_rank and TURRET_MAX_RANK.",
     )
     add_flags(parser)
     parser.set_defaults(func=_serve)
@@ -235,9 +235,9 @@ def _add_compile(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     parser = subparsers.add_parser(
         "compile",
         help=_OWN_VERBS["compile"],
-        description="Compile the kernels that `turret serve` with the same model and sizes compiles"
-        " when it starts on an NVIDIA GPU, and put them where it looks for them. This needs no GPU,"
-        " so an image can contain them.",
+        description="Compile the kernels that `turret serve` with the same model and sizes would"
+        " compile at startup on an NVIDIA GPU, and store them where it looks for them. This needs"
+        " no GPU, so an image can contain them.",
     )
     parser.add_argument(
         "--compute-capability",
@@ -245,7 +245,7 @@ def _add_compile(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
         nargs="+",
         required=True,
         metavar="N.N",
-        help="of the GPUs, for example 8.0 (A100) 8.9 (L4) 9.0 (H100)",
+        help="compute capability of the GPUs, for example 8.0 (A100) 8.9 (L4) 9.0 (H100)",
     )
     add_flags(parser)
     parser.set_defaults(func=_compile)
@@ -272,7 +272,7 @@ def _add_demo(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--once",
         action="store_true",
         default=os.environ.get("DEMO_ONCE", "") not in ("", "0"),
-        help="stop when everything is shown (default if DEMO_ONCE=1 is set)",
+        help="stop after showing everything (default if DEMO_ONCE=1 is set)",
     )
     parser.set_defaults(func=_demo)
 
@@ -297,7 +297,7 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     from turret.clients.verbs import VERBS, add_verb
 
     parser = CommandParser(
-        prog="turret", description="Many adapters of many methods on one 4-bit base model."
+        prog="turret", description="Serve many adapters of many methods on one 4-bit base model."
     )
     parser.verbs_below = _verbs_below
     parser.add_argument("-V", "--version", action="version", version=f"turret {turret.__version__}")

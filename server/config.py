@@ -110,7 +110,7 @@ class ModelConfig:
     )
     device: Annotated[str, AfterValidator(_device)] = setting(
         "auto",
-        "device of the model: auto, cpu, cuda, or cuda:N, the N-th visible device from 0",
+        "device of the model: auto, cpu, cuda, or cuda:N (visible device N, from 0)",
         shown="DEVICE",
     )
     dtype: Literal["bfloat16", "float16", "float32"] = setting(
@@ -126,7 +126,7 @@ class ModelConfig:
     quantize_all: Switch = setting(
         False,
         "also quantise the modules that a bitsandbytes 4-bit checkpoint keeps in 16 bits: less"
-        " memory, but another base than the one that adapters were trained on",
+        " memory, but not the base that adapters were trained on",
     )
 
     threads: Whole | None = setting(
@@ -137,8 +137,8 @@ class ModelConfig:
     )
     head_screen: Switch = setting(
         True,
-        "keep an int8 copy of the output head on a CPU, in half of the head's bytes: greedy steps"
-        " are faster, with the same tokens (default: keep it)",
+        "on a CPU, keep an int8 copy of the output head, half the size of the head: greedy steps"
+        " are faster and choose the same tokens (default: keep it)",
     )
 
 
@@ -148,14 +148,14 @@ class CacheConfig:
 
     kv_cache_bytes: Bytes | None = setting(
         None,
-        "size of the paged KV cache (default: 256MiB; on CUDA the memory that a step leaves)",
+        "size of the paged KV cache (default: 256MiB; on CUDA the remaining device memory)",
         ge=MIB,
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class SchedulerConfig(Checked):
-    """Limits of waiting requests, of running ones, and of one step."""
+    """Limits on waiting requests, on running requests, and on one step."""
 
     max_num_seqs: Whole | None = setting(
         None, "maximum number of running sequences (default: 64; on CUDA 256)", ge=1
@@ -166,24 +166,24 @@ class SchedulerConfig(Checked):
     max_queued_requests: Whole = setting(
         1024,
         "maximum number of waiting requests, of which one bearer token may have three quarters;"
-        " new ones then get RESOURCE_EXHAUSTED",
+        " further requests get RESOURCE_EXHAUSTED",
         ge=1,
     )
     max_queued_bytes: Bytes = setting(
         512 * MIB,
         "maximum memory of waiting and running requests, with their messages and unsent answers,"
-        " of which one bearer token may have three quarters; new ones then get RESOURCE_EXHAUSTED",
+        " of which a bearer token may take three quarters; further requests get RESOURCE_EXHAUSTED",
         ge=MIB,
     )
     preempt_after_seconds: Seconds = setting(
         5.0,
-        "time that a request waits for a place, or for memory for its adapters, before it may take"
-        " that of another request; 0: never",
+        "time that a request waits for a place, or for memory for its adapters, before it may"
+        " preempt another request; 0: never",
         ge=0,
     )
     speculation: Literal["auto", "prompt", "off"] = setting(
         "auto",
-        "on a CPU, guess tokens and check several in one step if that is faster; answers stay the"
+        "on a CPU, guess tokens and verify several in one step if that is faster; answers stay the"
         " same. auto guesses from the request and its adapters' earlier answers, prompt from the"
         " request alone",
     )
@@ -223,8 +223,8 @@ class AdapterConfig(Checked):
     )
     state_dir: Place | None = setting(
         None,
-        "directory of registrations, which then survive a restart, and of uploaded and fused"
-        " adapters; for one server and one base model (default: none of these are kept)",
+        "directory that keeps registrations, uploaded adapters and fused adapters across restarts;"
+        " for one server and one base model (default: nothing is kept)",
     )
     adapter_hub: Names = setting(
         (),
@@ -248,7 +248,7 @@ class AdapterConfig(Checked):
         ge=1,
     )
     keep_generations: Whole = setting(
-        0, "replaced generations of each adapter that requests may still name", ge=0
+        0, "number of replaced generations of each adapter that requests can still use", ge=0
     )
     max_rank: Whole = setting(128, "highest rank of an adapter", ge=1)
     allow_other_base: Switch = setting(
@@ -256,7 +256,7 @@ class AdapterConfig(Checked):
     )
     strict_base: Switch = setting(
         False,
-        "reject adapters that were trained on other weights than those of the served base,"
+        "reject adapters that were trained on weights other than the served base's,"
         " according to provenance.json or the base's name (default: warn)",
     )
     allow_dense_adapters: Switch = setting(
@@ -266,12 +266,12 @@ class AdapterConfig(Checked):
         False, "serve requests for adapters that are merged into the base, and apply them twice"
     )
     training: Switch = setting(
-        False, "let callers with the role training train adapters on the served base"
+        False, "let callers that have the role training train adapters on the served base"
     )
     training_bytes: Bytes = setting(
         4 * GIB,
-        "memory for adapters in training, of which one bearer token may have half; each takes"
-        " about 32 bytes per parameter",
+        "memory for adapters in training, of which one bearer token may take half; an adapter"
+        " takes about 32 bytes per parameter",
         ge=1,
     )
     preload: Preloads = setting(
@@ -382,7 +382,7 @@ class SecurityConfig(Checked):
     tls_cert: Place | None = setting(None, "PEM certificate chain of the server")
     tls_key: Place | None = setting(None, "PEM private key of the server")
     tls_client_ca: Place | None = setting(
-        None, "PEM certificates of authorities; clients must then present a certificate (mTLS)"
+        None, "PEM certificates of the authorities that must sign clients' certificates (mTLS)"
     )
     trust_request_chat_template: Switch = setting(
         False, "accept chat templates in requests, like vLLM's flag of this name"
@@ -391,7 +391,7 @@ class SecurityConfig(Checked):
     share_prefixes: Switch = setting(
         False,
         "let requests with different bearer tokens share the prefix cache and drafts: faster, but"
-        " their timing then reveals what others asked (default: each bearer token has its own)",
+        " response times then reveal what others asked (default: each bearer token has its own)",
     )
 
     def faults(self) -> Iterator[Violation]:
@@ -425,7 +425,7 @@ class LogConfig:
     log_format: Literal["text", "json"] = setting(
         "text", "text: lines for people, with key=value; json: one object per line"
     )
-    verbose: Switch = setting(False, "also log details, and every setting at the start")
+    verbose: Switch = setting(False, "also log details, and every setting at startup")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)

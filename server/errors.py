@@ -25,7 +25,7 @@ class TurretError(Exception):
     """Base of the tree; carries a machine-readable reason, metadata and field violations.
 
     ``retry_after_seconds`` tells clients when to try again; it is None if the call would fail again
-    in the same way. An error may have another value than its class.
+    in the same way. An error's value may differ from its class's.
     """
 
     reason = "INTERNAL"
@@ -151,7 +151,7 @@ class AdapterMergedError(AdapterInUseError):
 
 
 class AdapterGenerationError(AdapterError):
-    """The name has another generation than expected."""
+    """The name has a different generation than expected."""
 
 
 class AdapterUnloadedError(AdapterError):

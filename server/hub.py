@@ -213,7 +213,7 @@ def download(repository: Repository, names: Iterable[str], on_bytes: OnBytes) ->
 
     Raises:
         HubError: This machine can no longer access the repository or one of its files.
-        HubUnavailableError: The hub does not answer, or sent other data than it announced.
+        HubUnavailableError: The hub does not answer, or its data differs from what it announced.
     """
     hub_id = repository.id
     for name in names:

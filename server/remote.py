@@ -96,8 +96,8 @@ class RemoteAdapters(_Downloads):
         Raises:
             AdapterCheckpointError: The path is not allowed, or not an adapter's.
             HubError: The path does not exist, or the server's credentials give no access.
-            HubUnavailableError: The storage does not answer, is too slow, or sent other data than
-                it announced.
+            HubUnavailableError: The storage does not answer, is too slow, or its data differs
+                from what it announced.
             BudgetExceededError: The files are too large.
             QueueFullError: ``MAX_DOWNLOADS`` are under way.
             TurretError: An error of ``stage``.

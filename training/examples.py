@@ -229,7 +229,7 @@ def labels_of(examples: Sequence[Example]) -> tuple[str, ...]:
 
 
 def check_labelled(examples: Iterable[Example], *, is_multi_label: bool) -> None:
-    """Reject lines without a label, or with another form of labels than the first line.
+    """Reject lines without a label, or whose labels have a different form from the first line's.
 
     Raises:
         DataError: See :func:`labels_of`.

@@ -113,7 +113,9 @@ class OwnBase:
 
 @contextlib.contextmanager
 def own_engines() -> Iterator[Callable[[Resolved], Engine]]:
-    """Opens engines in this process; runs on a base with as many virtual tokens share it.
+    """Opens engines in this process.
+
+    Runs on the same base, with the same number of virtual tokens, share one base.
 
     A run that a server cannot train is trained with PEFT instead.
     """

@@ -104,7 +104,7 @@ def with_errors(
     """Convert a user's mistakes to a one-line error and an exit code.
 
     Args:
-        verb: Runs a verb, and returns another exit code than 0 if it has one.
+        verb: Runs a verb; returns its exit code, or None for 0.
     """
 
     def run(args: argparse.Namespace) -> int:
@@ -259,7 +259,7 @@ def _served(args: argparse.Namespace) -> Any:
 
     Raises:
         RunError: The server does not train.
-        TurretRpcError: It cannot be reached, or the token lacks a role.
+        TurretRpcError: The server cannot be reached, or the token lacks a role.
     """
     from turret.clients.errors import TurretRpcError
     from turret.training.errors import RunError

@@ -32,9 +32,9 @@ TEXTS = {
     "PRESET_NOT_ALONE": "{value!q} cannot be combined with other targets",
     "UNKNOWN_TARGET": "unknown module {value!q:.60}; {model_type} has {choices}, and the presets"
     " are {presets}",
-    "NO_TARGETS": "{value!q} selects no trainable module of {model_type}; use attention",
+    "NO_TARGETS": '{value!q} selects no trainable module of {model_type}; use "attention"',
     "EXPERTS_UNSUPPORTED_BY": "{module} belongs to experts, which {method} cannot train; use"
-    " attention, or one of {choices}",
+    ' "attention", or one of the methods {choices}',
     "FUSION_OF_EXPERTS": "learned_fusion does not support models with experts",
     # The base.
     "EXPERTS_NEED_NF4": "must be nf4 or nf4-dense for a mixture of experts",
@@ -44,7 +44,7 @@ TEXTS = {
     " quantised",
     "NO_TEXT_MODEL": "transformers has no text-only class for {model_type}",
     # Examples.
-    "LABEL_COUNT": "{path} has {found!n:different label}; {least} to {most} are supported",
+    "LABEL_COUNT": "{path} has {found!n:distinct label}; the number must be from {least} to {most}",
     "LABELS_NEED_CLASSIFICATION": 'requires data.task = "classification"',
     "NO_LABEL": "has no label; a classification needs prompt and completion",
     "UNKNOWN_LABEL": "the label {value!q:.60} is not in the training file",

@@ -205,7 +205,7 @@ class DecodeStep:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             if budget > _ADAPTER_SHARE * torch.cuda.mem_get_info(self.device)[0]:
-                raise torch.OutOfMemoryError("the adapters do not fit beside the base")
+                raise torch.OutOfMemoryError("the adapters do not fit alongside the base")
         return budget
 
     def attention_table(self) -> AttentionTable:

@@ -33,7 +33,7 @@ def upload_messages(
 
     The files are ``adapter_config.json``, every ``*.safetensors`` of the directory, the chat
     template and, if the weights change the vocabulary, the tokenizer. Nothing else is sent, because
-    a training run leaves optimizer states and other private files beside them. ``options`` are
+    a training run leaves optimizer states and other private files alongside them. ``options`` are
     other fields of ``UploadHeader``.
 
     Raises:
@@ -106,7 +106,7 @@ class NewDirectory:
             self._partial = Path(tempfile.mkdtemp(prefix=f".{self._directory.name}.", dir=parent))
         except OSError as error:
             self._remove_made()
-            # Name the requested directory, not the temporary one beside it.
+            # Name the requested directory, not the temporary one alongside it.
             why = f"cannot be created: {error.strerror}"
             raise OSError(error.errno, why, str(self._directory)) from None
         self._open: dict[str, BinaryIO] = {}

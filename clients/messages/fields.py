@@ -45,7 +45,7 @@ _NUMBERS = dict.fromkeys(
 
 @contextlib.contextmanager
 def named(argument: str, value: object, wanted: str = "") -> Iterator[None]:
-    """Raise the errors of protobuf in the block with the argument, which they do not name.
+    """Add the name of the argument to protobuf's errors in the block.
 
     Args:
         argument: The name of the argument.
@@ -98,7 +98,7 @@ def fill(message: Any, values: Mapping[str, Any], *, within: str = "") -> None:
 def extend(
     name: str, field: Any, items: Any, wanted: str = "a list", *, is_text: bool = False
 ) -> None:
-    """Add items to a repeated field; they may be numbers of numpy or torch.
+    """Add items to a repeated field; they may be numpy or torch numbers.
 
     Args:
         name: The name of the argument in errors.

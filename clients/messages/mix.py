@@ -75,7 +75,7 @@ def to_mix(adapters: AdaptersLike) -> list[adapters_pb2.AdapterWeight]:
         case Mapping():
             return [_to_proto(member) for member in adapters.items()]
     if not isinstance(adapters, Iterable):
-        raise not_of_type("adapters", f"{_FORMS}, or a list", adapters)
+        raise not_of_type("adapters", f"{_FORMS}, or a list of these", adapters)
     return [_to_proto(adapter) for adapter in adapters]
 
 

@@ -15,7 +15,7 @@ _COUNT = {"type": int, "metavar": "N"}
 _SHARE = {"type": float, "metavar": "X"}
 # Destinations have the names of the arguments of the Python client.
 _FLAGS: command.Flags = {
-    "name": command.flag("how requests name the adapter", metavar="NAME"),
+    "name": command.flag("the adapter's name in requests", metavar="NAME"),
     "path": command.flag(
         "directory below the server's --adapter-root, or a path that starts with hub:,"
         " s3:// or oci://",
@@ -31,7 +31,7 @@ _FLAGS: command.Flags = {
     "--method": command.flag("only adapters of this method", metavar="METHOD"),
     "--residency": command.flag("only adapters in this tier", choices=("disk", "host", "device")),
     "--pin": command.flag("pin the adapter as well", dest="pinned", action="store_true"),
-    "--replace": command.flag("make it the next generation of NAME", action="store_true"),
+    "--replace": command.flag("make the upload the next generation of NAME", action="store_true"),
     "--task": command.flag("number of the task, from 0, if the files hold several", **_COUNT),
     "--chat-template": command.flag(
         "use the Jinja template in FILE instead of the adapter's own",
@@ -39,7 +39,7 @@ _FLAGS: command.Flags = {
         metavar="FILE",
     ),
     "--force": command.flag(
-        "abort the requests that use it",
+        "abort the requests that use the adapter",
         dest="mode",
         action="store_const",
         const="force",
@@ -63,7 +63,7 @@ _FLAGS: command.Flags = {
     "--generation": command.flag("generation to export (default: the current one)", **_COUNT),
     "--combination": command.flag(
         "exact, linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune, or one of"
-        " the last four with _svd (default: exact)",
+        " the last four followed by _svd (default: exact)",
         metavar="HOW",
     ),
     "--rank": command.flag("maximum rank, for combinations with svd", **_COUNT),
@@ -108,7 +108,7 @@ def add_adapters(subparsers: command.Subparsers, text: str) -> None:
     text = "load an adapter from the server's machine or a remote source"
     add("load", text, "name", "path", "--pin", *_READING)
     add("unload", "unregister an adapter", "name", "--force", "--wait", _EXPECTED)
-    add("pin", "keep an adapter resident", "name")
+    add("pin", "keep an adapter in host memory", "name")
     add("unpin", "let an adapter be evicted and unloaded", "name")
     text = "upload an adapter from this machine and load it"
     layout = "directory in PEFT's layout"

@@ -111,22 +111,22 @@ SHARED_FLAGS: Flags = {
     "--file": flag(
         "file with one text per line, used after the TEXT arguments", type=file_text, metavar="FILE"
     ),
-    "--request-id": flag("identifies the request in the server's log", metavar="ID"),
+    "--request-id": flag("id of the request in the server's log", metavar="ID"),
     "--json": flag("print JSON", action="store_true"),
 }
 REQUIRED_ADAPTER: Flags = {ADAPTER: {**SHARED_FLAGS[ADAPTER], "required": True, "default": None}}
 # If a flag is not given, the server's default applies.
 GENERATION_FLAGS: Flags = {
-    "--top-k": flag("keep the k likeliest tokens", **_COUNT),
+    "--top-k": flag("keep the N likeliest tokens", **_COUNT),
     "--seed": flag("make the answer repeatable", **_COUNT),
-    "--max-tokens": flag("maximum tokens to generate (default: up to the context)", **_COUNT),
-    "--min-tokens": flag("minimum tokens before a stop condition applies", **_COUNT),
-    "--temperature": flag("0 is greedy (default: 1)", **_NUMBER),
-    "--top-p": flag("keep the likeliest tokens up to this probability", **_NUMBER),
-    "--min-p": flag("drop tokens below this share of the likeliest", **_NUMBER),
-    "--repetition-penalty": flag("divide the logits of earlier tokens", **_NUMBER),
-    "--presence-penalty": flag("subtract from the logits of generated tokens", **_NUMBER),
-    "--frequency-penalty": flag("subtract from the logits per occurrence", **_NUMBER),
+    "--max-tokens": flag("maximum number of tokens (default: up to the context)", **_COUNT),
+    "--min-tokens": flag("number of tokens before stop conditions apply", **_COUNT),
+    "--temperature": flag("sampling temperature; 0 is greedy (default: 1)", **_NUMBER),
+    "--top-p": flag("keep the likeliest tokens up to this total probability", **_NUMBER),
+    "--min-p": flag("drop tokens below this share of the highest probability", **_NUMBER),
+    "--repetition-penalty": flag("divide the logits of earlier tokens by X", **_NUMBER),
+    "--presence-penalty": flag("subtract X from the logits of generated tokens", **_NUMBER),
+    "--frequency-penalty": flag("subtract X from a token's logit per occurrence", **_NUMBER),
     "--stop": flag("text that ends the answer; repeatable", action="append", metavar="TEXT"),
     "--stop-token-id": flag(
         "token that ends the answer; repeatable",
@@ -321,8 +321,8 @@ def with_client(
 ) -> Callable[[argparse.Namespace], int]:
     """Pass a client to a verb, and convert its errors to one line and an exit code.
 
-    A verb returns another exit code than 0 if it has one. It may set ``stopped`` of its arguments
-    to the line that is printed if Ctrl-C ends it.
+    A verb returns an exit code, or None for 0. It may set ``stopped`` of its arguments to the line
+    that is printed if Ctrl-C ends it.
     """
 
     def run(args: argparse.Namespace) -> int:

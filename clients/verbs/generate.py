@@ -40,9 +40,9 @@ _FLAGS: command.Flags = {
     "--chat": command.flag("send the prompt as a user's message to the chat model", **_SWITCH),
     "--system": command.flag("system message; implies --chat", **_SYSTEM),
     "--echo": command.flag("print the prompt first", **_SWITCH),
-    "--logprobs": command.flag("with --json: log probabilities", **_SWITCH, default=None),
-    "--top-n": command.flag("with --json: alternatives", type=int, metavar="N"),
-    "--token-ids": command.flag("with --json: token ids", **_SWITCH),
+    "--logprobs": command.flag("with --json: print log probabilities", **_SWITCH, default=None),
+    "--top-n": command.flag("with --json: print N alternatives per token", type=int, metavar="N"),
+    "--token-ids": command.flag("with --json: print token ids", **_SWITCH),
     "--stats": command.flag("print usage and timing to standard error", **_SWITCH),
 }
 

@@ -24,10 +24,10 @@ from turret.clients.words import say
 NOT_PROMOTED = 3
 _PROVENANCE = "provenance.json"
 _DESCRIPTION = """\
-Evaluate the adapter in DIR beside the one that a running server serves as NAME, and make it the
+Evaluate the adapter in DIR alongside the one that a running server serves as NAME, and make it the
 next generation of NAME if it is better. It is better if, for each metric, the 95 % confidence
-interval of the difference is entirely in its favour. Exits with 0 if it was promoted, and with 3 if
-it is not better.
+interval of the difference is entirely in its favour. The command exits with 0 if the
+adapter was promoted, and with 3 if it is not better.
 """
 _OWN_FLAGS: command.Flags = {
     "name": command.flag("the served adapter", metavar="NAME"),
@@ -156,8 +156,8 @@ def add_promote(subparsers: command.Subparsers, text: str) -> None:
     names = {name: FLAGS[name] for name in _EVAL_FLAGS}
     flags: command.Flags = {**command.shared("--json"), **_OWN_FLAGS, **names}
     text_of_metric = (
-        "metric in which it must be better; repeatable (default: perplexity, or all that apply"
-        " with --classify)"
+        "metric in which the new adapter must be better; repeatable (default: perplexity, or all"
+        " that apply with --classify)"
     )
     flags = {**flags, "--metric": {**FLAGS["--metric"], "help": text_of_metric}}
     command.add_verb_parser(subparsers, "promote", text, _promote, flags, description=_DESCRIPTION)

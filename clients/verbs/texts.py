@@ -23,7 +23,7 @@ def add_score(subparsers: command.Subparsers, text: str) -> None:
     about = "Print the log probability (natural logarithm) of every token of a prompt."
     flags: command.Flags = {
         **command.shared(command.ADAPTER, "--json", "prompt", "--request-id"),
-        "--top-n": command.flag("alternatives per token", type=int, default=0, metavar="N"),
+        "--top-n": command.flag("print N alternatives per token", type=int, default=0, metavar="N"),
     }
     command.add_verb_parser(subparsers, "score", text, _score, flags, description=about)
 
@@ -100,7 +100,7 @@ def add_embed(subparsers: command.Subparsers, text: str) -> None:
     about = "Print the vector of each text, one JSON array per line."
     flags: command.Flags = {
         **command.shared("texts", "--file", command.ADAPTER, "--json", "--request-id"),
-        "--pooling": command.flag("final states to use (default: last)", choices=("last", "mean")),
+        "--pooling": command.flag("final states to pool (default: last)", choices=("last", "mean")),
         "--dimensions": command.flag(
             "keep the first N numbers (default: all)", type=int, metavar="N"
         ),

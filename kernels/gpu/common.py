@@ -23,7 +23,7 @@ def check_float(name: str, tensor: torch.Tensor, like: torch.dtype | None = None
     """Require fp16, bf16 or fp32, or exactly ``like``.
 
     Raises:
-        ValueError: The dtype is another one.
+        ValueError: The tensor has a different dtype.
     """
     if like is not None and tensor.dtype != like:
         raise ValueError(f"{name} is {tensor.dtype}; {like} is needed")
@@ -35,7 +35,7 @@ def check_shape(name: str, tensor: torch.Tensor, *shape: int) -> None:
     """Require a shape; -1 stands for any size.
 
     Raises:
-        ValueError: The shape is another one.
+        ValueError: The tensor has a different shape.
     """
     actual = tuple(tensor.shape)
     fits = len(actual) == len(shape) and all(
@@ -71,7 +71,7 @@ def check_length(name: str, tensor: torch.Tensor, count: int) -> None:
     """Require a number of elements.
 
     Raises:
-        ValueError: The tensor has another number.
+        ValueError: The number differs.
     """
     if tensor.numel() != count:
         raise ValueError(f"{name} has {tensor.numel()} elements; {count} are needed")
@@ -81,7 +81,7 @@ def check_addresses(name: str, tensor: torch.Tensor, count: int) -> None:
     """Require ``[slots, count]`` addresses, contiguous.
 
     Raises:
-        ValueError: The shape, dtype or stride is another one.
+        ValueError: The shape, dtype or stride differs.
     """
     check_shape(name, tensor, -1, count)
     check_contiguous(name, tensor)
@@ -150,8 +150,8 @@ class Tuning:
     def registers(self, most: int) -> dict[str, int]:
         """Launch option: the maximum number of registers of a thread.
 
-        Without a limit, NVIDIA's assembler uses fewer registers than there are, and spills the
-        rest.
+        Without a limit, NVIDIA's assembler uses fewer registers than are available, and
+        spills the rest.
         """
         return {"maxnreg": most} if self.inline_ptx else {}
 
@@ -249,7 +249,7 @@ def dot_split(w, x, acc):
 # (the barrier puts those of all its threads before it) and acquires the stores that the others
 # released, so the program that finds itself the last may read every part. It adds them in a fixed
 # order, so the result does not depend on which program is last. It resets the counter for the next
-# launch. Parts are read past the first-level cache (``cache_modifier=".cg"``).
+# launch. Parts are read from the second-level cache (``cache_modifier=".cg"``).
 
 
 @triton.jit
@@ -270,8 +270,8 @@ def is_last(
 # On NVIDIA devices the values are looked up in registers: ``prmt`` picks bytes of two words by the
 # low three bits of a code, and the fourth bit chooses between two such picks. Two words hold the
 # low bytes of the values, and two the high bytes, so a weight costs two and a half instructions and
-# no memory; a gathered load would take a trip through shared memory for each. On other devices the
-# values are gathered from a table of the same rounded values, so the bits are the same.
+# no memory access; a gathered load would go through shared memory for each weight. On other devices
+# the values are gathered from a table of the same rounded values, so the bits are the same.
 
 
 def _lookup(weight_format: Format, dtype: torch.dtype) -> str:

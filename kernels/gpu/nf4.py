@@ -597,7 +597,7 @@ class Heads:
 
     @property
     def _has_norms(self) -> bool:
-        # ``nf4_rotate`` would sum a norm in another order than ``rope_kv_write``.
+        # ``nf4_rotate`` would sum a norm in a different order from ``rope_kv_write``.
         return self.q_norm is not None or self.k_norm is not None
 
     def __call__(self, y: torch.Tensor) -> torch.Tensor:

@@ -159,7 +159,7 @@ TOKENIZER_FILES = {
 }
 # A chat template and its special tokens are read from these, even if all tokens are the base's.
 TEMPLATE_FILES = (TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE, TEMPLATE_FILE)
-# ``turret train`` writes this file beside its adapters; reading it is optional.
+# ``turret train`` writes this file alongside its adapters; reading it is optional.
 PROVENANCE_FILE = "provenance.json"
 
 

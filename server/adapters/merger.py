@@ -1,9 +1,9 @@
 """Merges a mix into the base and removes it again, while the server answers requests.
 
-The merged weights are computed module by module on the caller's thread, and stored beside those in
-use. Only then do requests wait: running ones finish, the weights are exchanged between two steps,
-and waiting requests continue with the new base. A merge that ends before the exchange leaves no
-trace.
+The merged weights are computed module by module on the caller's thread, and stored alongside those
+in use. Only then do requests wait: running ones finish, the weights are exchanged between two
+steps, and waiting requests continue with the new base. A merge that ends before the exchange leaves
+no trace.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ class Merger:
     def _prepare(
         self, refs: Sequence[AdapterRef], precision: Precision | None, cancellation: Cancellation
     ) -> PreparedMerge:
-        """Makes merged weights beside those in use. The caller must release their mix."""
+        """Makes merged weights alongside those in use. The caller must release their mix."""
         mix = self._registry.acquire(refs)
         try:
             _wait_until_resident(mix, cancellation)

@@ -131,7 +131,7 @@ def _parse(kind: str, adapter: TypeAdapter[_S], data: bytes, versions: Sequence[
     """Reads a JSON object that also has a version.
 
     Raises:
-        ValueError: The version is another one, or a field is unknown, missing or of another type.
+        ValueError: The version is not supported, or a field is unknown, missing or of a wrong type.
     """
     fields = json.loads(data)
     if not isinstance(fields, dict) or fields.pop("version", None) not in versions:
@@ -597,7 +597,7 @@ def _read_all(directory: Path, parse: Callable[[bytes], _S]) -> tuple[list[_S], 
                 continue
             saved = parse(read_regular(path))
             if path.name != _file_name(saved.name):
-                raise ValueError(f"is that of {saved.name!r}")
+                raise ValueError(f"is the file of {saved.name!r}")
         except (OSError, ValueError, RecursionError) as error:
             _log.error("cannot restore", extra=log.fields(file=path, reason=error))
             is_complete = False

@@ -163,7 +163,7 @@ def add_flags(
         "--config",
         metavar="PATH",
         default=argparse.SUPPRESS,
-        help=f"TOML file of settings; flags and variables win (default: ${CONFIG_VARIABLE})",
+        help=f"TOML file; flags and variables override its settings (default: ${CONFIG_VARIABLE})",
     )
     groups = {
         name: parser.add_argument_group(name, kind.__doc__)

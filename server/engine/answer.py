@@ -384,7 +384,7 @@ class Answer:
             draws: The tokens, in order; at least one.
 
         Returns:
-            How many were added, and why (and by what) the sequence ends, if it does.
+            How many were added; and if the sequence ends, why, and at which stop.
 
         Raises:
             TurretError: A draw failed.

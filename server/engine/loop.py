@@ -40,7 +40,7 @@ from turret.server.errors import (
 from turret.server.metrics import Metrics
 from turret.server.words import say
 
-# The check that a request and its adapters agree about a classification head.
+# The check that a request and its adapters agree on a classification head.
 
 
 def check_heads(request: Request, mix: Mix) -> None:
@@ -68,7 +68,7 @@ def check_heads(request: Request, mix: Mix) -> None:
 
 
 def check_vocabulary(request: Request, mix: Mix) -> int:
-    """Reject a request whose tokens come from another tokenizer than that of its adapters.
+    """Reject a request whose tokens do not come from the tokenizer of its adapters.
 
     Returns:
         The number of logits of the model with these adapters; 0 for the base's number.

@@ -103,7 +103,7 @@ def read_model(model: str, base_name: str) -> tuple[NamedMix, list[str]]:
         name, generation, weight = match["name"], match["generation"], match["weight"]
         number = None if generation is None else int(generation)
         mix.append(adapters_pb2.AdapterWeight(name=name, generation=number))
-        if weight is not None and _WEIGHT.fullmatch(weight):
+        if weight is not None and _WEIGHT.fullmatch(weight) and abs(float(weight)) <= 100:
             mix[-1].weight = float(weight)
         elif weight is not None:
             wrong.append(say("NOT_A_WEIGHT", name=name, weight=weight[:_SHOWN_CHARS]))

@@ -222,7 +222,7 @@ class BaseEdit:
 
     Args:
         decoder: The decoder, with every projection as loaded.
-        precision: ``NF4`` quantises each module anew, as bitsandbytes does: block 64, double
+        precision: ``NF4`` quantises each module again, as bitsandbytes does: block 64, double
             quantisation; modules in 16 bits stay in 16 bits. ``BF16`` stores each weight with one
             rounding. The other modules of a fused projection stay as they are.
     """

@@ -270,7 +270,7 @@ class Tokenizer:
         """Compile the chat template. Blocks.
 
         Raises:
-            InvalidRequestError: It is not a template.
+            InvalidRequestError: The template is invalid.
             UnavailableError: See ``ChatTemplate.render``.
         """
         try:

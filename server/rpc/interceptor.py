@@ -155,7 +155,7 @@ async def all_messages(requests: AsyncIterator[Received]) -> AsyncIterator[Any]:
     The reader limits their number and time.
 
     Raises:
-        InvalidRequestError: One is malformed.
+        InvalidRequestError: A message is malformed.
     """
     async for each in requests:
         yield each.take()
@@ -504,7 +504,7 @@ def authorization_of(metadata: Iterable[tuple[str, str | bytes]]) -> str | bytes
 def _elsewhere(service: str) -> ServiceElsewhereError:
     """The error for a service that only another listener of this server offers.
 
-    The error does not contain the address, which may be in another network than the caller.
+    The error does not contain the address, which may be in a network that the caller cannot reach.
     """
     is_admin = service.endswith(".Adapters")
     flag = "--admin-address" if is_admin else "--address"

@@ -160,7 +160,7 @@ class Learner:
         return AdapterFiles(self.config, tensors)
 
     def save(self, folder: Path, *, with_optimizer: bool) -> None:
-        """Write the adapter in PEFT's layout, and the optimizer's state beside it."""
+        """Write the adapter in PEFT's layout, and the optimizer's state alongside it."""
         tensors = {_in_file(name): p.detach() for name, p in self.parameters.items()}
         save_tensors(tensors, folder / TENSORS_FILE)
         text = json.dumps(self.config, indent=2, sort_keys=True) + "\n"

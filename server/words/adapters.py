@@ -15,7 +15,7 @@ TEXTS: dict[str, str] = {
     "UNSUPPORTED_VALUE": "{value!q:.60} is not supported: {why}",
     "UNKNOWN_METHOD": "unknown method {value!q:.60}; docs/adapters.md lists those supported",
     "SET_EXACTLY_ONE": "exactly one of {keys} must be 0",
-    "NOT_DIVISIBLE": "{size} {what} cannot be divided by {by}",
+    "NOT_DIVISIBLE": "{size} {what} are not divisible by {by}",
     "WRONG_COUNT": "has {found} {what}, expected {expected}",
     "SELECTS_NOTHING": "selects no module that this method can adapt",
     "SELECTED_TWICE": "selects {module!q:.120}, which {other} also selects",
@@ -55,7 +55,7 @@ TEXTS: dict[str, str] = {
     "WRONG_INPUTS": "its {module} takes {found} features, but the base model's takes {expected}",
     "TOO_MANY_LAYERS": "it is for a model with at least {found} layers, but the base model has"
     " {expected}",
-    "ADAPTS_VISION": "it adapts the {part}, but only the language model is served; train it without"
+    "ADAPTS_VISION": "it adapts {part!q}, but only the language model is served; train it without"
     " the vision layers",
     "TRAINED_FOR": "it was trained for {trained!q:.200}, but the base is {served!q:.200}",
     "OTHER_BASE": "adapter {path!q:.200} was trained for {trained_for!q:.200}, not for"
@@ -69,10 +69,10 @@ TEXTS: dict[str, str] = {
     "MISSING_ROWS": "the rows of tokens {first} to {last}, which the base model lacks, are not in"
     " the file; add {module} to modules_to_save as well",
     "ADAPTER_LACKS_TOKENIZER": "is missing, but the adapter has rows for {rows} tokens and the"
-    " base model for only {base_rows}; save the adapter's tokenizer beside its weights",
+    " base model for only {base_rows}; save the adapter's tokenizer alongside its weights",
     "CHAT_TEMPLATE_TOO_LARGE": "has a chat template of more than {most} bytes",
     "CHAT_TEMPLATE_INVALID": "invalid chat template: {problem}",
-    "TOKENIZER_CODE": "a tokenizer with code of its own is not supported",
+    "TOKENIZER_CODE": "tokenizers with custom code are not supported",
     # Files.
     "BAD_PATH": "adapter path {path!q:.200} {why}",
     "BAD_FILE": "file {file!q:.200} {why}",
@@ -116,8 +116,8 @@ TEXTS: dict[str, str] = {
     " with PEFT's save_as_lora",
     "OVER_HOST_MEMORY": "adapter {path!q:.200} needs {bytes!b} of host memory, but all"
     " adapters together may use {host_bytes!b}; raise --adapter-host-bytes",
-    "PINNED_LEAVE_NO_ROOM": "{adapters} needs {bytes!b} of host memory, but"
-    " --adapter-host-bytes leaves {free_bytes!b} after the pinned adapters; raise it or unpin one",
+    "PINNED_LEAVE_NO_ROOM": "loading {adapters} needs {bytes!b} of host memory, but the pinned"
+    " adapters leave only {free_bytes!b}; raise --adapter-host-bytes or unpin an adapter",
     "NO_ROOM_TO_PIN": "no room in host memory to pin adapter {adapter!q} ({bytes!b})",
     "DENSE_NOT_ALLOWED": "{method} adapter {path!q:.200} has updates as large as the weights that"
     " they change ({bytes!b}); start the server with {flag} to serve it",
@@ -145,7 +145,7 @@ TEXTS: dict[str, str] = {
     "COMPONENTS_ADAPT_MORE": "its components adapt {count!n:module} that it does not target; these"
     " modules use the base alone",
     "LARGE_UPDATES": "its updates are as large as the weights that they change: {bytes!b} in"
-    " host memory and again on the device",
+    " host memory, and the same on the device",
     "NO_CONV1D": "fan_in_fan_out is true but has no effect on the base model's linear modules",
     # Adapters that others are built from.
     "COMPONENTS_MISSING": "adapter {path!q:.200} needs its components: {found}",
@@ -186,17 +186,17 @@ TEXTS: dict[str, str] = {
     "ADAPTER_NOT_FOUND": "adapter not found: {adapters}",
     "OTHER_GENERATION": "adapter {adapters!q} has no generation {generation}; the current one is"
     " {current_generation}",
-    "IS_ALIAS": "{alias!q} is an alias; name the adapter that it stands for",
+    "IS_ALIAS": "{alias!q} is an alias; use the name of the adapter that it stands for",
     "NOT_AN_ALIAS": "alias not found: {alias}",
     "ALIAS_GENERATION": "{alias!q} is an alias and has no generations of its own; omit the"
     " generation",
     "NAME_OF_ALIAS": "{value!q:.130} is the name of an alias; choose another name",
     "NAME_OF_ADAPTER": "{value!q:.130} is the name of an adapter; choose another name",
-    "ADAPTER_IS_TARGET": "adapter {adapter!q} is a target of an alias; move or delete {aliases}"
+    "ADAPTER_IS_TARGET": "adapter {adapter!q} is a target of an alias; change or delete {aliases}"
     " first",
     "TOO_MANY_ALIASES": "there are {most} aliases already; delete one first",
     "REGISTERED_AGAIN": "adapter {adapters!q} was registered again after the alias was set",
-    "NO_EARLIER_GENERATION": "the server keeps no generation of adapter {adapters!q} before"
+    "NO_EARLIER_GENERATION": "the server keeps no generation of adapter {adapters!q} earlier than"
     " {current_generation}; --keep-generations sets how many it keeps",
     "BEING_UNLOADED": "adapter {adapters!q} is being unloaded",
     "ADAPTER_EXISTS": "adapter {adapter!q} already exists with different content",
@@ -220,7 +220,7 @@ TEXTS: dict[str, str] = {
     " model is still the same",
     "STATE_DISK_FULL": "the disk of --state-dir has {free_bytes!b} free, but {needed_bytes!b} are"
     " needed",
-    "UPLOAD_TOO_LARGE": "the files have {bytes!b}, but the server's --max-upload-bytes is"
+    "UPLOAD_TOO_LARGE": "the files take {bytes!b}, but the server's --max-upload-bytes is"
     " {max_upload_bytes!b}",
     "UPLOAD_OVER": "the upload has ended",
     "LONGER_THAN_ANNOUNCED": "has more than the {size} bytes announced",

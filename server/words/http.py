@@ -25,7 +25,7 @@ TEXTS: dict[str, str] = {
     " whole conversation as input",
     "TOO_MANY_ANSWERS": "all prompts together may have at most {most} answers, not {found}",
     "UNKNOWN_TOOL": "names a function that is not in tools",
-    "GBNF_BESIDE_TOOLS": "must be a Lark grammar, not GBNF, if there are tools",
+    "GBNF_BESIDE_TOOLS": "must be a Lark grammar, not GBNF, if the request has tools",
     "SCHEMA_TOO_NESTED": "cannot be combined with such a deeply nested schema",
     "UNENFORCEABLE_IN_XML": "is not supported for models that write tool calls as XML",
     "UNENFORCEABLE_SCHEMA": "must be {expected} for models that write tool calls as XML",
@@ -35,7 +35,7 @@ TEXTS: dict[str, str] = {
     "MODEL_NOT_A_MIX": "the model {model!q} does not exist; write a mix like {step}",
     "MODEL_IS_A_MIX": "{model!q} is a mix; GET /v1/models/{step} describes its first adapter",
     "NOT_EQUAL": "must be equal to {other} ({expected})",
-    "NOT_A_WEIGHT": "the weight of {name!q} must be a decimal number such as 0.5, not {weight!q}",
+    "NOT_A_WEIGHT": "the weight of {name!q} is not a decimal number from -100 to 100: {weight!q}",
     # Requests.
     "HEAD_TOO_LARGE": "the path and headers together must be at most {most} bytes",
     "DUPLICATE_HEADER": "the request has more than one {header} header",

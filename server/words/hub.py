@@ -7,8 +7,8 @@ TEXTS = {
     "HUB_NOT_ALLOWED": "needs a server with --adapter-hub, which lists the organisations whose"
     " adapters it may load",
     "HUB_ORGANISATION_NOT_ALLOWED": "belongs to {organisation}; --adapter-hub allows {choices}",
-    "ADAPTER_BELOW_TOP": "contains no adapter_config.json at its top, only in {folder}; download"
-    " that directory and load it from --adapter-root",
+    "ADAPTER_BELOW_TOP": "contains no adapter_config.json at its top level, only in {folder};"
+    " download that directory and load it from --adapter-root",
     "TOO_MANY_DOWNLOADS": "{most} downloads from the hub are already under way",
     # Adapters in buckets and registries.
     "REMOTE_UNSUPPORTED": "needs a server with --adapter-remote, which lists where it may load"

@@ -16,16 +16,16 @@ TEXTS = {
     "HOLDS_NUL": "must not contain a NUL character",
     "NOT_PRINTABLE_ASCII": "must be at most {most} printable ASCII characters",
     "NOT_MATCHING": "must match {pattern}, not {value!q:.80}",
-    "NOT_AN_ADAPTER_NAME": "{value!q} is not a valid adapter name; use at most 128"
-    ' ASCII letters, digits, ".", "_", "-" and "/", start and end with a letter or digit, and leave'
-    ' no part between slashes empty, "." or ".."',
+    "NOT_AN_ADAPTER_NAME": "{value!q} is not a valid adapter name; a name has at most 128 ASCII"
+    ' letters, digits, ".", "_", "-" and "/", starts and ends with a letter or digit, and does not'
+    ' contain "//", "/./" or "/../"',
     "NAME_OF_BASE": "{value!q} means the base model; choose another name",
     "NOT_A_HUB_ID": "{value!q} is not of the form org/name or org/name@revision",
-    "NOT_A_PAGE_TOKEN": "is not the next_page_token of a list with the same filters",
+    "NOT_A_PAGE_TOKEN": "is not a next_page_token that was returned for the same filters",
     "NO_WEIGHT": "must include an adapter whose weight is not 0",
     # Messages of a call.
     "MESSAGE_MALFORMED": "the message is not valid protobuf, or a string in it is not UTF-8",
-    "MESSAGE_MISSING": "the call ended without a message",
+    "MESSAGE_MISSING": "the call ended without a request message",
     "NO_MESSAGE_IN_TIME": "no message arrived within {seconds:.0f} seconds",
     "TEXT_NOT_ENCODED": "the model's tokenizer cannot encode this text: {problem}",
     "UPLOAD_TOO_SLOW": "the upload took longer than {seconds:.0f} seconds",
@@ -36,10 +36,10 @@ TEXTS = {
     # Prompts and answers.
     "NO_TOKENS": "has no tokens",
     "PROMPT_TOO_LONG": "the prompt has {length} {unit}, more than the limit of {limit}",
-    "CONTEXT_TOO_SHORT": "the prompt has {prompt_tokens} tokens, too many for the context of"
-    " {max_model_len}",
+    "CONTEXT_TOO_SHORT": "the prompt has {prompt_tokens} tokens, too many for the context length"
+    " of {max_model_len}",
     "MAX_TOKENS_TOO_LARGE": "{max_tokens} tokens were requested, but this prompt leaves room for"
-    " {room} in the context of {max_model_len}",
+    " only {room} within the context length of {max_model_len}",
     "NOTHING_TO_TRAIN": "must be true if train_mlp and train_unembed are false",
     "OTHER_ADAPTER_CONFIG": "contains an adapter of another method, rank or set of modules",
     "TRAINING_FULL": "the adapter needs {bytes!b}, but this client uses {used!b} of its {most!b}"
@@ -52,7 +52,7 @@ TEXTS = {
     " server with --chat-template",
     "TEMPLATE_NOT_TRUSTED": "is not accepted; the server was started without"
     " --trust-request-chat-template",
-    "NO_DEFAULT_TEMPLATE": "the model has no default chat template, only {found}",
+    "NO_DEFAULT_TEMPLATE": "the model has no default chat template; its templates are {found}",
     "CANNOT_CONTINUE": "the final message cannot be continued, because the chat template changes"
     " it",
     "CHAT_TEMPLATE_FAILED": "the chat template failed: {problem}",
@@ -60,7 +60,7 @@ TEXTS = {
     # Constraints.
     "KEYWORD_UNSUPPORTED": "is not supported",
     "FORMAT_UNSUPPORTED": "the format {value!q} is not supported",
-    "REFERENCE_UNKNOWN": "points to nothing in this schema",
+    "REFERENCE_UNKNOWN": "refers to nothing in this schema",
     "ONE_OF_UNSUPPORTED": "is supported only if its members exclude each other; use anyOf",
     "PATTERN_INVALID": "is not a valid regular expression: {problem}",
     "GRAMMAR_INVALID": "is neither a Lark nor a GBNF grammar: {problem}",
@@ -76,7 +76,7 @@ TEXTS = {
     "TOKENIZER_UNUSABLE": "this model's tokenizer does not support constraints: {problem}",
     # Mixes of adapters.
     "HEAD_MISSING": "none of the adapters has a classification head (SEQ_CLS)",
-    "SEVERAL_HEADS": "only one of these adapters with a classification head can be used:"
+    "SEVERAL_HEADS": "only one adapter with a classification head can be used, not several:"
     " {adapters}",
     "ADAPTER_CLASSIFIES": "{adapters} was trained to classify (SEQ_CLS) and cannot generate or"
     " score text",

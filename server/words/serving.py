@@ -48,12 +48,12 @@ TEXTS = {
     # Memory and disks.
     "OUT_OF_MEMORY": "the server is out of memory",
     "DEVICE_MEMORY_SHORT": "the device has too little free memory to run this request",
-    "OVER_DEVICE_MEMORY": "the adapter needs {bytes!b} on the device, but"
-    " --adapter-device-bytes allows {budget_bytes!b} for it; raise --adapter-device-bytes",
+    "OVER_DEVICE_MEMORY": "the adapter needs {bytes!b} on the device, but adapters may use only"
+    " {budget_bytes!b} there; raise --adapter-device-bytes",
     "DEVICE_NOT_VISIBLE": "{device} is not among the devices of CUDA_VISIBLE_DEVICES ({visible})",
     "NO_CUDA_DEVICE": "{device} is not available, because torch finds no CUDA device",
     "NO_TRAINING_OF_EXPERTS": "is not supported for mixtures of experts",
-    "GPU_TOO_OLD": "this GPU has compute capability {found}, but {least} is required",
+    "GPU_TOO_OLD": "this GPU has compute capability {found}, but at least {least} is required",
     "KERNELS_NEED": "GPU kernels are compiled on this machine, which requires {missing}",
     "DISK_FULL": "the server's disk is full",
     "DISK_FAILED": "the server cannot use its disk: {problem}",
@@ -110,14 +110,14 @@ TEXTS = {
     "ALREADY_QUANTIZED": "{model} is already quantised to 4 bits, so no modules can be skipped",
     "UNKNOWN_MODULE": "no module of the decoder layers matches {value!q}",
     "BLOCK_SIZE_INVALID": "weight_block_size must be two positive numbers, not {value}",
-    "SHAPE_MISMATCH": "{name} has the shape {found}, but the config implies {expected}",
+    "SHAPE_MISMATCH": "{name} has shape {found}, but the config implies {expected}",
     "EXPERTS_MISMATCH": "{name} has {found} experts, but the config has {expected}",
     "TENSOR_MISSING": "the checkpoint lacks the tensor {name}",
     "TENSORS_UNEXPECTED": "the checkpoint has tensors that the model does not use: {names}",
     "TENSORS_DUPLICATE": "{name} and {other} contain the same weights",
     "TENSOR_INVALID": "{name}: {problem}",
     "SCALE_MISSING": "{name} is stored in 8-bit floats but has no scale",
-    "SCALES_MISMATCH": "the scales have the shape {found} instead of {expected}",
+    "SCALES_MISMATCH": "the scales have shape {found}, expected {expected}",
     "NOT_MXFP4": "{name} is not valid MXFP4: an expert has {found} with scales {scales}, but"
     " uint8 [rows, blocks, 16] with scales uint8 [rows, blocks] is required",
     "EXPERT_SHAPE_UNSUPPORTED": "{name} has an expert of unsupported shape {found}",
@@ -143,10 +143,9 @@ TEXTS = {
     "TOKENIZER_UNREAD": "the tokenizer could not be read: {problem}",
     "TOKENIZER_DIFFERS": "its {part} differs from the base model's tokenizer; an adapter may only"
     " add tokens",
-    "TOKEN_NUMBER_TAKEN": "gives the token {token!q} the id {number}, but after the base"
-    " model's tokens it must be {found}",
-    "TOKEN_WITHOUT_ROW": "gives the token {token!q} the id {number}, but the adapter has rows"
-    " for only {rows} tokens",
+    "TOKEN_NUMBER_TAKEN": "gives token {token!q} the id {number}, but its id must be {found}",
+    "TOKEN_WITHOUT_ROW": "gives token {token!q} the id {number}, but the adapter has rows for only"
+    " {rows} tokens",
     "ADDED_TOKEN_TOO_LONG": "an added token has more than {most} characters",
     "POST_PROCESSOR_UNSUPPORTED": "its post_processor adds more than {most} tokens around a text",
 }

@@ -8,7 +8,7 @@ TEXTS = {
     "TAKES_NO_VALUE": "takes no value",
     "NOT_A_CAPABILITY": "must be a number such as 9.0, not {value!q}",
     "UNEXPECTED_ARGUMENTS": "{count!n:unexpected argument}: {values}",
-    "UNQUOTED_TEXT": "{count!n:unexpected argument}: {values}; quote a text of several words",
+    "UNQUOTED_TEXT": "{count!n:unexpected argument}: {values}; put a text with spaces in quotes",
     # Settings, files and addresses.
     "INVALID": "{why}",
     "UNKNOWN_VARIABLE": "unknown setting",
@@ -36,7 +36,7 @@ TEXTS = {
     "NOT_A_SOCKET": "{path} exists and is not a socket",
     "ADDRESS_OF_OTHER": "{value} is already used by {other}",
     "ADDRESS_TAKEN": "{value} is in use by another process",
-    "HOST_NOT_RESOLVED": "cannot look up the host {host}",
+    "HOST_NOT_RESOLVED": "cannot resolve the host {host}",
     "ADDRESS_OF_ANOTHER_MACHINE": "{value} is not an address of this machine; 0.0.0.0 stands for"
     " all of its addresses",
     "NOT_INSTALLED": "missing packages: {packages}; {step}",

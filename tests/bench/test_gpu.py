@@ -44,7 +44,7 @@ def test_dry_run(tmp_path: Path):
     assert wanted <= found
     for row in rows:
         assert {"gpu", "driver", "torch", "triton", "date", "commit"} <= set(row)
-        # The row has the time for reading its bytes on an H100 beside the measured time.
+        # The row has the time for reading its bytes on an H100 next to the measured time.
         assert 0 < row["floor_ms"] < row["ms"], row
     codes = {file.stem: file.read_text().split()[0] for file in tmp_path.glob("*.exit")}
     commands = ("kernel-tests", "decode", "prefill", "bits", "kernels", "memcheck", "racecheck")

@@ -137,7 +137,7 @@ def test_vercel_for_node(url: str, tools_url: str, node: Callable[..., Any]) -> 
     assert found["usage"] == found["streamUsage"] == 6
     assert found["reason"] == "length"
     assert (found["age"], found["vectors"]) == ("number", 2)
-    # A forced tool is called once, and the answer has no text beside the call.
+    # A forced tool is called once, and the answer has no text other than the call.
     assert found["call"] == [["double", "number"]]
     assert found["result"] == [True]
     assert found["text"] == ""

@@ -303,7 +303,7 @@ def test_a_ready_request_does_not_wait_for_one_of_its_mix_that_is_not(make: Regi
 
 
 def test_the_thread_sleeps_while_nothing_can_be_computed(make: Registries) -> None:
-    """The thread sleeps for any reason; here, the ready request fits beside no other."""
+    """The thread sleeps for any reason; here, the ready request fits alongside no other."""
     registry = make(2, load="a")
     fits = threading.Event()
     driven = Driven(registry, fits=lambda _s, _r: fits.is_set())

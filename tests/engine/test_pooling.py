@@ -107,7 +107,7 @@ SPECS = (AdapterSpec("a", 3), AdapterSpec("b", 8, is_dora=True), AdapterSpec("c"
 
 
 def mixed() -> list[Any]:
-    """Prompts that are pooled in both ways, beside prompts that are continued or scored."""
+    """Prompts that are pooled in both ways, alongside prompts that are continued or scored."""
     requests = []
     mixes: list[list[AdapterRef]] = [[], *([AdapterRef(name=spec.name)] for spec in SPECS)]
     mixes.append([AdapterRef(name="a", weight=0.5), AdapterRef(name="b", weight=-1.0)])

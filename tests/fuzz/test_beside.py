@@ -1,4 +1,4 @@
-"""A well-behaved client beside a fuzzing one, on a real server over both protocols."""
+"""A well-behaved client alongside a fuzzing one, on a real server over both protocols."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The largest message of every field, sent to a real server beside a small client.
+"""The largest message of every field, sent to a real server alongside a small client.
 
 The client's health checks and its stream continue, and the server frees the memory.
 """

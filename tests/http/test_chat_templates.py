@@ -37,7 +37,7 @@ def save(folder: Path, name: str, seed: int = 1) -> Any:
 
 
 def with_template(folder: Path, template: str | None, **changes: Any) -> None:
-    """Save the base's tokenizer with a chat template beside an adapter, like TRL."""
+    """Save the base's tokenizer with a chat template alongside an adapter, like TRL."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     for name, token in changes.items():

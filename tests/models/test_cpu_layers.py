@@ -1,7 +1,7 @@
 """All layers in one native call: the bits of the kernels called one by one, for every family.
 
 Faults planted in ``layers.c``, and how many of the 16 tests of families each one failed: the bias
-added twice to adapted rows (2), or not to base rows beside adapted ones (2), the norm after
+added twice to adapted rows (2), or not to base rows alongside adapted ones (2), the norm after
 attention left out (5), the residual scale left out (2), the norm of queries used for keys (4), the
 first layer's window (4) or frequencies (3) used in every layer. The test of operators fails if
 ``CpuStep.is_native`` ignores added changes, gates or products with the base, one at a time, or if

@@ -62,7 +62,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Subject:
-    """A model directory (None: the bundled model) and the adapters beside it."""
+    """A model directory (None: the bundled model) and the adapters alongside it."""
 
     model: Path | None
     root: Path

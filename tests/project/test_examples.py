@@ -1,4 +1,4 @@
-"""The example adapters, their data, and the programs beside them."""
+"""The example adapters, their data, and the programs alongside them."""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "prompt": ("prompt_tuning", {"num_virtual_tokens": 7}),
     "p-tuning": ("p_tuning", {}),
 }
-# Allowed statuses. INVALID_ARGUMENT: a mix with two soft prompts. RESOURCE_EXHAUSTED: a mix beside
-# pinned adapters. UNKNOWN, INTERNAL and UNAVAILABLE are forbidden.
+# Allowed statuses. INVALID_ARGUMENT: a mix with two soft prompts. RESOURCE_EXHAUSTED: a mix that
+# does not fit next to pinned adapters. UNKNOWN, INTERNAL and UNAVAILABLE are forbidden.
 STATUSES = {"OK", "CLIENT_CANCELLED", "DEADLINE_EXCEEDED", "NOT_FOUND", "ABORTED"}
 STATUSES |= {"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"}
 ADMIN_STATUSES = {"OK", "NOT_FOUND", "ALREADY_EXISTS", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED"}

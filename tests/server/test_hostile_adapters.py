@@ -1,4 +1,4 @@
-"""Hostile chat templates and tokenizers on a real server, beside a harmless client."""
+"""Hostile chat templates and tokenizers on a real server, alongside a harmless client."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ MAX_SECONDS = 3.0
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """The folder of the model, beside an adapter root with two adapters that have tokenizers."""
+    """The folder of the model, alongside an adapter root with two adapters that have tokenizers."""
     model = shutil.copytree(twin("llama").folder, tmp_path / "model")
     (model / "chat_template.jinja").write_text(TEMPLATE)
     saved: Any = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}

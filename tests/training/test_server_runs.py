@@ -52,7 +52,7 @@ RATES = {"loha": 0.03, "ia3": 0.1}
 def training_server(folder: Path, model: Path, *flags: str) -> Iterator[ServerUnderTest]:
     folder.mkdir(exist_ok=True)
     flags = ("--model", str(model), "--dtype", "float32", *flags)
-    # Derived files are beside the model, as for the runs in this process.
+    # Derived files are alongside the model, as for the runs in this process.
     cache = {"XDG_CACHE_HOME": str(model.parent / "cache")}
     with start_server(folder, *flags, environment=cache) as server:
         yield server

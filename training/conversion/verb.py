@@ -1,4 +1,4 @@
-"""``turret convert``. Heavy imports wait until it runs."""
+"""``turret convert``. Heavy modules are imported only when it runs."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def repair(
         progress: Called with a description of what is done next.
 
     Raises:
-        RunError: The files of the model contain no other weights than those that are served.
+        RunError: The files of the model contain only the weights that are served.
     """
     if base.source.fidelity is None:
         raise RunError(say("NOTHING_TO_REPAIR", path=base.source.weights))

@@ -20,7 +20,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "repair",
         help="make an adapter that corrects a part of a model's quantisation error",
         description="Make a LoRA that approximates the difference between the weights in a model's"
-        " files and the quantised ones. In a mix, it brings the base nearer to its files.",
+        " files and the quantised ones. In a mix, it brings the base closer to the files.",
     )
     parser.add_argument(
         "model",
@@ -34,7 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=Path,
         required=True,
         metavar="FILE",
-        help="a text like those that the model will read, of which 8192 tokens are used",
+        help="a text like those that the model will read; its first 8192 tokens are used",
     )
     parser.add_argument("--rank", type=_rank, default=32, metavar="N", help="default: %(default)s")
     parser.add_argument(

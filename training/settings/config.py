@@ -134,14 +134,13 @@ class MethodConfig:
         "length of the learned prompt or prefix", None, chosen="by method", sample=16, ge=1
     )
     prefix_projection: Switch | None = _key(
-        "prefix tuning: learn the prefix through a two-layer network, which is folded away when "
-        "saved",
+        "prefix tuning: learn the prefix through a two-layer network; only its output is saved",
         None,
         chosen="true",
         sample=False,
     )
     encoder_hidden_size: Whole | None = _key(
-        "width of the network that computes a prefix (projected) or a p-tuning prompt",
+        "width of the network that computes a projected prefix or a p-tuning prompt",
         None,
         chosen="by method",
         sample=256,
@@ -210,12 +209,13 @@ class DataConfig:
         "treatment of examples over max_length; drop reports their number", "drop"
     )
     template: Literal["auto", "chat", "none"] = _key(
-        "prompt and completion become a chat turn (chat), stay as they are (none), or become a "
-        "chat turn if the model has a chat template (auto)",
+        "chat: prompt and completion become a chat turn; none: they stay as they are; auto: chat "
+        "if the model has a chat template",
         "auto",
     )
     loss_on: Literal["completion", "all"] = _key(
-        "tokens to learn: only completions and assistants' turns, or also prompts", "completion"
+        "completion: learn only completions and assistants' turns; all: learn prompts, too",
+        "completion",
     )
     packing: Switch = _key(
         "pack several examples into a row; they do not attend to each other", False
@@ -231,8 +231,8 @@ class OptimizerConfig:
     """AdamW with a linear warm-up and a cosine decay to 0."""
 
     name: Literal["adamw", "adamw8bit", "paged-adamw8bit"] = _key(
-        "adamw8bit: bitsandbytes' 8-bit states; paged: states move to host memory when the GPU is "
-        "full (CUDA only; adamw8bit elsewhere)",
+        "adamw8bit: bitsandbytes' 8-bit states; paged-adamw8bit: these states move to "
+        "host memory when the GPU is full (CUDA only; adamw8bit elsewhere)",
         "adamw",
     )
     learning_rate: Number | None = _key(

@@ -23,7 +23,7 @@ from turret.training.verification.reference import adapted, logprobs_of
 
 # A difference is explained by rounding if it is at most this many times that of PEFT in bf16.
 _ROUNDINGS = 2.0
-# Keys have no effect if the answers are this many times nearer to those of an adapter without them.
+# Keys have no effect if the answers are this many times closer to those of an adapter without them.
 _NEARER = 2.0
 # The number of requests at the same time.
 _AT_ONCE = 16

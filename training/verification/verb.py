@@ -23,8 +23,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     parser = subparsers.add_parser(
         "verify",
         help=text,
-        description="Check that a server with an OpenAI API answers with adapters as PEFT does. The"
-        " server must have loaded them. Exit code 1 means that at least one answer is wrong.",
+        description="Check that a server's answers over OpenAI's API match PEFT's, with adapters."
+        " The server must have loaded them. Exit code 1 means that at least one answer is wrong.",
     )
     parser.add_argument(
         "adapters",
@@ -104,7 +104,8 @@ def _run(args: argparse.Namespace) -> list[Verdict]:
         training_progress("verify", stays=False, is_quiet=args.quiet) as listen,
     ):
         if missing := sorted(adapters.keys() - server.names):
-            raise RunError(say("NOT_ON_SERVER", names=missing, choices=sorted(server.names)))
+            choices = ", ".join(sorted(server.names))
+            raise RunError(say("NOT_ON_SERVER", names=", ".join(missing), choices=choices))
         base = find_base(args.model)
         if server.digest not in (None, base.source.digest):
             raise RunError(say("OTHER_WEIGHTS_SERVED", url=args.against, name=base.source.name))
@@ -122,7 +123,7 @@ def _run(args: argparse.Namespace) -> list[Verdict]:
 def _print(verdicts: list[Verdict]) -> None:
     from turret.clients.verbs.tables import print_cells
 
-    columns = {"adapter": "text", "tokens as PEFT": "number", "error": "number"}
+    columns = {"adapter": "text", "matching tokens": "number", "error": "number"}
     columns |= {"bf16 PEFT": "number", "in a batch": "text", "reloaded": "text"}
     columns |= {"result": "text"}
     print_cells(columns, map(_cells, verdicts))
@@ -134,7 +135,7 @@ def _cells(verdict: Verdict) -> list[str]:
     reloaded = "not tried" if verdict.reloaded is None else _differing(verdict.reloaded)
     result = "right" if verdict.is_right else "WRONG"
     if verdict.without_effect == ["*"]:
-        result += ": answers as the base"
+        result += ": answers like the base"
     elif verdict.without_effect:
         result += f": no effect of {', '.join(verdict.without_effect)}"
     return [

@@ -76,7 +76,7 @@ static void in_pieces_openmp(Work *work, const void *job, int64_t pieces, int64_
 #include <time.h>
 #include <unistd.h>
 
-/* Nanoseconds for which a thread spins before it sleeps: alone, and beside another process. A step's kernels
+/* Nanoseconds for which a thread spins before it sleeps: alone, and alongside another process. A step's kernels
  * follow each other within some 30 microseconds. If another process wants the processor, a thread that spins
  * longer loses it for longer. */
 #define SPIN_ALONE 300000

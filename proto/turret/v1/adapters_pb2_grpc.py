@@ -279,7 +279,7 @@ class AdaptersServicer(object):
     def FuseAdapters(self, request, context):
         """Fuses a weighted mix of adapters into a new LoRA adapter and registers it like an upload. The
         members may use any method that changes weights. They stay registered, and are kept in memory
-        during the call. The fusion runs beside requests, with low priority. If the caller cancels it or
+        during the call. The fusion runs alongside requests, with low priority. If the caller cancels it or
         its deadline passes, it ends at the next module and leaves nothing behind.
 
         Idempotent: the result depends only on the request and the members' weights. Returns

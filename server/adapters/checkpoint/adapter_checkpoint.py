@@ -271,7 +271,7 @@ class AdapterCheckpoint:
         bytes_disk: Size of the two files.
         is_partial: Whether tensors were left out on purpose, so that the method must not report
             them as missing.
-        trained_base: The base in ``provenance.json`` beside the files.
+        trained_base: The base in ``provenance.json`` alongside the files.
         task: The task, if the files contain several; otherwise None. The digest includes it.
         text_prefix: The prefix of the language model's names, if the adapter was trained on a model
             of text and images; "" for no prefix.

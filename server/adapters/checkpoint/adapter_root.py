@@ -399,7 +399,7 @@ def check_is_adapter(directory: AdapterDirectory, path: str) -> None:
         if _is_model(directory.names()):
             raise refuse(path, say("WHOLE_MODEL"))
         raise refuse(path, say("NOT_AN_ADAPTER", closest=directory.adapter_below(CONFIG_FILE)))
-    # Pickle files beside the tensors do no harm, because they are never opened.
+    # Pickle files alongside the tensors do no harm, because they are never opened.
     if not directory.has(TENSORS_FILE):
         refuse_missing_tensors(path, directory.names())
 

@@ -132,7 +132,7 @@ def parse_config(data: bytes, path: str) -> dict[str, Any]:
 
 
 def read_trained_base(directory: AdapterDirectory) -> TrainedBase:
-    """The base in ``provenance.json`` beside an adapter's files."""
+    """The base in ``provenance.json`` alongside an adapter's files."""
     if not directory.has(PROVENANCE_FILE):
         return TrainedBase()
     try:
@@ -246,7 +246,7 @@ def check_fits(path: str, header: SafetensorsHeader, max_elements: int, item_byt
         item_bytes: The minimum number of bytes that each element takes as served.
 
     Raises:
-        BudgetExceededError: It has more.
+        BudgetExceededError: The adapter has more elements.
     """
     elements = header.num_elements
     if elements > max_elements:

@@ -189,7 +189,7 @@ class StepReference:
 
 
 def _no_base(x: torch.Tensor) -> torch.Tensor:
-    raise AssertionError("an expert's update asks nothing of the base")
+    raise AssertionError("an expert's update does not need the base")
 
 
 class Reference(Part):

@@ -91,14 +91,14 @@ def check_operators(members: Sequence[FusionMember], combination: Combination) -
     for index, member in enumerate(members):
         operators, adapter = member.lowered.operators, member.adapter
         if adapter.facts.vocab_size:
-            found.append(_unfit(index, adapter, "it has a vocabulary of its own"))
+            found.append(_unfit(index, adapter, "it has its own vocabulary"))
         elif extra := beyond_updates(operators):
             why = f"a fusion cannot include its {' and '.join(extra)}"
             found.append(_unfit(index, adapter, why))
         elif not combination.is_on_updates and (extra := beyond_low_rank(operators, Bias)):
             why = (
-                f"{combination.name} cannot include its {' and '.join(extra)}; use a combination"
-                " with svd"
+                f"the combination {combination.name} cannot include its {' and '.join(extra)}; use"
+                " one with svd"
             )
             found.append(_unfit(index, adapter, why))
     refuse_all(found)

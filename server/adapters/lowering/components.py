@@ -21,8 +21,8 @@ def find_components(reading: Reading) -> list[Component]:
     """Finds the adapter's components, in the config's order; each has only low-rank updates.
 
     Raises:
-        AdapterComponentError: Some are not registered. The error lists all of them.
-        AdapterCheckpointError: Some cannot be fused. The error lists all of them, with the reasons.
+        AdapterComponentError: The error lists the components that are not registered.
+        AdapterCheckpointError: The error lists the components that cannot be fused, with reasons.
     """
     components: list[Component] = []
     missing: list[tuple[str, str]] = []
@@ -46,7 +46,7 @@ def check_fusable(components: Sequence[Component], path: str) -> None:
     """Rejects components that have anything but low-rank updates.
 
     Raises:
-        AdapterCheckpointError: Some do. The error lists all of them, with the reasons, under the
+        AdapterCheckpointError: The error lists these components, with the reasons, under the
             fusion's ``path``.
     """
     findings = Findings(path)

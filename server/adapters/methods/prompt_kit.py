@@ -56,7 +56,7 @@ class SoftTokens(FileFormat):
     """A method that learns embeddings, ``[num_virtual_tokens, hidden]``.
 
     Attributes:
-        more_tensors: The shapes of tensors beside the prompt.
+        more_tensors: The shapes of tensors other than the prompt.
         prompt: Makes the prompt of a task from the tensors.
         start: How a server trains it from scratch; None if it cannot.
     """

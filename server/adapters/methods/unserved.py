@@ -16,5 +16,5 @@ UNSERVED: Mapping[str, str] = {
         "its routers average over all tokens of a call, so that no token has a result of its own;"
         " train one of the served methods"
     ),
-    "SHADOW": "it is a second model beside the base; train one of the served methods",
+    "SHADOW": "it is a second model in addition to the base; train one of the served methods",
 }

@@ -1,4 +1,4 @@
-"""``Δ(x) = bᵀ (a x)``: LoRA and other updates by two factors; also one pair per expert."""
+"""``Δ(x) = bᵀ (a x)``: LoRA and other products of two factors; experts have one pair each."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The classification head of a checkpoint with ``task_type`` SEQ_CLS, which any method may have.
 
-PEFT saves the head whole, beside the method's tensors (``PeftModelForSequenceClassification`` adds
-``classifier`` and ``score`` to ``modules_to_save``). It saves no labels. They come from
+PEFT saves the head whole, alongside the method's tensors (``PeftModelForSequenceClassification``
+adds ``classifier`` and ``score`` to ``modules_to_save``). It saves no labels. They come from
 ``id2label`` in the config, in transformers' format, if somebody added it.
 """
 

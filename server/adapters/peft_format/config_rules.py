@@ -266,7 +266,7 @@ def is_head_to_save(value: Any) -> Text | None:
     """Checks ``modules_to_save`` of methods whose prompt PEFT embeds with the base's matrix."""
     problem = is_modules_to_save(value)
     if problem is None and EMBEDDING in map(vocabulary_module, value or ()):
-        why = "PEFT does not use a saved embedding beside soft tokens; train it with another method"
+        why = "PEFT does not combine a saved embedding with soft tokens; use another method"
         return say("UNSUPPORTED_VALUE", value=value, why=why)
     return problem
 

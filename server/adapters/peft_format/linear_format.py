@@ -109,7 +109,7 @@ class Dim:
 
 IN = Dim(lambda m: m.inputs, "inputs", is_served=True)
 OUT = Dim(lambda m: m.outputs, "outputs", is_served=True)
-R = Dim(lambda m: m.rank, "ranks")
+R = Dim(lambda m: m.rank, "rank components")
 
 
 def key(name: str, default: int | None = None) -> Dim:

@@ -90,7 +90,7 @@ def _is_object_of(*keys: str) -> Check:
     def check(value: Any) -> Text | None:
         if value is None or (isinstance(value, dict) and value.keys() <= set(keys)):
             return None
-        return invalid(value, f"null or an object with no other keys than {', '.join(keys)}")
+        return invalid(value, f"null or an object with only the keys {', '.join(keys)}")
 
     return check
 

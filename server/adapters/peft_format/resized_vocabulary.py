@@ -1,4 +1,4 @@
-"""Checkpoints trained with another number of tokens than the base has (resized embeddings).
+"""Checkpoints whose number of tokens differs from the base's (resized embeddings).
 
 ``resize_token_embeddings`` adds rows for new tokens, or removes rows that pad the base's
 vocabulary, and may pad it again. The file's rows for the base's tokens are cut to the base's size,

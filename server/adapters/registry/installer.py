@@ -288,7 +288,7 @@ class Installer:
                 self.state.save(current, pinned=current.pinned, kept=replaced.kept)
         except (OSError, TurretError) as error:
             # The earlier write failed, so most likely there is nothing on disk to undo.
-            _log.warning("cannot undo", extra=log.fields(adapter=adapter.name, reason=error))
+            _log.warning("cannot undo a load", extra=log.fields(adapter=adapter.name, reason=error))
         self.state.discard(adapter.source)
 
 

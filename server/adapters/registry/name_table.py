@@ -46,7 +46,7 @@ class Registration:
 
     Attributes:
         name: The name in requests.
-        uuid: Identifies this registration; a name that is loaded again has another one.
+        uuid: Identifies this registration; a name that is loaded again has a new one.
         current: The generation that new requests get.
         kept: Replaced generations that requests may still name; the last one was served last.
         retired: Other replaced generations, which mixes still hold.
@@ -174,7 +174,7 @@ def generation_for_rollback(registration: Registration, generation: int | None) 
     """A generation that requests may name; None stands for the highest below the current one.
 
     Raises:
-        AdapterNotFoundError: There is none.
+        AdapterNotFoundError: There is no such generation.
     """
     if generation is not None:
         return generation_of(registration, generation)
@@ -468,7 +468,7 @@ class NameTable:
             suggests: See ``find``.
 
         Raises:
-            AdapterNotFoundError: There is none, or the name is being unloaded.
+            AdapterNotFoundError: There is no such adapter, or the name is being unloaded.
         """
         with self._changed:
             name, generation = ref.name, ref.generation

@@ -573,7 +573,7 @@ class AdapterRegistry:
         except TurretError as error:
             # The next replacement drops them.
             _log.warning(
-                "cannot drop generations",
+                "cannot drop kept generations",
                 extra=log.fields(adapter=registration.name, reason=error),
             )
         else:
@@ -619,7 +619,7 @@ class AdapterRegistry:
                     raise lost(name, adapter.source, error) from None
 
     def reread(self, adapter: Adapter, base: BaseModel) -> Lowered:
-        """Lowers a generation from its files, for a base with another dtype than the served one.
+        """Lowers a generation from its files, for a base of a dtype other than the served one.
 
         Raises:
             AdapterChangedError: The files have changed since, or are gone.

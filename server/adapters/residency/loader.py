@@ -230,7 +230,7 @@ class AdapterLoader:
         return checkpoint
 
     def read_tokenizer(self, source: Source) -> TokenizerFiles | None:
-        """Reads the tokenizer beside an adapter's files; None if there is none.
+        """Reads the tokenizer alongside an adapter's files; None if there is none.
 
         Raises:
             AdapterCheckpointError: A file is rejected.
@@ -301,7 +301,7 @@ class AdapterLoader:
         return self.lower(self._read_same(name, source, digest))
 
     def reread(self, name: str, source: Source, digest: str, base: BaseModel) -> Lowered:
-        """Like ``reload``, for a base of another dtype than the one served."""
+        """Like ``reload``, for a base of a dtype other than the served one."""
         checkpoint = self._read_same(name, source, digest)
         return self._lowered(checkpoint, base, self._read_component)[1]
 

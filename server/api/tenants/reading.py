@@ -73,7 +73,7 @@ class DatumReader:
         """An input of a loss as a tensor: int64 for targets, otherwise fp32.
 
         Raises:
-            Refused: It has another length than the sequence, or a number that is not allowed.
+            Refused: Its length differs from the sequence's, or it has a number that is not allowed.
         """
         count = len(numbers)
         self.check(count == length, path, "NOT_AS_LONG", expected=length, found=count)

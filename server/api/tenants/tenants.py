@@ -229,7 +229,7 @@ class Sessions:
             is_numbered: See ``Session``; other models do not exist for the caller.
 
         Raises:
-            TrainingNotFoundError: It does not exist, or belongs to another client.
+            TrainingNotFoundError: The model does not exist, or belongs to another client.
         """
         session = self._all.get(model_id.partition(":")[0])
         model = None if session is None else session.models.get(model_id)
@@ -245,7 +245,7 @@ class Sessions:
         """A sampler, whose use counts as a sign of life.
 
         Raises:
-            TrainingNotFoundError: It does not exist, or belongs to another client.
+            TrainingNotFoundError: The sampler does not exist, or belongs to another client.
         """
         session = self._all.get(sampler_id.partition(":")[0])
         sampler = None if session is None else session.samplers.get(sampler_id)
@@ -377,7 +377,7 @@ async def _quietly(work: Coroutine[None, None, None]) -> None:
         # A server that is shutting down rejects the work, and keeps no state anyway.
         pass
     except Exception:
-        _log.exception("the end of a session failed")
+        _log.exception("a training session could not be ended")
 
 
 SWEEP_SECONDS = 10.0
@@ -525,8 +525,8 @@ class Tenants:
 
         Raises:
             TrainingNotFoundError: The checkpoint does not exist.
-            AdapterMismatchError: It is of another base model.
-            InvalidRequestError: It has no optimizer, or another config.
+            AdapterMismatchError: The checkpoint is of another base model.
+            InvalidRequestError: The checkpoint has no optimizer, or a different config.
         """
         checkpoint = self.checkpoints.find(model.owner, path)
         if checkpoint.base != self.info().digest:
@@ -555,4 +555,4 @@ class Tenants:
                 # The server is starting or shutting down, or its disk failed, which was logged.
                 continue
             except Exception:
-                _log.exception("the sweep of training failed")
+                _log.exception("expired training sessions and results could not be removed")

@@ -499,7 +499,7 @@ class Scheduler:
         self._num_tokens = min(2 * self._num_tokens, self._max_num_batched_tokens)
 
     def _step_tokens(self, num_decodes: int) -> int:
-        """Maximum number of tokens in the next step: fewer if prompts are read beside decodes."""
+        """Maximum number of tokens in the next step: fewer if it decodes and reads prompts."""
         num_running = len(self.running)
         admissible = min(len(self.waiting), max(self._num_seqs - num_running, 0))
         num_prompts = num_running - num_decodes + admissible

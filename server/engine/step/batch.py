@@ -187,7 +187,7 @@ def _first_position(sequence: Sequence) -> int:
     return (LONG if sequence.is_long else 0) - sequence.num_padding
 
 
-# Rows of a step that need another embedding or head than the base's.
+# Rows of a step that need an embedding or head other than the base's.
 
 
 NOTHING_ADDED: Mapping[Sequence, torch.Tensor] = {}

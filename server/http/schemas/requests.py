@@ -54,7 +54,7 @@ def names_with(main: str, top_n: str = "", chat: str = "") -> dict[str, str]:
     Args:
         main: The field with the prompt, the conversation or the inputs.
         top_n: The field with the number of alternatives.
-        chat: The field with the conversation, if it is another one than ``main``.
+        chat: The field with the conversation, if it is not ``main``.
     """
     return {
         **dict.fromkeys(("sampling.", "stop.", "chat."), ""),

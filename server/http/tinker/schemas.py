@@ -111,7 +111,7 @@ class OptimStep(OfModel):
 
     seq_id: Number
     adam_params: AdamParams
-    # Settings of other optimizers than AdamW.
+    # Settings of optimizers other than AdamW.
     optimizer_params: Any = unsupported()
 
 

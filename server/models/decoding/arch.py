@@ -281,7 +281,7 @@ def check_served(arch: Arch) -> None:
     """Checks that the decoders support an architecture.
 
     Raises:
-        InvalidRequestError: They do not. The error names everything that is missing.
+        InvalidRequestError: The error names everything that is not supported.
     """
     kind = arch.activation
     if isinstance(kind, str) and kind not in ACTIVATIONS:

@@ -163,7 +163,7 @@ def check_model(model: Path | None) -> FoundModel:
             None for the bundled model.
 
     Raises:
-        InvalidRequestError: It is not. The error contains the reason and advice.
+        InvalidRequestError: The model is not supported. The error contains the reason and advice.
     """
     hub_id = None if model is None else hub_model_id(model)
     if hub_id is not None:

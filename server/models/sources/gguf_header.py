@@ -47,7 +47,7 @@ def check_gguf(path: Path) -> str:
         Its ``model_type``.
 
     Raises:
-        InvalidRequestError: It is not. The error states what it is instead.
+        InvalidRequestError: The file is not. The error states what it is instead.
     """
     architecture, said = _own_keys(path)
     if not architecture:

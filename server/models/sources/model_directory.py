@@ -30,7 +30,7 @@ _TOKENIZERS = ("tokenizer*.json", "*.model", "vocab.json", "vocab.txt", "tekken.
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 # The limit of safetensors itself.
 _MAX_HEADER_BYTES = 100_000_000
-# Errors of files with other content than expected.
+# Errors of files with unexpected content.
 _DAMAGES = ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError
 _HUB_CACHE = re.compile(r".*/models--(.+?)--(.+)/snapshots/[0-9a-f]{40}")
 
@@ -313,7 +313,7 @@ def check_hub_model(hub_id: HubId) -> dict[str, Any]:
         Its ``config.json``.
 
     Raises:
-        InvalidRequestError: It is not; the error has the reason and advice.
+        InvalidRequestError: The model is not supported. The error has the reason and advice.
     """
     try:
         repository, folder = _describe(hub_id)

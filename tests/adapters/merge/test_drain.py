@@ -143,7 +143,7 @@ async def test_a_merge_cancelled_while_it_drains_changes_nothing(server: EngineH
     cancellation.set(UnavailableError("enough"))
     with pytest.raises(UnavailableError, match="enough"):
         await merging
-    # The late request runs at once, beside the running one.
+    # The late request runs at once, alongside the running one.
     assert (await late).bits == before.bits
     assert not running.answer.done()
     assert server.merger.state == MergeState(1)

@@ -74,7 +74,7 @@ def test_dense_updates_over_the_host_budget_are_never_built(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
     reader = loader(tmp_path, "FOURIERFT", NEEDED - 1, Allowed(dense=True))
-    monkeypatch.setattr("torch.fft.ifft2", lambda *_: pytest.fail("it was made"))
+    monkeypatch.setattr("torch.fft.ifft2", lambda *_: pytest.fail("the update was built"))
     with pytest.raises(BudgetExceededError, check=says("OVER_HOST_MEMORY", bytes=NEEDED)):
         reader.lower(reader.read(Source("a")))
 
@@ -109,7 +109,7 @@ async def test_dense_adapters_count_against_the_device_budget(tmp_path: Path) ->
             harness.registry.load("first", "first")
 
 
-# LoHa and LoKr at a real size: neither loading nor serving makes a tensor like the weight.
+# LoHa and LoKr at a real size: neither loading nor serving makes a tensor as large as a weight.
 
 
 SIZE = 2048

@@ -282,7 +282,7 @@ BROKEN: dict[str, dict[str, tuple[dict[str, Any], Any, str]]] = {
             f"{Q}.lora_A",
         ),
         "an excluded parameter": (OF_WEIGHTS, {"exclude_modules": ["q_proj"]}, "exclude_modules"),
-        "biases beside a parameter": (OF_WEIGHTS, {"bias": "lora_only"}, "bias"),
+        "biases alongside a parameter": (OF_WEIGHTS, {"bias": "lora_only"}, "bias"),
         "no parameters": (OF_WEIGHTS, {"target_parameters": []}, MODULES),
         "integers": ({}, put(f"{KEY}.lora_A.weight", torch.ones(4, 64).int()), "lora_A"),
     },

@@ -70,7 +70,7 @@ async def test_scores_and_answers_match_peft(architecture: str, tmp_path: Path) 
 async def test_bits_do_not_depend_on_other_requests(
     dtype: str, tmp_path: Path, preempted: list[tuple[Any, int]]
 ) -> None:
-    """Bits are the same in chunks, beside other rows, from the cache, and after preemption."""
+    """Bits are the same in chunks, alongside other rows, from the cache, and after preemption."""
     base = twin("llama")
     names = ("deep", "constant")
     save_all(base.model, tmp_path, *names)
@@ -122,7 +122,7 @@ async def test_the_first_pass_of_an_xlora_shares_blocks_with_the_base(tmp_path: 
         await harness.run(make_request(prompt_of(64, 7), "constant", max_tokens=3))
         alone = await harness.run(make_request([*prompt_of(64, 7), 1, 2], max_tokens=3))
         assert alone.finish.usage.cached_tokens == 0
-        check_greedy(first, oracles["deep"], prompt, "beside the base's blocks")
+        check_greedy(first, oracles["deep"], prompt, "alongside the base's blocks")
 
 
 async def test_mixes_are_sums_of_changes(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ async def test_a_prompt_that_needs_all_blocks_twice_is_refused(tmp_path: Path) -
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter needs CPU tensors")
 @pytest.mark.long
 async def test_the_gpu_path_equals_peft(tmp_path: Path) -> None:
-    """The X-LoRA runs beside the base, a LoRA and another X-LoRA with its own first pass."""
+    """The X-LoRA runs alongside the base, a LoRA and another X-LoRA with its own first pass."""
     base = twin("llama")
     oracles = save_all(base.model, tmp_path, "deep", "constant")
     names = [None, "deep", "constant", "0", "deep"]

@@ -16,7 +16,7 @@ from turret.server.adapters.adapter import Source, origin_of
 from turret.server.adapters.residency.loader import AdapterLoader
 from turret.server.errors import AdapterCheckpointError
 
-# Files that transformers' Trainer writes beside a checkpoint's adapter.
+# Files that transformers' Trainer writes alongside a checkpoint's adapter.
 TRAINER = (
     *("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "trainer_state.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "README.md"),

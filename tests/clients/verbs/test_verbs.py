@@ -390,7 +390,7 @@ def test_adapters_export_and_upload(run: Run, server: FakeTurret, tmp_path):
     assert run("adapters", "export", "sql", target)[1] == f"exported sql@1 to {target}\n"
     code, _, err = run("adapters", "export", "sql", target)
     assert (code, err) == (1, f"error: {say('PATH_EXISTS', path=target)}\n")
-    # The error names the requested directory, not the temporary one beside it.
+    # The error names the requested directory, not the temporary one alongside it.
     code, _, err = run("adapters", "export", "sql", "/proc/x")
     assert (code, err.startswith("error: /proc/x: cannot be created: ")) == (1, True)
     assert run("adapters", "upload", "up", target, "--pin")[0] == 0

@@ -76,14 +76,14 @@ def test_a_decode_step_has_few_launches_and_copies(kind: str, launched: list[str
             assert counting.copies <= MAX_COPIES
             assert counting.memory == []
             assert counting.waits == []
-            assert [*counting.launches, *launched] == [], "beside the captured step"
+            assert [*counting.launches, *launched] == [], "alongside the captured step"
     assert capture.num_captures == 1
     assert executor._epoch() == epoch
     assert executor._prepared is not None
 
 
 def test_launches_do_not_grow_with_the_number_of_gated_adapters(launched: list[str]):
-    """Fusions, and LoRA beside them, share one graph, without a launch per adapter."""
+    """Fusions, and LoRA alongside them, share one graph, without a launch per adapter."""
     capture = Capture(launched)
     executor = make_executor(capture)
     executor.sampler(frozenset())

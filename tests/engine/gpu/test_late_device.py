@@ -298,7 +298,7 @@ def test_work_beside_the_steps_starts_after_them_and_ends_within_its_block(cuda:
 
 
 def dora_norms(weight: torch.Tensor) -> torch.Tensor:
-    """Compute the gain of a DoRA beside the steps, like a load."""
+    """Compute the gain of a DoRA alongside the steps, like a load."""
     a, b = torch.ones(4, weight.shape[1]), torch.ones(weight.shape[0], 4)
     with uploads_module.beside_steps(CPU):
         return dora_gain(torch.ones(len(weight)), a, b, 0.5, weight)

@@ -1,4 +1,4 @@
-"""Prompts beside decoding sequences: a step takes at most twice as long as without prompts."""
+"""Prompts alongside decoding sequences: a step takes at most twice as long as without prompts."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_each_chunk_of_a_prompt_costs_at_most_one_more_step(
         # A burst takes a whole step, but only if all of its prompts find a place.
         (15, [51] * 4, 64, StepCost(), 204),
         (15, [51] * 4, 16, StepCost(), 22),
-        # Nothing decodes beside it, or its rows are cheap.
+        # Nothing decodes alongside it, or its rows are cheap.
         (0, [400], 64, StepCost(), 400),
         (15, [400], 64, None, 400),
     ],

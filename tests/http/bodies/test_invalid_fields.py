@@ -42,8 +42,8 @@ FAULTS: dict[str, list[tuple[dict[str, Any], str, str]]] = {
     CHAT: [
         ({"model": ABSENT}, "model", "required"),
         ({"model": 3}, "model", "wrong_type"),
-        ({"model": "sql*101"}, "model", "not_in_range"),
-        ({"model": "json+sql*1000"}, "model", "not_in_range"),
+        ({"model": "sql*101"}, "model", "not_a_weight"),
+        ({"model": "json+sql*1000"}, "model", "not_a_weight"),
         ({"model": "json+sql*1e3"}, "model", "not_a_weight"),
         ({"model": "sql+sql"}, "model", "duplicate"),
         ({"model": "sql", "adapters": [{"name": "json"}]}, "adapters", "needs_base_model"),

@@ -1,4 +1,4 @@
-"""Grammars of calls: beside constraints, with marks that are tokens, and rejections."""
+"""Grammars of calls: alongside constraints, with marks that are tokens, and rejections."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from emulation import KERNEL_TESTS, run_emulated
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="beside a GPU's tests"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="a GPU runs these tests"),
 ]
 
 

@@ -1,5 +1,5 @@
 /* Checks that every piece is computed once, for one calling thread, for two at once, for a child after a fork,
- * and beside threads that take the processors away. Results must be complete when the call returns, and nothing
+ * and alongside threads that take the processors away. Results must be complete when the call returns, and nothing
  * may be written later. */
 #include "team.h"
 

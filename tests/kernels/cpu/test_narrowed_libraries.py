@@ -2,7 +2,7 @@
 
 Each case is a separate process, because a library reads its variables only once. These paths are
 known to change bits: MKL on its path for Intel processors multiplies 8 rows of 192 inputs, and 15
-of 576, in another order than 16, and with AVX2, most numbers of rows have different orders.
+of 576, in a different order from 16, and with AVX2, most numbers of rows have different orders.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def test_the_checks_pass_on_aarch64(tmp_path: Path) -> None:
 
 
 FAULTS = {
-    "a row beside another": ("products.h", "xs[i] = x + (i < rows ? i : rows - 1) * p->x_row;",
+    "a row alongside another": ("products.h", "xs[i] = x + (i < rows ? i : rows - 1) * p->x_row;",
                              "xs[i] = x + (i < rows ? i / 2 * 2 : rows - 1) * p->x_row;"),
     "a last vector in another order": ("products.h", "if (k == n) return;",
                                        "if (k == n || SIDE > n) return;"),

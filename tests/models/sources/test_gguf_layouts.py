@@ -129,7 +129,7 @@ def test_the_vocabulary_matches_sentencepiece(file: Path) -> None:
     for text, words in (
         ("hello world", ["<s>", "▁hello", "▁world"]),
         ("hello  world", ["<s>", "▁hello", "▁", "▁world"]),
-        # A letter that is in no word is encoded as bytes.
+        # A letter that is in no token is encoded as bytes.
         ("é!", ["<s>", "▁", "<0xC3>", "<0xA9>", "!"]),
     ):
         ids = tokenizer.encode(text)

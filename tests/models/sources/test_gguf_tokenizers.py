@@ -46,7 +46,7 @@ def write(file: Path, architecture: str, **keys: Any) -> dict[str, Any]:
 
 
 def read(file: Path, fields: dict[str, Any]) -> Any:
-    """Read the tokenizer as in a server: from the cached files, beside the model's config."""
+    """Read the tokenizer as in a server: from the cached files, alongside the model's config."""
     layout = LAYOUTS[fields["general.architecture"]][-1]
     saved = file.parent / "saved"
     read_gguf_tokenizer(file, fields, layout).save_pretrained(saved)

@@ -33,7 +33,7 @@ def test_products_of_rows_do_not_depend_on_the_rest_of_the_step(in_features, num
     x = torch.randn(12, in_features)
     y = linear.product(x, num_decode)
     assert torch.allclose(y, x @ weight.T, rtol=1e-5, atol=1e-4)
-    # The first decode row and the last prompt row, beside other rows.
+    # The first decode row and the last prompt row, alongside other rows.
     if num_decode:
         assert torch.equal(linear.product(x[:1], 1)[0], y[0])
     if num_decode < len(x):

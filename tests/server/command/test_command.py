@@ -178,14 +178,14 @@ def test_the_help_is_the_same_without_heavy_imports() -> None:
             ["eval", "x.jsonl", "--metric", "macro_f1"],
             "--metric: ",
         ),
-        # A prefix of a flag is not accepted, because a later version may have another flag with it.
+        # A prefix of a flag is not accepted, because a later version may add such a flag.
         (["generate", "--max-token", "3", "x"], '"--max-tokens"'),
         (["serve", "--max", "3"], '"--max"\n'),
         (["adapters", "lst"], 'turret adapters: error: .*"list"'),
         (["--versoin"], '"--versoin"; .*"--version"'),
         (["serve", "--max-lora-rank", "64"], '"--max-rank"'),
         (["train", "rum", "x"], '"run"'),
-        # A common prefix alone is not a similarity.
+        # A common prefix alone does not make a flag similar.
         (["score", "--max-tokens", "5", "x"], '"--max-tokens"\n'),
         (["generate", "--adres=x"], '"--adres"; .*"--address"'),
         (["generate", "hi", "there"], server_say("UNQUOTED_TEXT", count=1, values="there")),

@@ -116,7 +116,7 @@ def render_costs() -> str:
     base = Cost("", round(_NF4_BYTES * entries), entries)
     ordered = sorted(costs.items(), key=lambda item: (item[1].num_bytes, item[0]))
     lines = [
-        "| method | PEFT's default | bytes | beside LoRA | products | beside LoRA |",
+        "| method | PEFT's default | bytes | relative to LoRA | products | relative to LoRA |",
         "|---|---|---|---|---|---|",
         _row("LoRA", unit, unit),
         _row("the base, NF4", base, unit),

@@ -153,7 +153,7 @@ class EngineHarness:
             security=SecurityConfig(trust_request_chat_template=trusts_templates),
         )
         metrics = Metrics()
-        # Files derived from a test's model are written beside it, not to the user's cache.
+        # Files derived from a test's model are written alongside it, not to the user's cache.
         cache = {} if model is None else {"XDG_CACHE_HOME": str(model.parent / "cache")}
         with patch.dict(os.environ, cache):
             backend = build_backend(config, metrics, gpu=gpu, replica=replica)

@@ -1,4 +1,4 @@
-"""A malicious client that sends bad traffic at a low rate, beside normal clients."""
+"""A malicious client that sends bad traffic at a low rate, alongside normal clients."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ class Runner:
             if position >= first:
                 self._cache[slot] = made_of
             else:
-                assert self._cache[slot] == made_of, "other keys and values than its own"
+                assert self._cache[slot] == made_of, "the keys and values are not its own"
 
     def _draw(self, draft: tuple[int, ...]) -> list[Draw]:
         """A part of the draft, and a token that differs from the next draft token."""

@@ -406,7 +406,7 @@ class World:
         assert not missing, f"{len(missing)} requests never ended"
         for answer in self.requests:
             generated = answer.sequence.tokens[answer.sequence.prompt_end :]
-            assert self.received[answer.stream] == generated, "other tokens than generated"
+            assert self.received[answer.stream] == generated, "not the generated tokens"
         while len(self.threads):
             self._read()
         self._turn()

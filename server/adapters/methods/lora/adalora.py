@@ -37,7 +37,7 @@ def _check_masks(adapter: Reading) -> None:
         if name not in ranks:
             adapter.fault("rank_pattern", say("NO_SUCH_MODULE", module=name))
         elif len(mask) != start:
-            why = say("WRONG_COUNT", found=len(mask), what="ranks", expected=start)
+            why = say("WRONG_COUNT", found=len(mask), what="rank components", expected=start)
             adapter.fault("rank_pattern", say("INVALID_ENTRY", entry=key, why=why))
         else:
             ranks[name] = sum(mask)

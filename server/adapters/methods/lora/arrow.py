@@ -126,7 +126,7 @@ def _updates(adapter: Reading) -> dict[str, list[_Expert]]:
 
 def _unscaled(component: Component, name: str) -> _Expert:
     update, scaling = update_of(component, name), component.scalings.get(name, 1.0)
-    assert update is not None, "it was there"
+    assert update is not None, "_updates has checked it"
     wide = torch.promote_types(update.a.dtype, torch.float32)
     return _Expert(update.a.to(wide), update.b.to(wide) / scaling, scaling)
 

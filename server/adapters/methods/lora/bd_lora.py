@@ -27,7 +27,7 @@ def _shape(m: Module, role: str) -> Shape:
         m.reading.fault(_KEY, say("UNSUPPORTED_VALUE", value=m.name, why=why))
         raise StopChecks
     if blocked and m.rank % blocks:
-        m.reading.fault(_KEY, say("NOT_DIVISIBLE", size=m.rank, what="ranks", by=blocks))
+        m.reading.fault(_KEY, say("NOT_DIVISIBLE", size=m.rank, what="rank components", by=blocks))
         raise StopChecks
     if role == A:
         return (R, IN / _BLOCKS) if A in blocked else (R, IN)

@@ -17,7 +17,7 @@ _K, _WHOLE = key("gralora_k"), key("hybrid_r")
 def _conflicts(config: Mapping[str, Any]) -> Iterable[tuple[str, Text]]:
     rank, blocks = config.get("r", 0), config.get("gralora_k", 1)
     if rank % blocks:
-        yield "r", say("NOT_DIVISIBLE", size=rank, what="ranks", by=blocks)
+        yield "r", say("NOT_DIVISIBLE", size=rank, what="rank components", by=blocks)
 
 
 def _has_whole(m: Module) -> bool:

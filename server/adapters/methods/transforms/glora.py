@@ -94,7 +94,7 @@ METHOD = LinearMethod(
         "config_D_E": is_one_of("constant", "vector", "none"),
     },
     refused={
-        "bias": (("none", None), "biases trained beside GLoRA's own are not used"),
+        "bias": (("none", None), "biases trained in addition to GLoRA's own are not used"),
     },
     rank_of=_rank,
     required=("config_A_B", "config_C", "config_D_E"),
