@@ -66,9 +66,10 @@ TEXTS = {
     # Files of examples.
     "PATH_MISSING": "{path} does not exist",
     "PATH_IS_A_DIRECTORY": "{path} is a directory; pass a file in it",
-    "EXAMPLE_KEYS": "messages, or prompt and completion (labels may replace the answer)",
-    "TRAINING_EXAMPLE_KEYS": "messages, or prompt and completion, or text (labels may replace the"
-    " answer)",
+    "EXAMPLE_KEYS": "messages, or prompt and completion (for several labels, use the key labels"
+    " instead of the answer)",
+    "TRAINING_EXAMPLE_KEYS": "messages, or prompt and completion, or text (for several labels, use"
+    " the key labels instead of the answer)",
     "NO_EXAMPLES": "has no examples; every line must be a JSON object with {keys}",
     # Lines of such a file.
     "LINE_NOT_JSON": "is not valid JSON: {problem}; every line must be one JSON object",

@@ -55,16 +55,16 @@ TEXTS = {
     "FLEET_ONE_ADDRESS": "is not supported in a fleet, which has no separate admin address; the"
     " token file decides who may change adapters",
     "FLEET_NO_TRAINING": "is not supported in a fleet; train on a single server",
-    "FLEET_NO_TLS": "is not supported in a fleet, which listens in plain text; terminate TLS in a"
+    "FLEET_NO_TLS": "is not supported in a fleet, which listens without TLS; terminate TLS in a"
     " proxy",
-    "FLEET_EXPOSED": "{address} can be reached from other machines, and a fleet listens in plain"
-    " text; terminate TLS in a proxy, and set --insecure",
-    "FLEET_NEEDS_TOKENS": "is required on a Ray cluster that the fleet joins, because its replicas"
-    " can be reached from other machines; set it, or set --insecure",
+    "FLEET_EXPOSED": "{address} can be reached from other machines, and a fleet listens without"
+    " TLS; terminate TLS in a proxy, and set --insecure",
+    "FLEET_NEEDS_TOKENS": "is required when the fleet joins an existing Ray cluster, because other"
+    " machines can reach the replicas; set it, or set --insecure",
     "FLEET_NEEDS_STATE": "is required in a fleet; every replica must be able to read it",
     "FLEET_NEEDS_PORT": "must be HOST:PORT in a fleet",
-    "FLEET_ONE_HOST": "must have the host of --address, {host}, in a fleet",
-    "FLEET_TWO_PORTS": "must have a port other than that of --address, and neither may be 0",
+    "FLEET_ONE_HOST": "must use the host of --address ({host}) in a fleet",
+    "FLEET_TWO_PORTS": "must use a different port from --address, and neither port may be 0",
     "NOT_A_RAY_ADDRESS": "must be HOST:PORT, as `ray start --head` prints it, or auto, not"
     " {value!q}",
 }

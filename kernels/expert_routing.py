@@ -39,7 +39,7 @@ class Routing:
 
     @cached_property
     def runs(self) -> tuple[tuple[int, slice], ...]:
-        """(Expert, its pairs) for experts that have pairs. Reads from the device; not for GPUs."""
+        """(Expert, its pairs) for experts that have pairs. Slow on a GPU: copies from it."""
         bounds = pairwise((0, *self.ends.tolist()))
         return tuple((e, slice(low, high)) for e, (low, high) in enumerate(bounds) if high > low)
 

@@ -13,10 +13,10 @@ TEXTS = {
     # The config and its values.
     "NO_CONFIG": "{path} does not exist; `turret train init` writes one",
     "NOT_KEY_VALUE": "must be TABLE.KEY=VALUE, not {value!q}",
-    "LABELS_ARE_LEARNED": 'must be "completion" for a classification, which learns only the labels',
+    "LABELS_ARE_LEARNED": 'must be "completion" for classification, which learns only the labels',
     "ENTRIES_NOT_IN_RANGE": "must have {least} to {most} entries, not {found}",
-    "ONE_VALUE_ONLY": "must have one value, because a sweep writes each variant to a directory"
-    " below it",
+    "ONE_VALUE_ONLY": "must have only one value, because a sweep writes each variant to a"
+    " subdirectory of it",
     # Settings that do not go together.
     "VALUE_UNSUPPORTED_BY": "{value} is not supported by {method}",
     "KEY_UNSUPPORTED_BY": "is not supported by {method}, which has only {choices}",
@@ -26,7 +26,8 @@ TEXTS = {
     "IS_TRAINING_FILE": "{path} is also data.train; omit this setting to hold out"
     " data.validation_fraction of the examples",
     "VALIDATION_EMPTY": "holds out none of the {found!n:example} in {path}, but a sweep compares"
-    " validation losses; set data.validation, or a fraction above 0 of at least two examples",
+    " validation losses; set data.validation, or set this fraction above 0 and provide at"
+    " least two examples",
     "SAME_COMPONENT_NAME": "two components have the same name; write NAME=DIRECTORY",
     # Modules.
     "PRESET_NOT_ALONE": "{value!q} cannot be combined with other targets",
@@ -46,7 +47,7 @@ TEXTS = {
     # Examples.
     "LABEL_COUNT": "{path} has {found!n:distinct label}; the number must be from {least} to {most}",
     "LABELS_NEED_CLASSIFICATION": 'requires data.task = "classification"',
-    "NO_LABEL": "has no label; a classification needs prompt and completion",
+    "NO_LABEL": "has no label; classification needs prompt and completion",
     "UNKNOWN_LABEL": "the label {value!q:.60} is not in the training file",
     "ALSO_IN_TRAINING": "is the same as line {line} of the training file",
     "TOO_MANY_TOKENS": "has {found} tokens, more than data.max_length ({most})",
@@ -57,8 +58,9 @@ TEXTS = {
     " completion",
     "TEMPLATE_REWRITES": "makes the chat template change the messages before it",
     "INVOCATION_MISSING": "does not contain the invocation {value!q:.60} before the last answer",
-    "INVOCATION_SPLIT": "contains {value!q:.60}, but not as the tokens {tokens}; choose a"
-    " method.invocation that starts and ends with special tokens or line breaks",
+    "INVOCATION_SPLIT": "contains the text {value!q:.60}, but the tokenizer does not split it into"
+    " the tokens {tokens}; choose a method.invocation that starts and ends with special tokens or"
+    " line breaks",
     "INVOCATION_REQUIRED": "is required, because the chat template writes no text before an answer",
     # Runs.
     "OUTPUT_UNUSABLE": "{path} {problem}; choose another --output",
@@ -131,7 +133,8 @@ TEXTS = {
     "XLORA_OTHER_LORA": "{path} is not LoRA {number}: {name} differs",
     "ADAMSS_CLUSTERS": "{name}: the base gives clusters of {expected} rows, but the file has"
     f" {{found}}; {_TRAINED_BASE}",
-    "ADAMSS_OTHER_WEIGHT": f"{{path}}: adamss_newB belongs to another weight; {_TRAINED_BASE}",
+    "ADAMSS_OTHER_WEIGHT": f"{{path}}: adamss_newB does not match the base's weight;"
+    f" {_TRAINED_BASE}",
 }
 
 say = sayer(

@@ -27,7 +27,7 @@ def _read() -> float:
 def read_bandwidth() -> float:
     """The bytes per second that all cores together read from memory; the best of several runs.
 
-    This runs on a thread that then ends, so that no team of torch's threads remains.
+    This runs on a thread that then ends, and torch's thread pool with it.
     """
     with ThreadPoolExecutor(1) as short_lived:
         return short_lived.submit(_read).result()

@@ -38,14 +38,14 @@ from turret.clients.words import say
 from turret.words import counted
 
 _RESAMPLES = 1000
-# The standard normal quantile with 2.5 % above it.
+# The standard normal quantile with 2.5% above it.
 _Z = 1.959963984540054
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure over a test set, with the bounds of its 95 % interval in the same unit.
+    """A figure over a test set, with the bounds of its 95% interval in the same unit.
 
     The bounds are None if the examples allow none; see :func:`estimate`.
     """
@@ -101,7 +101,7 @@ def perplexity(scores: Sequence[tuple[float, int]]) -> float:
 
 
 def estimate(values: Sequence[_T], statistic: Callable[[Sequence[_T]], float]) -> Estimate:
-    """A statistic of the examples with its 95 % bootstrap interval, the same in every run.
+    """A statistic of the examples with its 95% bootstrap interval, the same in every run.
 
     If all draws have the same value, as for one example or for answers that are all right, the
     bootstrap gives no interval, and there are no bounds.
@@ -119,7 +119,7 @@ def estimate_mean(values: Sequence[float]) -> Estimate:
     """The mean of scores in [0, 1] with its interval: Wilson's if every score is 0 or 1.
 
     Otherwise the interval is the bootstrap's. Wilson's interval never has width zero: for 0 of 20,
-    it reaches to 16 %.
+    it reaches to 16%.
     """
     if not {*values} <= {0.0, 1.0}:
         return estimate(values, mean)

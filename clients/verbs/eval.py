@@ -169,7 +169,7 @@ def print_reports(reports: Sequence[MixReport]) -> None:
     # Print no caption: a narrow table would break it.
     figures = (figure for report in reports for figure in report.metrics.values())
     unknown = "; [?] if too few or too alike" if any(f.low is None for f in figures) else ""
-    print(f"{reports[0].extent}; 95 % confidence intervals in brackets{unknown}")
+    print(f"{reports[0].extent}; 95% confidence intervals in brackets{unknown}")
 
 
 def _figures(report: MixReport) -> dict[str, object]:
@@ -234,7 +234,7 @@ _STYLE = (
 
 
 def eval_svg(reports: Sequence[MixReport], title: str) -> str:
-    """Return a self-contained SVG document, whose whiskers are the 95 % intervals.
+    """Return a self-contained SVG document, whose whiskers are the 95% intervals.
 
     Bars of perplexity have a log scale that begins at 1; those of other metrics run from 0 to 1.
     """
@@ -249,7 +249,7 @@ def eval_svg(reports: Sequence[MixReport], title: str) -> str:
     ]
     for index, metric in enumerate(metrics):
         parts += _panel(reports, metric, 30 + index * panel)
-    note = f"{reports[0].extent}; whiskers: 95 % intervals"
+    note = f"{reports[0].extent}; whiskers: 95% intervals"
     parts.append(f'<text x="8" y="{height - 8}" class="n">{note}</text></svg>')
     return "\n".join(parts) + "\n"
 

@@ -25,8 +25,8 @@ def main(program: str, cpu_seconds: str, max_bytes: str, *packages: str) -> None
 
     Args:
         program: Path of the file that defines ``answers``, which yields the answers to a job.
-        cpu_seconds: Limit of processor time for each job. The signal ends the process even while
-            it is inside a C function.
+        cpu_seconds: Limit of processor time for each job. At the limit, SIGPROF ends the process,
+            even while it is inside a C function.
         max_bytes: Limit of the address space.
         packages: Directories to import packages from.
     """
@@ -37,7 +37,7 @@ def main(program: str, cpu_seconds: str, max_bytes: str, *packages: str) -> None
     try:
         answers = runpy.run_path(program)["answers"]
     except Exception:
-        # Memory ran out before any job, so no job is to blame.
+        # The program cannot be loaded, for example without memory. No job is to blame.
         sys.exit(_START_FAILED)
     resource.setrlimit(resource.RLIMIT_AS, (int(max_bytes), int(max_bytes)))
     output = sys.stdout.buffer
@@ -59,7 +59,7 @@ def _answered(answers: Callable[[Any], Iterator[Any]], job: Any) -> Iterator[Any
         # End the process: it has no memory left.
         raise
     except BaseException as error:
-        # This includes panics of libraries in Rust.
+        # BaseException includes panics of libraries in Rust.
         yield {"error": f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARS]}
 
 

@@ -51,7 +51,7 @@ class ModuleKind:
 
     def __str__(self) -> str:
         source = f" from {self.source}" if self.source else ""
-        error = "" if self.relative_error is None else f" (error {100 * self.relative_error:.2g} %)"
+        error = "" if self.relative_error is None else f" (error {100 * self.relative_error:.2g}%)"
         return f"{self.count} {self.module} {self.state}{source}{error}"
 
 
@@ -89,7 +89,7 @@ class Fidelity:
         ]
 
     def __str__(self) -> str:
-        """``30 q_proj quantized (error 9.2 %), 2 down_proj 16-bit``."""
+        """``30 q_proj quantized (error 9.2%), 2 down_proj 16-bit``."""
         return ", ".join(map(str, self.kinds()))
 
     def storage(self) -> dict[str, dict[str, int]]:

@@ -15,7 +15,7 @@ TEXTS: dict[str, str] = {
     "UNSUPPORTED_VALUE": "{value!q:.60} is not supported: {why}",
     "UNKNOWN_METHOD": "unknown method {value!q:.60}; docs/adapters.md lists those supported",
     "SET_EXACTLY_ONE": "exactly one of {keys} must be 0",
-    "NOT_DIVISIBLE": "{size} {what} are not divisible by {by}",
+    "NOT_DIVISIBLE": "the number of {what}, {size}, is not divisible by {by}",
     "WRONG_COUNT": "has {found} {what}, expected {expected}",
     "SELECTS_NOTHING": "selects no module that this method can adapt",
     "SELECTED_TWICE": "selects {module!q:.120}, which {other} also selects",
@@ -33,7 +33,8 @@ TEXTS: dict[str, str] = {
     "MISSING_TENSOR": "is missing, but {by} requires it",
     "UNEXPECTED_TENSOR": "is in the file, but {by} excludes it; use the config saved with the file",
     "UNKNOWN_TENSOR": "unknown tensor; every tensor in the file must be used",
-    "LYCORIS_LAYOUT": "has a name in LyCORIS layout; convert the adapter as docs/adapters.md shows",
+    "LYCORIS_LAYOUT": "has a name in LyCORIS layout; convert the adapter as"
+    " docs/bring-your-adapter.md shows",
     "WHOLE_WEIGHT": "is a full weight matrix, which is supported only for embed_tokens and lm_head",
     "DUPLICATE_TENSOR": "duplicates {other!q:.200}",
     "DIFFERENT_COPY": "must be equal to {other!q:.200}",
@@ -109,7 +110,7 @@ TEXTS: dict[str, str] = {
     "INVALID_SAFETENSORS": "is not a valid safetensors file: {why}",
     "FILE_TOO_LARGE": "has more than {most} bytes",
     "FILE_CUT_SHORT": "ends after {found} of {needed} bytes; copy it again",
-    "FILE_CHANGED": "changed while it was read",
+    "FILE_CHANGED": "changed while it was being read",
     # Limits of the server.
     "RANK_OVER_LIMIT": "{name} is {rank}, but the server's --max-rank is {max_rank}",
     "RANK_TOO_COSTLY": "LoHa rank {rank} is too large for {modules!n:module}; convert the adapter"
@@ -127,13 +128,13 @@ TEXTS: dict[str, str] = {
     "TRAINED_FOR_ANOTHER_BASE": "trained for base model {trained!q:.200}, served on"
     " {served!q:.200}: the shapes fit, but the weights may differ",
     "OTHER_WEIGHTS": "trained on base weights with digest {trained}, but served on {served}",
-    "STORED_OTHERWISE": "trained on a base with other modules in 16 bits; in the server's base,"
-    " these differ: {modules}",
+    "STORED_OTHERWISE": "the base that it was trained on has other modules in 16 bits than the"
+    " server's base; these differ: {modules}",
     "OTHER_QUANTIZATION": "trained on {trained!q:.200}, whose weights are stored as {value}, but"
     " served on {served!q:.200}: the weights may differ",
     "BASE_DIFFERS": "adapter {path!q:.200} is rejected by --strict-base: {problem}",
     "IS_TASK": "serves task {task} of the {count} tasks in its files",
-    "DRAWN_AGAIN": "{names} are not in the file, so they were drawn again from {seed} as in PEFT",
+    "DRAWN_AGAIN": "{names}: not in the file, so regenerated from {seed}, as PEFT does",
     "SOLVED_FROM_BASE": "{names} is not in the file, so it was computed from the 4-bit weights,"
     " whose error changes the update by about {share:.0%}",
     "NOISY_UPDATE": "cannot be used with the 4-bit weights, whose error changes the update by"
@@ -155,7 +156,7 @@ TEXTS: dict[str, str] = {
     "COMPONENT_LEAVING": "component {component!q} is being unloaded or replaced",
     "COMPONENT_IS_OTHER": "component {component!q} has digest {found}, expected {digest}",
     "UNFIT_COMPONENT": "component {component!q} ({method}) cannot be used: {why}",
-    "NESTED_COMPONENT": "component {component!q} is built from components itself, which is not"
+    "NESTED_COMPONENT": "component {component!q} is itself built from components, which is not"
     " supported",
     "UNEQUAL_RANKS": "components have different ranks ({ranks}) in {module}, but use_gks requires"
     " equal ranks",
@@ -210,7 +211,7 @@ TEXTS: dict[str, str] = {
     " replace the adapter to serve the new files",
     "FILES_LOST": "the files of adapter {adapter!q} ({path}) are missing or damaged; restore them,"
     " or replace the adapter",
-    "CHANGED_DURING_EXPORT": "{path} changed while it was exported",
+    "CHANGED_DURING_EXPORT": "{path} changed while it was being exported",
     # Uploads and the state directory.
     "STATE_DIR_REQUIRED": "uploaded and fused adapters need a server with --state-dir",
     "STATE_OF_OTHER_BASE": "--state-dir: {path} contains adapters of base model {found!q} with"
@@ -224,7 +225,7 @@ TEXTS: dict[str, str] = {
     " {max_upload_bytes!b}",
     "UPLOAD_OVER": "the upload has ended",
     "LONGER_THAN_ANNOUNCED": "has more than the {size} bytes announced",
-    "FILES_INTERLEAVE": "starts before {other!q} is complete; send one file after the other",
+    "FILES_INTERLEAVE": "starts before {other!q} is complete; send one file at a time",
     "FILE_NOT_ANNOUNCED": "is not in the header, or was already sent",
     "WRONG_SHA256": "does not have the announced SHA-256; send it again",
 }

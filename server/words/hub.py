@@ -38,7 +38,7 @@ TEXTS = {
     "HUB_NO_COMMIT": "{hub} reports no commit for {repository}",
     # Downloads.
     "HUB_FILE_GONE": "{repository} lists a file that {hub} does not have",
-    "HUB_FILE_INCOMPLETE": "{file} of {repository} did not arrive completely: {problem}",
+    "HUB_FILE_INCOMPLETE": "the download of {file} from {repository} is incomplete: {problem}",
     "HUB_SENT_TOO_MUCH": "{path}: the hub sent more bytes than it announced",
     "HUB_TOO_SLOW": "{path}: only {found} of {needed} bytes arrived within {seconds:.0f} seconds;"
     " try again, or run `hf download {name}` on the server's machine",

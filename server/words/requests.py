@@ -9,7 +9,7 @@ TEXTS = {
     "TOO_MANY_ENTRIES": "must have at most {most} entries, not {found}",
     "TOO_MANY_BYTES": "must have at most {most} bytes, not {found}",
     "TOO_MANY_NUMBERS": "must have at most {most} entries, not {found}, because each result has"
-    " {numbers} numbers and an answer at most {most_numbers}",
+    " {numbers} numbers and an answer may have at most {most_numbers}",
     "HOLDS_EMPTY_STRING": "must not contain an empty string",
     "HOLDS_TOO_LONG_STRING": "contains a string of {found} characters, more than the limit of"
     " {most}",
@@ -46,8 +46,8 @@ TEXTS = {
     " for training, and all clients use {all_used!b} of {training_bytes!b}",
     "NOT_A_TOKEN": "token {value} is not in the vocabulary of {size} tokens",
     "ANSWER_COMPLETE": "already has {found!n:token}, but {other} allows only {most}",
-    "ANSWER_ENDED": "token {index} already ends the answer",
-    "TOKEN_FORBIDDEN": "the constraint does not allow token {index}",
+    "ANSWER_ENDED": "the token at index {index} already ends the answer",
+    "TOKEN_FORBIDDEN": "the constraint does not allow the token at index {index}",
     "NO_CHAT_TEMPLATE": "this model has no chat template; send a prompt instead, or start the"
     " server with --chat-template",
     "TEMPLATE_NOT_TRUSTED": "is not accepted; the server was started without"
@@ -61,7 +61,7 @@ TEXTS = {
     "KEYWORD_UNSUPPORTED": "is not supported",
     "FORMAT_UNSUPPORTED": "the format {value!q} is not supported",
     "REFERENCE_UNKNOWN": "refers to nothing in this schema",
-    "ONE_OF_UNSUPPORTED": "is supported only if its members exclude each other; use anyOf",
+    "ONE_OF_UNSUPPORTED": "is supported only if its members are mutually exclusive; use anyOf",
     "PATTERN_INVALID": "is not a valid regular expression: {problem}",
     "GRAMMAR_INVALID": "is neither a Lark nor a GBNF grammar: {problem}",
     "CONSTRAINT_INVALID": "cannot be compiled: {problem}",
@@ -85,7 +85,7 @@ TEXTS = {
     "VOCABULARY_NOT_ALONE": "only one adapter with its own vocabulary can be used, and only with"
     " weight 1: {adapters}",
     "VOCABULARY_WITH_PARTIAL": "{adapter} has its own vocabulary, so it cannot be combined with"
-    " {partial}, which uses keys and values that the base model alone computes",
+    " {partial}, which uses keys and values that only the base model computes",
     "SEVERAL_FIRST_PASSES": "only one adapter that needs a first pass can be used, not several:"
     " {adapters}",
     "FIRST_PASS_WITH_PREFIX": "{adapter} needs a first pass over the prompt, so it cannot be"

@@ -60,7 +60,8 @@ TEXTS = {
     "FOLDER_IS_A_FILE": "is a file, not a directory",
     "FOLDER_NOT_WRITABLE": "is not writable: {problem}",
     "FOLDER_NOT_CREATABLE": "cannot be created in {folder}: {problem}",
-    "NO_HOME_DIRECTORY": "there is no home directory for the quantised weights; set XDG_CACHE_HOME",
+    "NO_HOME_DIRECTORY": "cannot cache the quantised weights: this user has no home directory; set"
+    " XDG_CACHE_HOME",
     "CACHE_NOT_WRITABLE": "the quantised weights cannot be stored: {folder} {problem}; set"
     " XDG_CACHE_HOME to another directory",
     # Child processes for untrusted input.

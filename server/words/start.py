@@ -8,7 +8,8 @@ TEXTS = {
     "TAKES_NO_VALUE": "takes no value",
     "NOT_A_CAPABILITY": "must be a number such as 9.0, not {value!q}",
     "UNEXPECTED_ARGUMENTS": "{count!n:unexpected argument}: {values}",
-    "UNQUOTED_TEXT": "{count!n:unexpected argument}: {values}; put a text with spaces in quotes",
+    "UNQUOTED_TEXT": "{count!n:unexpected argument}: {values}; put text that contains spaces in"
+    " quotes",
     # Settings, files and addresses.
     "INVALID": "{why}",
     "UNKNOWN_VARIABLE": "unknown setting",
@@ -37,8 +38,8 @@ TEXTS = {
     "ADDRESS_OF_OTHER": "{value} is already used by {other}",
     "ADDRESS_TAKEN": "{value} is in use by another process",
     "HOST_NOT_RESOLVED": "cannot resolve the host {host}",
-    "ADDRESS_OF_ANOTHER_MACHINE": "{value} is not an address of this machine; 0.0.0.0 stands for"
-    " all of its addresses",
+    "ADDRESS_OF_ANOTHER_MACHINE": "{value} is not an address of this machine; use 0.0.0.0 to"
+    " listen on all addresses of this machine",
     "NOT_INSTALLED": "missing packages: {packages}; {step}",
     "ADDRESS_UNUSABLE": "cannot listen on {value}: {why}",
 }

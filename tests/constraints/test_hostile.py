@@ -87,7 +87,7 @@ def tried(kind, text):
     except TurretError as error:
         why = str(error)[:60]
     return [took, worst, why]
-# The thread that follows grammars has a large stack, as in a server.
+# The thread that evaluates grammars has a large stack, as in a server.
 executor = roomy_executor(1, "masks")
 for kind, text in json.load(sys.stdin):
     print(json.dumps(executor.submit(tried, kind, text).result()), flush=True)
@@ -107,7 +107,7 @@ def test_hostile_constraints_have_bounded_cost_and_crash_nothing() -> None:
     names = [*HOSTILE, *HOSTILE_REGEXES, *HOSTILE_SCHEMAS]
     assert ended.returncode == 0, (names[len(rows)], ended.stderr[-2000:])
     for name, (seconds, worst, why) in zip(names, rows, strict=True):
-        # The limit is ten times the measured time, because only the bound matters.
+        # The limits, 10 s and 2 s, are about ten times the measured times.
         assert max(seconds / 10, worst / 2) < 1, (name, seconds, worst, why)
     # The maximum number of choices is smaller than the number tried here.
     assert MAX_CHOICES < 9000

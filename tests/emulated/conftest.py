@@ -1,4 +1,4 @@
-"""The tests in this directory compile kernels, so they need a process without triton's interpreter.
+"""The tests in this directory compile kernels, so they need a process without Triton's interpreter.
 
 ``tests/kernels/compiled/test_emulated_sm_80.py`` and its sibling run them in such a process.
 """

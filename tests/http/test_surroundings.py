@@ -46,8 +46,8 @@ def test_every_code_has_a_status() -> None:
     for kind in (kind for kind in kinds if issubclass(kind, errors.TurretError)):
         refusal = refusal_of(kind("why"))
         assert refusal.status == TABLE[refusal.code].status
-        is_told = refusal.code is not Code.INTERNAL
-        assert refusal.body["error"]["message"].startswith("why") == is_told
+        is_shown = refusal.code is not Code.INTERNAL
+        assert refusal.body["error"]["message"].startswith("why") == is_shown
     assert "secret" not in str(refusal_of(ValueError("secret")).body)
 
 
@@ -158,8 +158,8 @@ async def test_a_request_has_the_id_that_was_sent(
     refused = await http.refused(COMPLETIONS, {}, {"x-request-id": "r-2"})
     assert refused.headers["x-request-id"] == "r-2"
     (line,) = [r for r in caplog.records if r.message == "call finished"]
-    said = line.__dict__["fields"]
-    assert (said["method"], said["code"]) == ("POST /v1/completions", "OK")
+    fields = line.__dict__["fields"]
+    assert (fields["method"], fields["code"]) == ("POST /v1/completions", "OK")
 
 
 async def test_every_answer_has_an_id_and_keeps_a_valid_one_of_the_client() -> None:

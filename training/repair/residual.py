@@ -114,7 +114,7 @@ def _largest(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
     """The parts of the singular value decomposition with the largest singular values.
 
     A randomised decomposition is faster than a whole one. In modules of SmolLM2, the squares of its
-    32 values add up to 98 % or more of those of the largest singular values.
+    32 values add up to 98% or more of those of the largest singular values.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -1,6 +1,6 @@
 """Fuses registered adapters into a new one, on a separate thread.
 
-One fusion runs at a time, at a low priority, one module after the other. It reads its members'
+One fusion runs at a time, at low priority, one module at a time. It reads its members'
 files again, in fp32, because the operators that are served may be rounded. The fusion holds its
 members as a request does, so that none is unloaded meanwhile.
 """
@@ -183,8 +183,8 @@ class Fuser:
             name: A well-formed name.
             refs: The mix, not empty.
             combination: How to combine the mix.
-            cancellation: Ends the fusion with its error before the next module. Nothing is
-                registered then.
+            cancellation: Stops the fusion before the next module, with the cancellation's error.
+                Nothing is registered then.
 
         Returns:
             A future of the result, or of an error: InvalidRequestError (the combination cannot
@@ -211,7 +211,7 @@ class Fuser:
             # work.
             cancellation.set(refusal)
             raise refusal from None
-        # A future that is cancelled before it starts never runs, so _run cannot do this.
+        # A future that is cancelled before it starts never calls _run, so end the job here.
         future.add_done_callback(lambda _: self._end(job))
         return future
 
@@ -306,7 +306,7 @@ class Fuser:
         return fused
 
     def _check_free(self, name: str, paths: list[str]) -> None:
-        """Rejects a name whose content is not the result, before any work is done."""
+        """Rejects a name that belongs to a different adapter, before any work is done."""
         try:
             record = self._registry.get(name)
         except AdapterNotFoundError:

@@ -225,7 +225,7 @@ def finish(
 def _with_biases(
     operators: Mapping[str, ModuleOperators], biases: Mapping[str, torch.Tensor], base: BaseModel
 ) -> dict[str, ModuleOperators]:
-    """Adds whole biases that replace the base's; the base has a bias in each of these modules."""
+    """Adds biases that replace the base's, as differences; the base has each of these biases."""
     result = dict(operators)
     for name, bias in biases.items():
         served = base.modules[name].bias

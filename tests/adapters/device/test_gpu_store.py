@@ -1,4 +1,4 @@
-"""The store of the GPU path: its contents, and the addresses that stay the same."""
+"""The store of the GPU path: its contents, and addresses that must not change."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_an_adapter_that_did_not_fit_can_be_prepared_again() -> None:
     assert len(found) == 4
     for slot_table in found.values():
         assert set(slot_table.slots) == {adapter.key for adapter in entered}, (
-            "idle ones had to leave"
+            "idle adapters are evicted"
         )
     assert store.is_refused("more 3")
     with pytest.raises(AdapterMemoryError):
@@ -206,7 +206,7 @@ def test_preparing_a_resident_adapter_copies_nothing() -> None:
     check_all_addresses(store, adapters)
     store.prepare([adapters[1]])
     store.prepare([low_rank("new")])
-    assert [a.key for a in adapters if not a.bytes_device] == ["0"], "the least recently used left"
+    assert [a.key for a in adapters if not a.bytes_device] == ["0"], "the least recently used"
 
 
 def test_scattered_ranks_are_compacted_in_place() -> None:

@@ -101,7 +101,7 @@ async def test_the_gpu_path_equals_peft(tmp_path: Path) -> None:
         answers = await harness.run_all(
             [make_request(p, *([n] if n else []), max_tokens=3) for n, p in asked]
         )
-        # Captured steps of other requests, before and after, are not affected.
+        # Steps that were captured for other requests are unaffected.
         again = await harness.run(make_request(asked[0][1], max_tokens=3))
     for (name, prompt), answer in zip(asked, answers, strict=True):
         model = load_adapter(base.model, tmp_path / name) if name else base.model

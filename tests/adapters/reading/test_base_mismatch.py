@@ -155,14 +155,14 @@ DIGEST = "d" * 64
         (
             {"digest": "e" * 64, "weights": {**WEIGHTS, "down_proj": {"4-bit": 2}}},
             "STORED_OTHERWISE",
-            {"modules": "1 down_proj 16-bit, 1 down_proj quantized (error 10 %)"},
+            {"modules": "1 down_proj 16-bit, 1 down_proj quantized (error 10%)"},
         ),
         # Trained on the weights of a checkpoint that the server quantises.
         (
             {"digest": DIGEST, "weights": {"q_proj": {"16-bit": 2}, "down_proj": {"16-bit": 2}}},
             "STORED_OTHERWISE",
             {
-                "modules": "1 down_proj 16-bit, 1 down_proj quantized (error 10 %),"
+                "modules": "1 down_proj 16-bit, 1 down_proj quantized (error 10%),"
                 " 2 q_proj as-stored"
             },
         ),

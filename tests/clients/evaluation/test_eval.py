@@ -193,7 +193,7 @@ def test_the_table_shows_each_mix(run: Run, capitals: Path):
     assert code == 0
     assert "8 [?]" in out
     assert "50.0% [9%, 91%]" in out
-    note = "; 95 % confidence intervals in brackets; [?] if too few or too alike\n"
+    note = "; 95% confidence intervals in brackets; [?] if too few or too alike\n"
     assert out.endswith(note)
     assert "2 examples" in out
     assert "label accuracy" not in out

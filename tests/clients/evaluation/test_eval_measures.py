@@ -64,7 +64,7 @@ def test_intervals_contain_the_value_and_shrink_with_more_examples():
     assert narrow.low is not None
     assert narrow.high is not None
     assert wide.low < narrow.low < narrow.value == 0.5 < narrow.high < wide.high
-    # The 95 % interval of the binomial distribution with 1000 examples.
+    # The 95% interval of the binomial distribution with 1000 examples.
     assert narrow.high - 0.5 == pytest.approx(1.96 * 0.5 / math.sqrt(1000), rel=0.15)
     assert estimate(many, mean) == narrow
 

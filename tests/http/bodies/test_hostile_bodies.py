@@ -1,4 +1,4 @@
-"""Bodies of any shape get an answer or a client's error, never an internal one."""
+"""Bodies of any shape get an answer or a client error (4xx), never an internal error."""
 
 from __future__ import annotations
 

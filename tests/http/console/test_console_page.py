@@ -123,7 +123,7 @@ async def test_three_answers_are_shown_side_by_side(
         # Show the alternatives by keyboard.
         text = tab.find(".pane:first-child .text")
         text.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
-        assert tab.text(".pane:first-child .detail").startswith("␣b 22 % — else <img␣src")
+        assert tab.text(".pane:first-child .detail").startswith("␣b 22% — else <img␣src")
         tab.find("#colour").click()
         assert tab.run("return document.querySelector('.coloured')") is None
         assert tab.complaints() == []
@@ -267,7 +267,7 @@ async def test_an_administrator_loads_pins_and_unloads(
             assert not tab.find("#load-open").is_displayed()
             give(tab, "all")
             tab.until(lambda: tab.text("#running") == "2", "figures")
-            assert (tab.text("#waiting"), tab.text("#kv")) == ("3 waiting", "25 %")
+            assert (tab.text("#waiting"), tab.text("#kv")) == ("3 waiting", "25%")
             assert "--preload" in tab.text("#adapters-empty")
             tab.find("#load-open").click()
             tab.find("#load-name").send_keys("No Name")

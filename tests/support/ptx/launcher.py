@@ -1,4 +1,4 @@
-"""Launches of Triton kernels on CPU tensors, compiled for a GPU and executed by the emulator."""
+"""Compiles Triton kernels for a GPU and executes their PTX in the emulator, on CPU tensors."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from triton.runtime.jit import JITFunction
 
 from turret.kernels.gpu import common as tuning
 
-# The tiles of the interpreter's tests, so that small shapes take several steps, or a GPU's own.
-# Both use few programs, so that these loop over their work lists.
+# ``small`` uses the tiles of the interpreter's tests, so that small shapes take several steps;
+# ``device`` uses a GPU's tiles. Both use few programs, so that each loops over its work list.
 TILES = {
     "small": replace(tuning.tuning(torch.device("cpu")), inline_ptx=True),
     "device": tuning.Tuning(programs=3),
@@ -86,7 +86,7 @@ class Launcher:
         raw = [_bits(values[p], kinds[p], memory, bases) for p in kinds]
         for storage in reached():
             memory.map(storage.data_ptr(), _bytes(storage))
-        # Triton's own two arguments: scratch memory for kernels that need it.
+        # Triton's own arguments: pointers to scratch memory, for kernels that need it.
         raw += [0] * 4
         sizes: Any = grid(values) if callable(grid) else grid
         x, y, z = (*sizes, 1, 1)[:3]
@@ -131,13 +131,13 @@ def _without_assembler() -> Iterator[None]:
 
     def hook(*arguments: Any) -> tuple[str, str] | None:
         if not arguments:
-            # Newer versions request a part of the cache's key.
+            # Newer versions of Triton call the hook without arguments, for the cache key.
             return _PTX_ONLY, _PTX_ONLY
         _, stages, *_ = arguments
         stages["cubin"] = lambda ptx, metadata: b""
         return None
 
-    # The protocol's argument names differ from those of its calls.
+    # Any, because Triton calls the hook with other argument names than its protocol declares.
     runtime: Any = knobs.runtime
 
     with knobs.cache.scope(), knobs.runtime.scope():
@@ -154,7 +154,7 @@ def emulated(
     tiles: str = "device",
     edit: Callable[[str], str] | None = None,
 ) -> Iterator[Launcher]:
-    """Run kernels that are launched within the block on CPU tensors in the emulator.
+    """Run the kernels that are launched within the block in the emulator, on CPU tensors.
 
     Args:
         target: ``sm_80`` or ``sm_90``.

@@ -95,7 +95,7 @@ class HttpHarness:
         return await self.client.post(path, json=body, headers=dict(headers))
 
     async def opened(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A connection, of which little is read ahead."""
+        """A connection with a small read buffer."""
         host, _, port = self.server.address.rpartition(":")
         return await asyncio.open_connection(host, int(port), limit=1024)
 

@@ -1,4 +1,4 @@
-"""Runs that the engine of a server trains in the process of the command."""
+"""Training runs that use the server's engine in the process of the command."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_peft_trains_what_the_engine_does_not(
 
 
 def test_the_limits_of_a_server_do_not_apply(tiny_llama: Path, tmp_path: Path) -> None:
-    """A rank over a server's default is trained, and the adapter answers for the report."""
+    """A rank above a server's limit can be trained, and the report has its answers."""
     more = ("method.name=miss", "method.targets=down_proj", "method.rank=160", "run.steps=1")
     run = train(tmp_path, tiny_llama, "run", *more)
     assert len((run / "samples.jsonl").read_text().splitlines()) == 2

@@ -21,7 +21,7 @@ _TRIANGLE, _MATRIX, _SCALE = "oft_R.weight", "oft_r", "oft_s"
 _NEW_SERIES = (0, 18)
 
 
-def _is_pattern(value: Any) -> Text | None:
+def _no_pattern(value: Any) -> Text | None:
     return invalid(value, "empty") if value else None
 
 
@@ -43,7 +43,7 @@ def _block_size(m: Module) -> int:
 
 
 def dividing(in_features: int, wanted: int) -> int:
-    """The divisor of the inputs that is closest to a number, or the smaller of the two closest.
+    """The divisor of ``in_features`` that is closest to ``wanted``; of two, the smaller one.
 
     PEFT derives the block size from it.
     """
@@ -92,7 +92,7 @@ def _rotation(m: Module) -> torch.Tensor:
 
 
 def _series(skew: torch.Tensor, terms: int, is_new: bool) -> torch.Tensor:
-    """The first powers of ``(I + Q)(I − Q)⁻¹ − I = 2 (Q + Q² + …)``."""
+    """The first terms of ``(I + Q)(I − Q)⁻¹ − I = 2 (Q + Q² + …)``."""
     # PEFT 0.18 and later always use Q³ if they use Q².
     last = max(terms - 1, 3) if is_new and terms > 2 else terms - 1
     power, total = torch.eye(skew.shape[1], dtype=skew.dtype), torch.zeros_like(skew)
@@ -119,7 +119,7 @@ def _skew(triangle: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _projected(blocks: torch.Tensor, eps: float) -> torch.Tensor:
-    """The blocks, limited to a norm of ``eps`` over the root of their number (``coft``)."""
+    """The blocks, limited to a norm of ``eps`` over the square root of their number (``coft``)."""
     limit = eps / math.sqrt(len(blocks))
     norms = blocks.flatten(1).norm(dim=1)[:, None, None]
     return torch.where(norms <= limit, blocks, limit * (blocks / norms))
@@ -154,8 +154,8 @@ METHOD = LinearMethod(
         "use_cayley_neumann": is_bool,
         "num_cayley_neumann_terms": is_rank,
         "peft_version": optional(is_text),
-        "rank_pattern": _is_pattern,
-        "alpha_pattern": _is_pattern,
+        "rank_pattern": _no_pattern,
+        "alpha_pattern": _no_pattern,
     },
     ignored={"module_dropout": DROPOUT},
     bias=("oft_only",),

@@ -40,7 +40,7 @@ export const count = (number) => whole.format(Math.round(number));
 export const rate = (number) => (number >= 100 ? count(number) : tenths.format(number));
 
 export function percent(share) {
-  return `${share > 0 && share < 0.1 ? tenths.format(100 * share) : count(100 * share)} %`;
+  return `${share > 0 && share < 0.1 ? tenths.format(100 * share) : count(100 * share)}%`;
 }
 
 export function duration(seconds) {
