@@ -21,7 +21,7 @@ from unittest.mock import patch
 import torch
 from cuda.kernels import KERNELS
 from cuda.setting import ROOT, Setting
-from cuda.steps import one_step, prefill, same_bits, time_step
+from cuda.steps import one_step, prefill, same_bits, time_step, time_wide_step
 from cuda.tune import tune
 from cuda.verdict import verdict
 from interpreter import adapt_interpreter
@@ -31,6 +31,7 @@ from turret.server.engine.step.gpu import decode_graphs
 # The step comes first, because it matters most if the time runs out.
 PARTS: dict[str, Callable[[Setting], None]] = {
     "step": time_step,
+    "wide-step": time_wide_step,
     "prefill": prefill,
     "bits": same_bits,
     **KERNELS,

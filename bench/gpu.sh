@@ -75,7 +75,7 @@ call_1() {
     [ -d build/triton ] && tar -czf "$OUT/triton.tgz" -C build triton
 }
 call_2() {
-    part decode 330 memory step
+    part decode 350 memory step wide-step
     part prefill 90 prefill
     part bits 120 bits
 }

@@ -65,14 +65,14 @@ class Compilation:
     def compile(self, target: GPUTarget) -> Any:
         """Compile for a target."""
         names = self.function.arg_names
-        constants = dict(self.constants)
+        constants, signature = dict(self.constants), dict(self.signature)
         options = dict(self.options)
         if target.backend == "hip":
             options.update(_ON_HIP.get(self.function.__name__, {}))
-            constants.update({"PTX": False} if "PTX" in constants else {})
+            signature.update({"codes_ptr": "*fp32"} if "codes_ptr" in signature else {})
         source = ASTSource(
             fn=self.function,
-            signature={**dict(self.signature), **dict.fromkeys(constants, "constexpr")},
+            signature={**signature, **dict.fromkeys(constants, "constexpr")},
             constexprs={(names.index(k),): v for k, v in constants.items()},
             # Sort, because the compiler's cache identifies a form by this text.
             attrs={(names.index(k),): [["tt.divisibility", 16]] for k in sorted(self.aligned)},

@@ -58,6 +58,13 @@ def time_step(setting: Setting) -> None:
                 setting.report.skip(f"step {scenario.name}", f"{rows} rows")
 
 
+def time_wide_step(setting: Setting) -> None:
+    """Time the base with so many rows that its products take four passes over the weights."""
+    rows = 4 * setting.rows
+    step = _decode_step(setting, rows=rows, context=min(64, setting.context))
+    _time(setting, step, None, rows, 0.0)
+
+
 def same_bits(setting: Setting) -> None:
     """Check that a row has the same bits in every batch, and captured or not."""
     step = _decode_step(setting, num_layers=min(4, setting.num_layers))
@@ -90,12 +97,15 @@ def prefill(setting: Setting) -> None:
 
 
 def _decode_step(
-    setting: Setting, num_layers: int | None = None, context: int | None = None
+    setting: Setting,
+    num_layers: int | None = None,
+    context: int | None = None,
+    rows: int | None = None,
 ) -> DecodeStep:
     return DecodeStep(
         setting.model,
         num_layers or setting.num_layers,
-        setting.rows,
+        rows or setting.rows,
         context or setting.context,
         setting.dtype,
         setting.device,

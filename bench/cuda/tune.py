@@ -21,7 +21,7 @@ LOW_RANK = {
     "shrink_block_k": (128, 256),
     "expand_block_n": (128, 256),
 }
-BASE = {"nf4_block_n": (64, 128), "nf4_part_blocks": (8, 16, 32)}
+BASE = {"nf4_block_n": (64, 128), "nf4_programs": (256, 512, 1024), "nf4_part_blocks": (4, 8, 16)}
 
 
 def tune(setting: Setting) -> None:

@@ -41,6 +41,7 @@ PROMISES = (
     Promise("decode, 1 row, base (ms)", "step base", "1 rows", "ms", 2.6),
     Promise("decode, 16 rows, 16 adapters (ms)", "step lora 16 distinct", "16 rows", "ms", 3.0),
     Promise("decode, 64 rows, 64 adapters (ms)", "step lora 64 distinct", "64 rows", "ms", 6.5),
+    Promise("decode, 256 rows, base (ms)", "step base", "256 rows", "ms", 16.0),
     Promise("host beside 64 rows (ms)", "step base", "64 rows", "host_ms", 0.3, scales=False),
     Promise("prompt of 4,096 tokens (ms)", "prefill", "4096 tokens", "ms", 102.0),
     Promise("memory read, times the floor", "memory read", "", "over_floor", 1.18, scales=False),

@@ -115,8 +115,8 @@ class Tuning:
         hadamard_block_n: Output columns per tile; halved at rank 64.
         kronecker_block_l: Columns of ``w2`` per step of its reduction.
         nf4_block_n: Output columns per program.
-        nf4_programs: The maximum number of programs for which a narrow weight's input features are
-            cut into parts.
+        nf4_programs: The input features of a narrow weight are cut into parts until there are this
+            many programs.
         nf4_part_blocks: The minimum number of quantisation blocks in a part.
         nf4_pass_rows: Decoding rows per call of ``nf4_matmul``, at most 64; 0 if it is faster to
             dequantise the weight and use a library's product.
@@ -137,9 +137,9 @@ class Tuning:
     hadamard_block_k: int = 64
     hadamard_block_n: int = 64
     kronecker_block_l: int = 32
-    nf4_block_n: int = 128
+    nf4_block_n: int = 64
     nf4_programs: int = 512
-    nf4_part_blocks: int = 16
+    nf4_part_blocks: int = 8
     nf4_pass_rows: int = 64
     # AMD devices have 64 KiB of shared memory, too little for two tiles in flight.
     attention_stages: int = 5 if torch.version.hip is None else 3
@@ -265,7 +265,7 @@ def is_last(
     return last
 
 
-# Conversion of packed 4-bit codes to pairs of neighbouring weights in a kernel.
+# Conversion of packed 4-bit codes to weights in a kernel.
 #
 # On NVIDIA devices the values are looked up in registers: ``prmt`` picks bytes of two words by the
 # low three bits of a code, and the fourth bit chooses between two such picks. Two words hold the
@@ -274,14 +274,24 @@ def is_last(
 # the values are gathered from a table of the same rounded values, so the bits are the same.
 
 
-def _lookup(weight_format: Format, dtype: torch.dtype) -> str:
-    """PTX that turns four bytes (``$4``) into four even (``$0, $1``) and four odd values."""
+def _words(weight_format: Format, dtype: torch.dtype) -> list[int]:
+    """The low bytes of the sixteen values, then the high ones, four to a word."""
     bits = torch.tensor(weight_format.code).to(dtype).view(torch.int16).tolist()
-    words = {}
-    for name, shift in (("low", 0), ("high", 8)):
-        for part in range(4):
-            values = [(b >> shift) & 255 for b in bits[4 * part : 4 * part + 4]]
-            words[f"{name}{part}"] = f"0x{sum(v << 8 * i for i, v in enumerate(values)):08x}"
+    return [
+        sum(((b >> shift) & 255) << 8 * i for i, b in enumerate(bits[first : first + 4]))
+        for shift in (0, 8)
+        for first in range(0, 16, 4)
+    ]
+
+
+def _lookup(weight_format: Format, dtype: torch.dtype) -> str:
+    """PTX that turns four bytes (``$4``) into four pairs of neighbouring values (``$0`` to ``$3``).
+
+    ``prmt`` takes one constant. The words beside it are operands (``code_words``), of which Triton
+    passes one copy per byte.
+    """
+    words = [f"0x{word:08x}" for word in _words(weight_format, dtype)]
+    words[::2] = ["$5", "$9", "$13", "$17"]
     lines = [
         ".reg .b32 code, upper, first, second, low, high, picks, chosen;",
         # ``code`` has the codes without their fourth bit. ``upper`` uses that bit to select byte i
@@ -295,16 +305,16 @@ def _lookup(weight_format: Format, dtype: torch.dtype) -> str:
         if half:
             lines += ["shr.u32 picks, code, 16;", "shr.u32 chosen, upper, 16;"]
             picks, chosen = "picks", "chosen"
-        for name in ("low", "high"):
+        for name, (a, b, c, d) in (("low", words[:4]), ("high", words[4:])):
             lines += [
-                f"prmt.b32 first, {words[name + '0']}, {words[name + '1']}, {picks};",
-                f"prmt.b32 second, {words[name + '2']}, {words[name + '3']}, {picks};",
+                f"prmt.b32 first, {a}, {b}, {picks};",
+                f"prmt.b32 second, {c}, {d}, {picks};",
                 f"prmt.b32 {name}, first, second, {chosen};",
             ]
         # The high nibble of a byte is its even column.
         lines += [
-            f"prmt.b32 ${half}, low, high, 0x7351;",
-            f"prmt.b32 ${2 + half}, low, high, 0x6240;",
+            f"prmt.b32 ${2 * half}, low, high, 0x4051;",
+            f"prmt.b32 ${2 * half + 1}, low, high, 0x6273;",
         ]
     return "{\n" + "\n".join(lines) + "\n}"
 
@@ -313,39 +323,77 @@ _BF16 = tl.constexpr(_lookup(NF4, torch.bfloat16))
 _FP16 = tl.constexpr(_lookup(NF4, torch.float16))
 _MXFP4_BF16 = tl.constexpr(_lookup(MXFP4, torch.bfloat16))
 _MXFP4_FP16 = tl.constexpr(_lookup(MXFP4, torch.float16))
+_OPERANDS = tl.constexpr("=r,=r,=r,=r" + 17 * ",r")
 
 
 @functools.cache
-def code_on(device: torch.device, weight_format: Format = NF4) -> torch.Tensor:
-    """The sixteen values, ``[16]`` fp32, copied to each device once."""
+def codes_on(device: torch.device, dtype: torch.dtype, weight_format: Format = NF4) -> torch.Tensor:
+    """The table of weights in ``dtype``, copied to each device once.
+
+    If kernels look values up in registers, it has the words of ``code_words``, ``[4]`` int32;
+    otherwise the sixteen values, ``[16]`` fp32.
+    """
+    if tuning(device).inline_ptx and dtype != torch.float32:
+        words = torch.tensor(_words(weight_format, dtype)[::2])
+        return words.to(torch.int32).to(device)
     return torch.tensor(weight_format.code, device=device)
 
 
 @triton.jit
-def code_pairs(
-    byte, code_ptr, dtype: tl.constexpr, PTX: tl.constexpr, IS_MXFP4: tl.constexpr = False
-):
-    """Values of the even and the odd columns of packed bytes, rounded to ``dtype``.
+def code_words(codes_ptr):
+    """The words of the table that are not constants in the code.
 
-    Args:
-        byte: uint8, any shape.
-        code_ptr: ``[16]`` fp32.
-        dtype: The dtype of the values.
-        PTX: Whether to use inline PTX.
-        IS_MXFP4: Whether ``code_ptr`` has the values of MXFP4.
+    NVIDIA's assembler would keep constant words outside of the general registers, and copy them
+    there before each use. Words from memory stay in general registers.
     """
-    if PTX and dtype == tl.bfloat16:
-        bf16_asm: tl.constexpr = _MXFP4_BF16 if IS_MXFP4 else _BF16
-        even, odd = tl.inline_asm_elementwise(
-            bf16_asm, "=r,=r,=r,=r,r", [byte], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-        )
-    elif PTX and dtype == tl.float16:
-        fp16_asm: tl.constexpr = _MXFP4_FP16 if IS_MXFP4 else _FP16
-        even, odd = tl.inline_asm_elementwise(
-            fp16_asm, "=r,=r,=r,=r,r", [byte], (tl.float16, tl.float16), is_pure=True, pack=4
-        )
+    at = codes_ptr + tl.zeros((1, 1), dtype=tl.int32)
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.jit
+def _weights(
+    byte, codes_ptr, words, dtype: tl.constexpr, IS_MXFP4: tl.constexpr
+):  # fmt: skip
+    """The values of packed codes in ``dtype``, ``[columns, bytes]`` → ``[columns, 2 · bytes]``."""
+    if codes_ptr.dtype.element_ty == tl.int32:
+        bf16: tl.constexpr = _MXFP4_BF16 if IS_MXFP4 else _BF16
+        fp16: tl.constexpr = _MXFP4_FP16 if IS_MXFP4 else _FP16
+        pair = tl.inline_asm_elementwise(
+            bf16 if dtype == tl.bfloat16 else fp16, _OPERANDS,
+            [byte, words[0], words[1], words[2], words[3]], tl.int32, is_pure=True, pack=4,
+        )  # fmt: skip
+        even = pair.to(tl.int16).to(dtype, bitcast=True)
+        odd = (pair >> 16).to(tl.int16).to(dtype, bitcast=True)
     else:
         wide = byte.to(tl.int32)
-        even = tl.load(code_ptr + (wide >> 4)).to(dtype)
-        odd = tl.load(code_ptr + (wide & 15)).to(dtype)
-    return even, odd
+        even = tl.load(codes_ptr + (wide >> 4)).to(dtype)
+        odd = tl.load(codes_ptr + (wide & 15)).to(dtype)
+    return tl.reshape(tl.join(even, odd), (byte.shape[0], 2 * byte.shape[1]))
+
+
+CODES = 32
+_CODES = tl.constexpr(CODES)
+
+
+@triton.jit
+def add_codes(
+    acc,  # [columns, rows]
+    packed_at,  # [columns], where the codes begin
+    x_at,  # [rows], where the inputs begin
+    inside,
+    live,
+    codes_ptr,
+    words,  # of code_words
+    IS_MXFP4: tl.constexpr = False,
+):
+    """Add the products of 32 codes of some columns with the inputs of some rows.
+
+    The weights are the left operand, 32 at a time, so that Triton decodes each weight in the lane
+    that multiplies it, and neither weights nor inputs are copied between registers.
+    """
+    half, whole = tl.arange(0, _CODES // 2), tl.arange(0, _CODES)
+    byte = tl.load(packed_at[:, None] + half[None, :], mask=inside[:, None], other=0)
+    dtype: tl.constexpr = x_at.dtype.element_ty
+    weight = _weights(byte, codes_ptr, words, dtype, IS_MXFP4)
+    x = tl.load(x_at[:, None] + whole[None, :], mask=live[:, None], other=0.0)
+    return dot(weight, tl.trans(x), acc)

@@ -10,14 +10,16 @@ import triton.language as tl
 
 from turret.kernels.expert_routing import Routing, sort_pairs
 from turret.kernels.gpu.common import (
+    CODES,
+    add_codes,
     check_addresses,
     check_contiguous,
     check_float,
     check_length,
     check_rows,
     check_shape,
-    code_on,
-    code_pairs,
+    code_words,
+    codes_on,
     dot,
     pointer_to,
     tuning,
@@ -114,7 +116,7 @@ def route_rows(scores: torch.Tensor, per_token: int, *, normalizes: bool) -> Rou
 # tensor-core instructions in the same order, regardless of the other pairs of its expert.
 
 _TILE = 16
-_PAIRS = tl.constexpr(_TILE)
+_PAIRS, _CODES = tl.constexpr(_TILE), tl.constexpr(CODES)
 
 
 @triton.jit
@@ -123,7 +125,7 @@ def nf4_experts_kernel(
     rows_ptr,  # [num_pairs] int64: the row of x that each pair reads; None: its own
     ends_ptr,  # [num_experts] int64
     packed_ptr,  # [num_experts, out_features, in_features / 2] uint8; or in_features numbers
-    code_ptr,  # [16] fp32
+    codes_ptr,  # as in add_codes
     absmax_ptr,  # [num_experts, out_features, in_features / BLOCK]; None: packed has numbers
     y_ptr,  # [num_pairs, out_features]
     x_stride,
@@ -134,7 +136,6 @@ def nf4_experts_kernel(
     IS_MXFP4: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PTX: tl.constexpr,
 ):
     tile = tl.program_id(0)
     numbers = tl.arange(0, BLOCK_E)
@@ -157,27 +158,29 @@ def nf4_experts_kernel(
         inside = n < out_features
         blocks = in_features // BLOCK
         first_block = expert * out_features * blocks + n * blocks
-        half, whole = tl.arange(0, BLOCK // 2), tl.arange(0, BLOCK)
-        x_at = x_ptr + row[:, None] * x_stride + whole[None, :]
-        acc = tl.zeros((_PAIRS, BLOCK_N), dtype=tl.float32)
+        x_at = x_ptr + row * x_stride
+        words = code_words(codes_ptr)
+        acc = tl.zeros((BLOCK_N, _PAIRS), dtype=tl.float32)
         for g in range(blocks):
             block = first_block + g
-            x = tl.load(x_at + g * BLOCK, mask=live[:, None], other=0.0)
             if absmax_ptr is None:
+                whole = tl.arange(0, BLOCK)
+                x = tl.load(x_at[:, None] + g * BLOCK + whole[None, :], mask=live[:, None], other=0)
                 weight_at = packed_ptr + block[:, None] * BLOCK + whole[None, :]
-                weight = tl.trans(tl.load(weight_at, mask=inside[:, None], other=0.0))
-                acc = dot(x, weight, acc)
+                weight = tl.load(weight_at, mask=inside[:, None], other=0.0)
+                acc = dot(weight, tl.trans(x), acc)
             else:
                 absmax = tl.load(absmax_ptr + block, mask=inside, other=0.0).to(tl.float32)
-                byte_at = packed_ptr + block[:, None] * (BLOCK // 2) + half[None, :]
-                byte = tl.load(byte_at, mask=inside[:, None], other=0)
-                even, odd = code_pairs(byte, code_ptr, x_ptr.dtype.element_ty, PTX, IS_MXFP4)
-                weight = tl.trans(tl.reshape(tl.join(even, odd), (BLOCK_N, BLOCK)))
-                product = dot(x, weight, tl.zeros((_PAIRS, BLOCK_N), dtype=tl.float32))
-                acc += product * absmax[None, :]
+                product = tl.zeros((BLOCK_N, _PAIRS), dtype=tl.float32)
+                for begin in tl.static_range(0, BLOCK, _CODES):
+                    product = add_codes(
+                        product, packed_ptr + block * (BLOCK // 2) + begin // 2,
+                        x_at + g * BLOCK + begin, inside, live, codes_ptr, words, IS_MXFP4,
+                    )  # fmt: skip
+                acc += product * absmax[:, None]
         y_at = y_ptr + pair.to(tl.int64)[:, None] * out_features + n[None, :]
         keep = live[:, None] & inside[None, :]
-        tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=keep)
+        tl.store(y_at, tl.trans(acc).to(y_ptr.dtype.element_ty), mask=keep)
 
 
 def nf4_experts(
@@ -235,7 +238,7 @@ def nf4_experts(
         rows,
         routing.ends,
         packed,
-        code_on(x.device, weight_format),
+        codes_on(x.device, x.dtype, weight_format),
         absmax,
         y,
         x.stride(0),
@@ -246,10 +249,10 @@ def nf4_experts(
         IS_MXFP4=weight_format == MXFP4,
         BLOCK_E=triton.next_power_of_2(num_experts),
         BLOCK_N=tuned.nf4_block_n,
-        PTX=tuned.inline_ptx,
-        num_warps=4,
+        num_warps=2,
         num_stages=tuned.nf4_stages,
         enable_fp_fusion=True,
+        **tuned.registers(255),
     )
     return y
 

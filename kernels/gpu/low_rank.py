@@ -23,7 +23,7 @@ from turret.kernels.gpu.common import (
     check_float,
     check_rows,
     check_shape,
-    code_on,
+    codes_on,
     dot,
     is_last,
     split_dot,
@@ -528,7 +528,7 @@ _BLOCK = tl.constexpr(BLOCK)
 def nf4_shrink_kernel(
     x_ptr,  # [at least num_rows, in_features]
     packed_ptr,  # as in nf4_matmul
-    code_ptr,
+    codes_ptr,
     absmax_ptr,
     y_ptr,  # [num_rows, out_features]
     parts_ptr,  # [SPLITS, num_rows, out_features] fp32, or None
@@ -543,10 +543,9 @@ def nf4_shrink_kernel(
     out_features,
     part_blocks,
     v_stride,
-    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PTX: tl.constexpr,
     SHRINK_PROGRAMS: tl.constexpr,
     NUM_SLICES: tl.constexpr,
     SHRINK_SPLITS: tl.constexpr,
@@ -572,15 +571,15 @@ def nf4_shrink_kernel(
         if parts_ptr is not None:
             to = parts_ptr + split.to(tl.int64) * num_rows * out_features
         multiply_columns(
-            x_ptr, packed_ptr, code_ptr, absmax_ptr, to, n, inside, begin,
+            x_ptr, packed_ptr, codes_ptr, absmax_ptr, to, n, inside, begin,
             tl.minimum(begin + part_blocks, in_features // _BLOCK), num_rows, x_stride, in_features,
-            out_features, TILES, BLOCK_N, PTX,
+            out_features, ROWS, BLOCK_N,
         )  # fmt: skip
         if parts_ptr is not None:  # noqa: SIM102
             if is_last(counters_ptr + tile, SPLITS):
                 store_sums(
-                    y_ptr, parts_ptr, n, inside, num_rows, out_features, out_features,
-                    16 if TILES == 1 else 32, SPLITS, False,
+                    y_ptr, parts_ptr, n, inside, num_rows, out_features, out_features, SPLITS,
+                    False,
                 )  # fmt: skip
 
 
@@ -619,7 +618,7 @@ def nf4_shrink(
     nf4_shrink_kernel[(tuned.shrink_programs + columns * splits,)](
         x,
         weight.packed,
-        code_on(x.device),
+        codes_on(x.device, x.dtype),
         weight.absmax,
         y,
         parts,

@@ -2,9 +2,9 @@
 
 Reading half a byte per weight bounds the kernels, so a weight must take few instructions. A program
 takes a tile of output columns and walks the input features by quantisation block: one product of
-the rows with the block's sixteen-valued codes on tensor cores, times the block's maximum in fp32.
-Up to four tiles of 16 rows share the decoded codes. Every row goes through the same tensor-core
-instruction in the same order, so its bits do not depend on how many rows there are.
+the block's sixteen-valued codes with up to 64 rows on tensor cores, times the block's maximum in
+fp32. Every row goes through the same tensor-core instruction in the same order, so its bits do not
+depend on how many rows there are.
 
 If a weight has few columns, the input features are cut into parts at fixed positions that depend
 only on the weight's shape; the program of a tile of columns that finishes last adds the parts in
@@ -26,15 +26,16 @@ import triton.language as tl
 
 from turret.kernels.gpu.activations import silu_mul, silu_product
 from turret.kernels.gpu.common import (
+    CODES,
     Tuning,
+    add_codes,
     check_contiguous,
     check_float,
     check_length,
     check_rows,
     check_shape,
-    code_on,
-    code_pairs,
-    dot,
+    code_words,
+    codes_on,
     is_last,
     tuning,
 )
@@ -42,35 +43,21 @@ from turret.kernels.gpu.rope_kv_write import KvWrite, pair_of, rope_kv_write, st
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 
 MAX_ROWS = 64
+# The rows of each form, and the maximum number of registers of a thread. Without a limit, NVIDIA's
+# assembler would use fewer registers and more instructions.
+_FORMS = ((16, 168), (32, 208), (MAX_ROWS, 255))
 # Maximum number of tiles of columns in a weight.
 _MAX_COUNTERS = 1 << 14
 _BLOCK = tl.constexpr(BLOCK)
 _HALF = tl.constexpr(BLOCK // 2)
-
-
-@triton.jit
-def _add_tile(acc, x_ptr, x_stride, first_row, num_rows, weight, absmax):
-    """Add a block of 64 inputs of 16 rows: the product with the codes, times the maxima."""
-    m = first_row + tl.arange(0, 16)
-    x_at = x_ptr + m[:, None] * x_stride + tl.arange(0, _BLOCK)[None, :]
-    x = tl.load(x_at, mask=(m < num_rows)[:, None], other=0.0)
-    product = dot(x, weight, tl.zeros(acc.shape, dtype=tl.float32))
-    return acc + product * absmax[None, :]
-
-
-@triton.jit
-def _store_tile(y_ptr, acc, first_row, num_rows, n, inside, out_features):
-    m = first_row + tl.arange(0, 16)
-    y_at = y_ptr + m[:, None] * out_features + n[None, :]
-    keep = (m < num_rows)[:, None] & inside[None, :]
-    tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=keep)
+_CODES = tl.constexpr(CODES)
 
 
 @triton.jit
 def multiply_columns(
     x_ptr,  # [num_rows, in_features]
     packed_ptr,  # [out_features, in_features / 2] uint8
-    code_ptr,  # [16] fp32
+    codes_ptr,  # as in add_codes
     absmax_ptr,  # [out_features, in_features / 64] fp32
     to_ptr,  # [num_rows, out_features]
     n,  # [BLOCK_N], the columns
@@ -81,35 +68,28 @@ def multiply_columns(
     x_stride,
     in_features,
     out_features,
-    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PTX: tl.constexpr,
 ):
     """Store the products of some inputs in some columns."""
     first_block = n * (in_features // _BLOCK)
-    half = tl.arange(0, _HALF)
-    acc0 = tl.zeros((16, BLOCK_N), dtype=tl.float32)
-    acc1, acc2, acc3 = acc0, acc0, acc0
+    m = tl.arange(0, ROWS)
+    live = m < num_rows
+    words = code_words(codes_ptr)
+    acc = tl.zeros((BLOCK_N, ROWS), dtype=tl.float32)
     for g in range(begin, end):
         block = first_block + g
         absmax = tl.load(absmax_ptr + block, mask=inside, other=0.0)
-        byte_at = packed_ptr + block[:, None] * _HALF + half[None, :]
-        byte = tl.load(byte_at, mask=inside[:, None], other=0)
-        even, odd = code_pairs(byte, code_ptr, x_ptr.dtype.element_ty, PTX)
-        weight = tl.trans(tl.reshape(tl.join(even, odd), (BLOCK_N, _BLOCK)))
-        x_at = x_ptr + g * _BLOCK
-        acc0 = _add_tile(acc0, x_at, x_stride, 0, num_rows, weight, absmax)
-        if TILES > 1:
-            acc1 = _add_tile(acc1, x_at, x_stride, 16, num_rows, weight, absmax)
-        if TILES > 2:
-            acc2 = _add_tile(acc2, x_at, x_stride, 32, num_rows, weight, absmax)
-            acc3 = _add_tile(acc3, x_at, x_stride, 48, num_rows, weight, absmax)
-    _store_tile(to_ptr, acc0, 0, num_rows, n, inside, out_features)
-    if TILES > 1:
-        _store_tile(to_ptr, acc1, 16, num_rows, n, inside, out_features)
-    if TILES > 2:
-        _store_tile(to_ptr, acc2, 32, num_rows, n, inside, out_features)
-        _store_tile(to_ptr, acc3, 48, num_rows, n, inside, out_features)
+        product = tl.zeros((BLOCK_N, ROWS), dtype=tl.float32)
+        for first in tl.static_range(0, _BLOCK, _CODES):
+            product = add_codes(
+                product, packed_ptr + block * _HALF + first // 2,
+                x_ptr + m * x_stride + g * _BLOCK + first, inside, live, codes_ptr, words,
+            )  # fmt: skip
+        acc += product * absmax[:, None]
+    y_at = to_ptr + m[:, None] * out_features + n[None, :]
+    keep = live[:, None] & inside[None, :]
+    tl.store(y_at, tl.trans(acc).to(to_ptr.dtype.element_ty), mask=keep)
 
 
 @triton.jit
@@ -127,13 +107,13 @@ def sum_of_parts(
 
 @triton.jit
 def store_sums(
-    y_ptr, parts_ptr, column, inside, num_rows, width, out_features, ROWS: tl.constexpr,
-    SPLITS: tl.constexpr, GATED: tl.constexpr,
+    y_ptr, parts_ptr, column, inside, num_rows, width, out_features, SPLITS: tl.constexpr,
+    GATED: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of columns of the result from the parts of all programs."""
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    for first in tl.range(0, num_rows, ROWS, num_stages=1):
-        m = first + tl.arange(0, ROWS)
+    for first in tl.range(0, num_rows, 16, num_stages=1):
+        m = first + tl.arange(0, 16)
         keep = (m < num_rows)[:, None] & inside[None, :]
         y = sum_of_parts(
             parts_ptr, m, column, keep, num_rows, out_features, dtype, SPLITS
@@ -151,7 +131,7 @@ def store_sums(
 def nf4_matmul_kernel(
     x_ptr,  # [num_rows, in_features]
     packed_ptr,  # [out_features, in_features / 2] uint8
-    code_ptr,  # [16] fp32
+    codes_ptr,  # as in add_codes
     absmax_ptr,  # [out_features, in_features / 64] fp32
     y_ptr,  # [num_rows, out_features], GATED: half as wide
     parts_ptr,  # [SPLITS, num_rows, out_features] fp32, or None
@@ -161,11 +141,10 @@ def nf4_matmul_kernel(
     in_features,
     out_features,
     part_blocks,  # quantisation blocks of a program
-    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     GATED: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PTX: tl.constexpr,
 ):
     # Columns of the result; the columns of the ups follow those of the gates.
     tile, width, shift = tl.program_id(0), out_features, 0
@@ -179,16 +158,15 @@ def nf4_matmul_kernel(
     begin = tl.program_id(1) * part_blocks
     part = tl.program_id(1).to(tl.int64) * num_rows * out_features
     multiply_columns(
-        x_ptr, packed_ptr, code_ptr, absmax_ptr, y_ptr if parts_ptr is None else parts_ptr + part,
+        x_ptr, packed_ptr, codes_ptr, absmax_ptr, y_ptr if parts_ptr is None else parts_ptr + part,
         n, inside_n, begin, tl.minimum(begin + part_blocks, in_features // _BLOCK), num_rows,
-        x_stride, in_features, out_features, TILES, BLOCK_N, PTX,
+        x_stride, in_features, out_features, ROWS, BLOCK_N,
     )  # fmt: skip
     # The outer condition is a constant at compile time, so it must stay apart from the inner one.
     if parts_ptr is not None:  # noqa: SIM102
         if is_last(counters_ptr + tile, 2 * SPLITS if GATED else SPLITS):
             store_sums(
-                y_ptr, parts_ptr, column, inside_n, num_rows, width, out_features,
-                16 if TILES == 1 else 32, SPLITS, GATED,
+                y_ptr, parts_ptr, column, inside_n, num_rows, width, out_features, SPLITS, GATED,
             )  # fmt: skip
 
 
@@ -235,7 +213,7 @@ def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix, *, gated: bool = False) -> to
     nf4_matmul_kernel[(2 * tiles if gated else tiles, splits)](
         x,
         weight.packed,
-        code_on(x.device),
+        codes_on(x.device, x.dtype),
         weight.absmax,
         y,
         parts,
@@ -254,18 +232,15 @@ def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix, *, gated: bool = False) -> to
 
 def options_of(num_rows: int, tuned: Tuning) -> dict[str, Any]:
     """Compile and launch options of kernels that multiply this many rows."""
-    tiles = triton.cdiv(num_rows, 16)
-    # Without this limit, NVIDIA's assembler would spill two registers rather than use more than
-    # 168.
-    limit = tuned.registers(255) if tiles > 1 else {}
+    rows, registers = next(form for form in _FORMS if num_rows <= form[0])
     return {
-        "TILES": 4 if tiles > 2 else tiles,
+        "ROWS": rows,
         "BLOCK_N": tuned.nf4_block_n,
-        "PTX": tuned.inline_ptx,
-        "num_warps": 4,
+        # With four warps, Triton would use wgmma on Hopper and reorder the inputs for it.
+        "num_warps": 2,
         "num_stages": tuned.nf4_stages,
         "enable_fp_fusion": True,
-        **limit,
+        **tuned.registers(registers),
     }
 
 
@@ -277,7 +252,7 @@ def parts_of(out_features: int, blocks: int, tuned: Tuning) -> tuple[int, int]:
     """
     columns = triton.cdiv(out_features, tuned.nf4_block_n)
     parts = 1
-    while 2 * parts * columns <= tuned.nf4_programs and blocks >= 2 * parts * tuned.nf4_part_blocks:
+    while parts * columns < tuned.nf4_programs and blocks >= 2 * parts * tuned.nf4_part_blocks:
         parts *= 2
     return parts, -(-blocks // parts)
 
@@ -308,9 +283,10 @@ def check_product(x: torch.Tensor, weight: Nf4Matrix) -> None:
 
 # The product of queries, keys and values, and ``rope_kv_write`` of it, in one launch.
 #
-# Every program stores its part of the product. The last program of a tile of columns adds up the
-# parts, rotates the heads of the tile and stores them, so the product itself is never written. A
-# tile contains whole heads. The bits are those of the two kernels in sequence.
+# Every program stores its part of the product. The last program of two neighbouring tiles of
+# columns adds up the parts, rotates the heads of both tiles and stores them, so the product itself
+# is never written. Two tiles contain whole heads. The bits are those of the two kernels in
+# sequence.
 
 
 @triton.jit
@@ -330,20 +306,22 @@ def _biased_sum(
 def _store_heads(
     first_head, x_ptr, parts_ptr, bias_ptr, cos_ptr, sin_ptr, kv_slots_ptr, q_ptr,
     k_cache_ptr, v_cache_ptr, num_rows, out_features, num_heads, kv_heads, pairs,
-    ROWS: tl.constexpr, SPLITS: tl.constexpr, HALF: tl.constexpr, PARTIAL: tl.constexpr,
+    SPLITS: tl.constexpr, HALF: tl.constexpr, PARTIAL: tl.constexpr,
     INTERLEAVED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Rotate and store the heads of a tile of columns, from the parts of all programs."""
+    """Rotate and store the heads of two tiles of columns, from the parts of all programs."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    pair = tl.arange(0, BLOCK_N // 2)
+    pair = tl.arange(0, BLOCK_N)
     head = first_head + pair // HALF
     h = pair % HALF
     i, j = pair_of(h, HALF, pairs, PARTIAL, INTERLEAVED)
     num_all = num_heads + 2 * kv_heads
     inside = head < num_all
     at_i, at_j = head * 2 * HALF + i, head * 2 * HALF + j
-    for first_row in tl.range(0, num_rows, ROWS, num_stages=1):
-        m = first_row + tl.arange(0, ROWS)
+    # As many rows as fit in registers.
+    step: tl.constexpr = 2 if INTERLEAVED else 8
+    for first_row in tl.range(0, num_rows, step, num_stages=1):
+        m = first_row + tl.arange(0, step)
         live = m < num_rows
         keep = live[:, None] & inside[None, :]
         first = _biased_sum(
@@ -362,7 +340,7 @@ def _store_heads(
 def nf4_rotate_kernel(
     x_ptr,  # [num_rows, in_features]
     packed_ptr,  # as in nf4_matmul
-    code_ptr,
+    codes_ptr,
     absmax_ptr,
     bias_ptr,  # [out_features] or None
     parts_ptr,  # [SPLITS, num_rows, out_features] fp32
@@ -381,28 +359,29 @@ def nf4_rotate_kernel(
     num_heads,
     kv_heads,
     pairs,
-    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     HALF: tl.constexpr,
     PARTIAL: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PTX: tl.constexpr,
 ):
     tile = tl.program_id(0)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = tl.program_id(1) * part_blocks
     last = tl.minimum(begin + part_blocks, in_features // _BLOCK)
     multiply_columns(
-        x_ptr, packed_ptr, code_ptr, absmax_ptr,
+        x_ptr, packed_ptr, codes_ptr, absmax_ptr,
         parts_ptr + tl.program_id(1).to(tl.int64) * num_rows * out_features, n, n < out_features,
-        begin, last, num_rows, x_stride, in_features, out_features, TILES, BLOCK_N, PTX,
+        begin, last, num_rows, x_stride, in_features, out_features, ROWS, BLOCK_N,
     )  # fmt: skip
-    if is_last(counters_ptr + tile, SPLITS):
+    pair = tile // 2
+    programs = tl.minimum(2, tl.num_programs(0) - 2 * pair) * SPLITS
+    if is_last(counters_ptr + pair, programs):
         _store_heads(
-            tile * (BLOCK_N // (2 * HALF)), x_ptr, parts_ptr, bias_ptr, cos_ptr, sin_ptr,
+            pair * (BLOCK_N // HALF), x_ptr, parts_ptr, bias_ptr, cos_ptr, sin_ptr,
             kv_slots_ptr, q_ptr, k_cache_ptr, v_cache_ptr, num_rows, out_features, num_heads,
-            kv_heads, pairs, 16 if TILES == 1 else 32, SPLITS, HALF, PARTIAL, INTERLEAVED, BLOCK_N,
+            kv_heads, pairs, SPLITS, HALF, PARTIAL, INTERLEAVED, BLOCK_N,
         )  # fmt: skip
 
 
@@ -418,7 +397,7 @@ def nf4_rotate(
         weight: As for ``nf4_matmul``; heads of queries first, then of keys, then
             of values.
         bias: ``[out_features]`` contiguous, or None.
-        write: The write of the same rows; a tile of columns holds whole heads
+        write: The write of the same rows; two tiles of columns hold whole heads
             (``KvWrite.divides``).
 
     Returns:
@@ -432,8 +411,8 @@ def nf4_rotate(
     check_product(x, weight)
     (num_rows, in_features), out_features = x.shape, weight.out_features
     write.check(num_rows, out_features)
-    if not write.divides(tuned.nf4_block_n):
-        raise ValueError(f"heads of {write.head_dim} do not divide {tuned.nf4_block_n} columns")
+    if not write.divides(2 * tuned.nf4_block_n):
+        raise ValueError(f"heads of {write.head_dim} do not divide {2 * tuned.nf4_block_n} columns")
     if bias is not None:
         check_float("bias", bias)
         check_shape("bias", bias, out_features)
@@ -445,7 +424,7 @@ def nf4_rotate(
     nf4_rotate_kernel[(columns, splits)](
         x,
         weight.packed,
-        code_on(x.device),
+        codes_on(x.device, x.dtype),
         weight.absmax,
         bias,
         torch.empty(shape, dtype=torch.float32, device=x.device),
@@ -524,7 +503,7 @@ def nf4_dequantize(weight: Nf4Matrix, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty(shape, dtype=dtype, device=weight.packed.device)
     nf4_dequantize_kernel[(triton.cdiv(absmax.numel(), _BLOCKS),)](
         weight.packed,
-        code_on(weight.packed.device),
+        codes_on(weight.packed.device, torch.float32),
         absmax,
         out,
         absmax.numel(),
@@ -605,7 +584,7 @@ class Heads:
         return rope_kv_write(y, self.write, eps=self.eps, **norms)
 
     def ends_product(self, bias: torch.Tensor | None, device: torch.device) -> bool:
-        return not self._has_norms and self.write.divides(tuning(device).nf4_block_n)
+        return not self._has_norms and self.write.divides(2 * tuning(device).nf4_block_n)
 
     def of_product(
         self, x: torch.Tensor, first_row: int, weight: Nf4Matrix, bias: torch.Tensor | None

@@ -63,8 +63,10 @@ def test_product(num_rows, shape, dtype):
     x = torch.randn(num_rows, shape[1]).to(DEVICE, dtype)
     y = nf4_matmul(x, matrix)
     assert error_ratio(y, x.double() @ served(matrix, dtype).T) < MAX_ERROR[dtype]
-    if num_rows > 1:
-        assert torch.equal(nf4_matmul(x[1:2], matrix), y[1:2]), "a row depends on its mates"
+    for start, end in ((1, 2), (1, 17), (0, 32)):
+        if end < num_rows:
+            found = nf4_matmul(x[start:end], matrix)
+            assert torch.equal(found, y[start:end]), "a row depends on its mates"
 
 
 @pytest.mark.parametrize(("num_rows", "shape"), [(3, (300, 64)), (33, (96, 192))])
@@ -94,7 +96,8 @@ def test_the_parts_of_a_sum_depend_only_on_the_weight():
         assert parts * part_blocks >= blocks
         assert parts == 1 or part_blocks >= tuned.nf4_part_blocks
         columns = -(-out_features // tuned.nf4_block_n)
-        assert parts == 1 or parts * columns <= tuned.nf4_programs
+        assert parts == 1 or parts * columns < 2 * tuned.nf4_programs
+    assert parts_of(4096, 64, tuned) == (8, 8)
     assert parts_of(4096, 224, tuned) == (8, 28)
     assert parts_of(128256, 64, tuned)[0] == 1
 
