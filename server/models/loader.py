@@ -21,7 +21,7 @@ from turret.server.models.decoding.adapted_linear import (
 from turret.server.models.decoding.arch import LAYER_PREFIX, ROUTER, Arch, Experts
 from turret.server.models.decoding.cpu_layers import CpuLayerOps
 from turret.server.models.decoding.decoder import Decoder, DecoderLayer
-from turret.server.models.families import read_arch
+from turret.server.models.families import read_arch, transformers_config
 from turret.server.models.fidelity import Fidelity
 from turret.server.models.model_source import ModelSource, StoredTensors, no_progress, quantize
 from turret.server.models.sources.model_directory import weight_files
@@ -188,10 +188,7 @@ def load_decoder(
     Raises:
         InvalidRequestError: Unsupported architecture, or tensors that the config does not explain.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(source.files)
-    arch = read_arch(config)
+    arch = read_arch(transformers_config(source.files))
     tensors = CheckpointTensors(source.weights, arch.experts, quantizes_all=source.quantizes_all)
 
     def dense(name: str) -> torch.Tensor:

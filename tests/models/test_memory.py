@@ -72,6 +72,27 @@ def test_an_invalid_config_is_refused_by_its_key(
     assert key in line
 
 
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"pad_token_id": True}, "pad_token_id"),
+        ({"dtype": "x"}, "'x'"),
+        ({"layer_types": -1}, "int"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1.0, "factor": 10**30}}, "int"),
+    ],
+)
+def test_a_config_that_transformers_rejects_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object], key: str
+) -> None:
+    """The model has weights, so its modules are listed, too."""
+    model = save_tiny_model("llama", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | changes
+    (model / "config.json").write_text(json.dumps(config))
+    assert cli.main(["model", "inspect", str(model)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert key in line
+
+
 @pytest.mark.parametrize("family", ["llama", "phi3", "qwen3_moe", "mixtral"])
 def test_modules_in_16_bits_are_counted_as_such(family: str, tmp_path: Path) -> None:
     save_tiny_model(family, tmp_path / "model")
