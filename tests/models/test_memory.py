@@ -58,6 +58,7 @@ def test_quantised_weights_take_the_computed_size(
     [
         ({"num_attention_heads": 0}, "num_attention_heads"),
         ({"hidden_size": -64}, "hidden_size"),
+        ({"model_type": "gpt_oss", "num_local_experts": 1 << 31}, "num_local_experts"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
         ({"hidden_act": 5}, "hidden_act"),
     ],

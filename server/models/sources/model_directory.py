@@ -70,6 +70,9 @@ MOST_SIZES = {
         (1 << 31) - 1,
     ),
 }
+# Reading a config also takes time for each expert. Some dense models state that they have none.
+_EXPERTS = ("num_local_experts", "num_experts")
+_MOST_EXPERTS = 4096
 _POSITIVE = ("rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor")
 _ROPES = ("rope_scaling", "rope_parameters")
 
@@ -93,6 +96,9 @@ def _check_numbers(part: Mapping[str, Any]) -> None:
             continue
         if key in MOST_SIZES:
             check_size(key, value, key)
+        elif key in _EXPERTS:
+            if type(value) is not int or not 0 <= value <= _MOST_EXPERTS:
+                raise _unsupported(key, value, f"0 to {_MOST_EXPERTS}")
         elif key in _POSITIVE:
             if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise _unsupported(key, value, "positive numbers")
