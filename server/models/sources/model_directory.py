@@ -90,7 +90,8 @@ def check_size(key: str, value: object, known_as: str) -> None:
         raise unsupported(key, value, f"1 to {most}")
 
 
-def _check_numbers(part: Mapping[str, Any]) -> None:
+def check_numbers(part: Mapping[str, Any]) -> None:
+    """Reject numbers of a config that transformers accepts, but no model has."""
     for key, value in part.items():
         if value is None:
             continue
@@ -107,7 +108,7 @@ def _check_numbers(part: Mapping[str, Any]) -> None:
                 raise unsupported(key, value, "objects")
             for each in (value, *value.values()):
                 if isinstance(each, dict):
-                    _check_numbers(each)
+                    check_numbers(each)
 
 
 def unsupported(key: str, value: object, choices: str) -> InvalidRequestError:
@@ -131,7 +132,7 @@ def check_config(config: dict[str, Any], model: Path | str) -> None:
         raise families.not_served(kind)
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
-            _check_numbers(part)
+            check_numbers(part)
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict | None):
         raise unsupported("quantization_config", quantization, "objects")
