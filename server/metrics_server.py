@@ -19,7 +19,7 @@ from http import HTTPStatus
 from prometheus_client.exposition import choose_encoder
 
 from turret.server import log
-from turret.server.api.access import TokenTable, bearer_token
+from turret.server.api.access import TokenTable, bearer_token, is_own_host
 from turret.server.basics.settings import is_local_address, split_address
 from turret.server.metrics import Metrics
 
@@ -59,6 +59,8 @@ class MetricsServer:
         is_guarded = tokens is not None and tokens.has_role(ROLE)
         shown = f"[{host}]" if ":" in host else host
         self.address = f"{shown}:{self._socket.getsockname()[1]}"
+        # A web page could otherwise read the metrics of the machine on which its browser runs.
+        self._checks_host = is_local_address(address) and not is_guarded
         if not is_local_address(address) and not is_guarded:
             _log.warning(
                 "metrics are readable without a token", extra=log.fields(address=self.address)
@@ -127,6 +129,8 @@ class MetricsServer:
             return _response(HTTPStatus.METHOD_NOT_ALLOWED, {"Allow": "GET, HEAD"})
         if words[1].partition("?")[0] != PATH:
             return _response(HTTPStatus.NOT_FOUND)
+        if self._checks_host and not is_own_host(headers.get("host", "")):
+            return _response(HTTPStatus.MISDIRECTED_REQUEST)
         refusal = self._refusal(headers.get("authorization", ""))
         if refusal is not None:
             return refusal

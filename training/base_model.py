@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
 from turret.kernels.nf4_matmul import MXFP4
 from turret.server.log import progress_bar
 from turret.server.models.decoding.arch import LAYER_PREFIX, Arch, Projections
-from turret.server.models.families import read_arch, text_config
+from turret.server.models.families import read_arch, text_config, transformers_config
 from turret.server.models.model_source import ModelSource, modules_in_16_bits, resolve_model
 from turret.server.models.sources.check import default_cache_dir, find_gguf
 from turret.server.models.sources.gguf_file import open_gguf
@@ -178,7 +178,7 @@ def _config_of(files: Path) -> Any:
     Raises:
         ConfigError: transformers has no class for the language model alone.
     """
-    config = AutoConfig.from_pretrained(files)
+    config = transformers_config(files)
     text = text_config(config)
     if text is config:
         return config

@@ -6,11 +6,12 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import re
 import resource
 import secrets
 import stat
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -19,6 +20,7 @@ from typing import Generic, TypeVar
 
 from turret.server import log
 from turret.server.basics.files import read_regular
+from turret.server.basics.settings import is_ip_address
 from turret.server.basics.turns import Limit, Places
 from turret.server.config import MIB, Config
 from turret.server.errors import PermissionDeniedError, QueueFullError, UnauthenticatedError
@@ -86,6 +88,30 @@ class WatchedFiles(Generic[_T]):
         except OSError:
             return None
         return tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats)
+
+
+# Host names by which a browser may call a server without tokens.
+
+_HOST = re.compile(r"(?:\[(?P<address>[0-9a-z:.%]+)\]|(?P<name>[^\s:@/?#\[\]\\]*))(?::[0-9]*)?")
+
+
+def is_own_host(host: str, names: Collection[str] = ()) -> bool:
+    """Whether a Host header shows that nobody rebound a name of another site to this server.
+
+    An IP address or localhost cannot be rebound, and a request without the header does not come
+    from a browser.
+
+    Args:
+        host: The header. One of an unusual form (``localhost:80@evil.example``) is not accepted.
+        names: Additional accepted names, in lower case.
+    """
+    host = host.strip().lower()
+    found = _HOST.fullmatch(host)
+    if not host or found is None:
+        return not host
+    name = found["address"] or found["name"].rstrip(".")
+    is_localhost = name == "localhost" or name.endswith(".localhost")
+    return is_localhost or name in names or is_ip_address(name)
 
 
 # Bearer tokens with roles.

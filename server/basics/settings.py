@@ -122,12 +122,16 @@ def is_local_address(address: str) -> bool:
     if address.startswith("unix:"):
         return True
     host, _ = split_address(address)
-    if host == "localhost":
-        return True
+    return host == "localhost" or (is_ip_address(host) and ipaddress.ip_address(host).is_loopback)
+
+
+def is_ip_address(host: str) -> bool:
+    """Whether a host is an IP address instead of a name."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        ipaddress.ip_address(host)
     except ValueError:
         return False
+    return True
 
 
 # The check of the settings from all sources.

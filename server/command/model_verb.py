@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from turret.clients.verbs.command import print_json
 from turret.server.command.start_lines import refuse
-from turret.server.words import say
 from turret.words import about_bytes
 
 if TYPE_CHECKING:
@@ -101,10 +100,7 @@ def _memory(model: Path, found: Fidelity | None) -> Memory:
     Raises:
         InvalidRequestError: The configuration cannot be read, or is that of an unsupported model.
     """
-    from transformers import AutoConfig
-
-    from turret.server.errors import InvalidRequestError, TurretError
-    from turret.server.models.families import read_arch
+    from turret.server.models.families import read_arch, transformers_config
     from turret.server.models.fidelity import memory_of
     from turret.server.models.sources.model_directory import (
         check_config,
@@ -119,15 +115,8 @@ def _memory(model: Path, found: Fidelity | None) -> Memory:
         check_config(config, model)
     else:
         config = check_hub_model(hub_id)
-    try:
-        arch = read_arch(AutoConfig.for_model(**config))
-        return memory_of(arch, None if found is None else found.storage())
-    except TurretError:
-        raise
-    except Exception as error:
-        # transformers checks the other keys, and raises errors of any type.
-        problem = " ".join(str(error.args[0] if error.args else error).split())
-        raise InvalidRequestError.of("model", say("CONFIG_INVALID", problem=problem)) from None
+    arch = read_arch(transformers_config(config))
+    return memory_of(arch, None if found is None else found.storage())
 
 
 def _rows(memory: Memory) -> dict[str, str]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import ipaddress
-import re
 import socket
 import ssl
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -22,6 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Route as StarletteRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from turret.server.api.access import is_own_host
 from turret.server.api.call import REQUEST_ID_KEY, request_id_of
 from turret.server.api.services import Services
 from turret.server.basics.settings import split_address
@@ -38,7 +37,6 @@ ANY = "*"
 _SHOWN_CHARS = 200
 # Unrelated short paths also differ in few letters, so a similar spelling proves nothing.
 _SHORT_PATH = 10
-_HOST = re.compile(r"(?:\[(?P<address>[0-9a-z:.%]+)\]|(?P<name>[^\s:@/?#\[\]\\]*))(?::[0-9]*)?")
 
 
 class HostCheck:
@@ -46,8 +44,7 @@ class HostCheck:
 
     This protects against DNS rebinding: after a page of evil.example was loaded, its owner can make
     that name resolve to this server. The browser then treats requests to this server as requests to
-    the page's own origin, and only their Host header shows the difference. An IP address or
-    localhost cannot be rebound, so both are accepted.
+    the page's own origin, and only their Host header shows the difference.
 
     Args:
         app: The application that answers accepted requests.
@@ -60,37 +57,12 @@ class HostCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         host = Headers(scope=scope).get("host", "")
-        if ANY in self._names or self._passes(host):
+        if ANY in self._names or is_own_host(host, self._names):
             await self._app(scope, receive, send)
             return
         text = say("UNKNOWN_HOST", host=host[:_SHOWN_CHARS])
         refused = _response(HttpRefusal(421, text))
         await refused(scope, receive, send)
-
-    def _passes(self, host: str) -> bool:
-        name = name_of(host)
-        # A request without the header does not come from a browser.
-        if not host.strip() or name == "localhost" or name.endswith(".localhost"):
-            return True
-        return name != "" and (name in self._names or is_address(name))
-
-
-def name_of(host: str) -> str:
-    """The name or address in a Host header, without port, brackets and a dot at the end.
-
-    Empty if the header has another form (``localhost:80@evil.example``).
-    """
-    found = _HOST.fullmatch(host.strip().lower())
-    return "" if found is None else found["address"] or found["name"].rstrip(".")
-
-
-def is_address(name: str) -> bool:
-    """Whether a host is an IP address."""
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
 
 
 class RequestIds:

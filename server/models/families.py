@@ -6,12 +6,14 @@ To add a model, add it to ``FAMILIES``. A model of text and images also needs an
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from turret.server.errors import InvalidRequestError
+from turret.server.errors import InvalidRequestError, TurretError
 from turret.server.models.decoding.arch import (
     MODULES,
     Arch,
@@ -427,6 +429,40 @@ def text_config(config: Any) -> Any:
     return text
 
 
+_SHOWN_CHARS = 200
+
+
+@contextlib.contextmanager
+def _checked() -> Iterator[None]:
+    """Reports what transformers raises for a config, which can be an error of any type."""
+    try:
+        yield
+    except (TurretError, MemoryError):
+        raise
+    except Exception as error:
+        problem = " ".join(str(error.args[0] if error.args else error).split())[:_SHOWN_CHARS]
+        raise InvalidRequestError.of("model", say("CONFIG_INVALID", problem=problem)) from None
+
+
+def transformers_config(source: Path | Mapping[str, Any]) -> Any:
+    """The transformers config of a model.
+
+    Args:
+        source: The model's directory, or the content of its ``config.json``. ``check_config`` has
+            accepted it.
+
+    Raises:
+        InvalidRequestError: transformers rejects it.
+    """
+    # Imported here because it is slow, and the families are also listed without it.
+    from transformers import AutoConfig
+
+    with _checked():
+        if isinstance(source, Path):
+            return AutoConfig.from_pretrained(source)
+        return AutoConfig.for_model(**source)
+
+
 def read_arch(config: Any) -> Arch:
     """Turns a transformers config into an ``Arch``.
 
@@ -437,13 +473,14 @@ def read_arch(config: Any) -> Arch:
         InvalidRequestError: No family supports the ``model_type``, or the model needs something
             that no kernel computes; the error names it.
     """
-    config = text_config(config)
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise not_served(config.model_type)
-    arch = family.read(config)
-    check_served(arch)
-    return arch
+    with _checked():
+        config = text_config(config)
+        family = FAMILIES.get(config.model_type)
+        if family is None:
+            raise not_served(config.model_type)
+        arch = family.read(config)
+        check_served(arch)
+        return arch
 
 
 def not_served(kind: object) -> InvalidRequestError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,10 +20,10 @@ from turret.server.models.decoding.adapted_linear import (
 from turret.server.models.decoding.arch import LAYER_PREFIX, ROUTER, Arch, Experts
 from turret.server.models.decoding.cpu_layers import CpuLayerOps
 from turret.server.models.decoding.decoder import Decoder, DecoderLayer
-from turret.server.models.families import read_arch
+from turret.server.models.families import read_arch, transformers_config
 from turret.server.models.fidelity import Fidelity
 from turret.server.models.model_source import ModelSource, StoredTensors, no_progress, quantize
-from turret.server.models.sources.model_directory import weight_files
+from turret.server.models.sources.model_directory import read_object, unsupported, weight_files
 from turret.server.models.weights.base_linear import BaseLinear
 from turret.server.models.weights.nf4 import (
     DenseLinear,
@@ -188,10 +187,7 @@ def load_decoder(
     Raises:
         InvalidRequestError: Unsupported architecture, or tensors that the config does not explain.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(source.files)
-    arch = read_arch(config)
+    arch = read_arch(transformers_config(source.files))
     tensors = CheckpointTensors(source.weights, arch.experts, quantizes_all=source.quantizes_all)
 
     def dense(name: str) -> torch.Tensor:
@@ -339,15 +335,21 @@ def _norm(tensors: CheckpointTensors, arch: Arch, name: str, device: torch.devic
 
 
 def eos_token_ids(files: Path) -> frozenset[int]:
-    """End-of-sequence ids from generation_config.json and config.json."""
+    """End-of-sequence ids from generation_config.json and config.json.
+
+    Raises:
+        InvalidRequestError: A file is not a JSON object, or a value is not a token id.
+    """
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         path = files / name
         if path.is_file():
-            config = json.loads(path.read_text())
-            value = config.get("eos_token_id")
-            if value is None:
-                value = (config.get("text_config") or {}).get("eos_token_id")
-            if value is not None:
-                found.update([value] if isinstance(value, int) else value)
+            config = read_object(path)
+            value, text = config.get("eos_token_id"), config.get("text_config")
+            if value is None and isinstance(text, dict):
+                value = text.get("eos_token_id")
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(type(number) is int for number in ids):
+                raise unsupported("eos_token_id", value, "token ids")
+            found.update(ids)
     return frozenset(found)

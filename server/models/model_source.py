@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from turret.server.basics.work import OnProgress
 from turret.server.errors import InvalidRequestError
 from turret.server.models.decoding.arch import Experts
-from turret.server.models.families import read_arch
+from turret.server.models.families import read_arch, transformers_config
 from turret.server.models.fidelity import Fidelity, WeightState, squared_error
 from turret.server.models.sources.check import MODEL_NAME, find_gguf, skipped_modules
 from turret.server.models.sources.gguf_file import open_gguf
@@ -452,10 +452,7 @@ def _resolve_gguf(
 def _read_plain(
     model: Path, shards: Sequence[Path], block: tuple[int, int] | None
 ) -> StoredTensors:
-    # Imported here because it is slow and a cached model does not need it.
-    from transformers import AutoConfig
-
-    tensors = StoredTensors(shards, read_arch(AutoConfig.from_pretrained(model)).experts, block)
+    tensors = StoredTensors(shards, read_arch(transformers_config(model)).experts, block)
     if codes := tensors.codes():
         raise InvalidRequestError.of("model", say("TENSORS_UNEXPECTED", names=", ".join(codes[:8])))
     return tensors

@@ -19,7 +19,7 @@ from turret.server.adapters.adapter import OwnTemplate
 from turret.server.basics import codes
 from turret.server.basics.turns import FairPool
 from turret.server.basics.work import LACK_OF_MEMORY_IS_REPORTED, PANICS_ARE_ERRORS
-from turret.server.errors import InvalidRequestError
+from turret.server.errors import InvalidRequestError, TurretError
 from turret.server.models.chat_template import (
     USUAL,
     ChatFormat,
@@ -209,8 +209,10 @@ class Tokenizer:
                 inner.chat_template = _processor_template(files)
             if not inner.is_fast:
                 raise ValueError(say("TOKENIZER_SLOW"))
-        except (OSError, ValueError) as error:
-            # Join the lines of transformers' message.
+        except TurretError:
+            raise
+        except Exception as error:
+            # The libraries raise errors of any type. Join the lines of the message.
             said = say("TOKENIZER_UNREADABLE", path=files, problem=" ".join(str(error).split()))
             raise InvalidRequestError.of("model", said) from error
         return cls(inner, eos_token_ids, model_vocab_size, base)

@@ -179,7 +179,8 @@ class TrainingService:
             base = self._registry.base
             return Learner(*new_adapter(config, modules, base), base)
 
-        size = num_bytes(config, modules, self._registry.base)
+        # This takes time for each module, and at first for imports of torch.
+        size = await asyncio.to_thread(num_bytes, config, modules, self._registry.base)
         self._reserve(adapter_id, owner, size)
         try:
             self._learners[adapter_id] = await self._in_background(adapter_id, make)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 import torch
 from builders.adapters import edit_config
@@ -82,9 +83,14 @@ def test_a_killed_ingress_process_is_restarted(
             return int(answer.status)
 
     assert get() == 200
-    for each in fleet.named(name):
+    dying = fleet.named(name)
+    # HAProxy ends with the process that runs it, and answers until then.
+    ending = dying + (fleet.named("haproxy") if name == "ray::HAProxyManager" else [])
+    for each in dying:
         each.kill()
     killed = time.monotonic()
+    _, alive = psutil.wait_procs(ending, timeout=10.0)
+    assert not alive
     while True:
         try:
             assert get() == 200

@@ -58,6 +58,7 @@ def test_quantised_weights_take_the_computed_size(
     [
         ({"num_attention_heads": 0}, "num_attention_heads"),
         ({"hidden_size": -64}, "hidden_size"),
+        ({"model_type": "gpt_oss", "num_local_experts": 1 << 31}, "num_local_experts"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
         ({"hidden_act": 5}, "hidden_act"),
     ],
@@ -68,6 +69,27 @@ def test_an_invalid_config_is_refused_by_its_key(
     config = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, **changes}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert cli.main(["model", "inspect", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert key in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"pad_token_id": True}, "pad_token_id"),
+        ({"dtype": "x"}, "'x'"),
+        ({"layer_types": -1}, "int"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1.0, "factor": 10**30}}, "int"),
+    ],
+)
+def test_a_config_that_transformers_rejects_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object], key: str
+) -> None:
+    """The model has weights, so its modules are listed, too."""
+    model = save_tiny_model("llama", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | changes
+    (model / "config.json").write_text(json.dumps(config))
+    assert cli.main(["model", "inspect", str(model)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert key in line
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from builders.bases import tiny_tokenizers
+from builders.bases.tiny_models import save_tiny_model
 from said import says
 from servers.fakes import FakeFuser, FakeMerger, FakeVocabularies, fake_backend
 from servers.http_harness import http_harness
@@ -201,3 +202,21 @@ def test_harmony_prompts_contain_the_date_and_function_calls(tmp_path: Path) -> 
     # A tool's result that contains an end mark does not end the message.
     end = theirs.convert_tokens_to_ids("<|end|>")
     assert ids.count(end) == shown.count("<|end|>") - 1
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("generation_config.json", "["),
+        ("generation_config.json", "null"),
+        ("generation_config.json", '{"eos_token_id": ["</s>"]}'),
+        ("generation_config.json", '{"eos_token_id": 2.5}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": []}'),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": 1, "merges": []}}'),
+    ],
+)
+def test_damaged_files_are_rejected(file: str, content: str, tmp_path: Path) -> None:
+    folder = save_tiny_model("llama", tmp_path / "model")
+    (folder / file).write_text(content)
+    with pytest.raises(InvalidRequestError):
+        Tokenizer.load(folder, eos_token_ids(folder), VOCAB_SIZE)

@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from prometheus_client import Metric, generate_latest
@@ -427,6 +428,35 @@ def test_unfinished_requests_are_limited_and_time_out(endpoint: MetricsServer) -
         client.close()
     assert num_descriptors() <= descriptors
     assert "turret_step_tokens" in scraped_with(endpoint)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [(b"localhost:9464", b"200"), (b"127.0.0.1:9464", b"200"), (b"evil.example:9464", b"421")],
+)
+def test_a_rebound_host_name_is_rejected_on_loopback(
+    endpoint: MetricsServer, host: bytes, status: bytes
+) -> None:
+    assert status_of(endpoint, GET + b"Host: %b\r\n\r\n" % host).split()[1] == status
+
+
+@pytest.mark.parametrize(
+    ("address", "tokens"), [("0.0.0.0:0", None), ("127.0.0.1:0", "t metrics")], ids=str
+)
+def test_other_endpoints_accept_any_host_name(
+    address: str, tokens: str | None, tmp_path: Path
+) -> None:
+    """Scrapers in a cluster may use a name, and a web page has no token."""
+    table = None
+    if tokens is not None:
+        (tmp_path / "tokens").write_text(tokens)
+        table = TokenTable.parse(tmp_path / "tokens")
+    server = MetricsServer(Metrics(), address, table)
+    try:
+        request = GET + b"Host: turret.svc\r\nAuthorization: Bearer t\r\n\r\n"
+        assert status_of(server, request).split()[1] == b"200"
+    finally:
+        server.close()
 
 
 def test_the_number_of_open_connections_is_limited(endpoint: MetricsServer) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
 from turret.server.adapters.checkpoint.adapter_checkpoint import (
@@ -22,7 +21,7 @@ from turret.server.adapters.operators.vocabulary import EMBEDDING, HEAD
 from turret.server.adapters.peft_format.refusals import base_name_warning
 from turret.server.basics.work import OnProgress
 from turret.server.errors import InvalidRequestError
-from turret.server.models.families import read_arch
+from turret.server.models.families import read_arch, transformers_config
 from turret.server.models.model_source import StoredTensors
 from turret.server.models.sources.model_directory import (
     fetch_hub_model,
@@ -178,7 +177,7 @@ def read_plain_base(
     if hub_id is not None:
         model, _ = fetch_hub_model(hub_id, progress)
     said = check_plain_base(model)
-    config = AutoConfig.from_pretrained(model)
+    config = transformers_config(model)
     arch = read_arch(config)
     tensors = StoredTensors(weight_files(model), arch.experts, scale_block(said))
     return _base(name, config, tensors, partial(_weight, tensors, dtype, device))

@@ -356,7 +356,7 @@ def _closest_path(root: Path, path: PurePosixPath) -> str | None:
 
 
 def _numbered(name: str) -> list[str | int]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _names(path: str) -> list[str]:

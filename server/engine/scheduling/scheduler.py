@@ -10,11 +10,12 @@ are still loading is skipped and delays no other. A step's remaining room goes t
 (``Drafts``), which are further rows of their sequences.
 
 On compute paths where a row of a prompt costs as much as a decode row, prompts must not slow down
-decoding too much. If at least four times as many sequences decode as read their prompts, a step
-takes only as many prompt tokens as double its time, but at least 16. On a GPU, where a step with a
-prompt has a high fixed cost, that number is a constant. Attention makes a row more expensive the
-longer its context is. So while other sequences decode, prompt tokens may cost at most twice as much
-as the same number of tokens without attention.
+decoding too much. If at least four times as many sequences of some tenant decode as read their
+prompts, a step takes only as many prompt tokens as double its time, but at least 16. If more
+tenants read prompts than are delayed so, these tokens are multiplied by the ratio, so that tenants
+share the time. On a GPU, where a step with a prompt has a high fixed cost, that number is a
+constant. Attention makes a row more expensive the longer its context is. So while other sequences
+decode, prompt tokens may cost at most twice as much as the same number of tokens without attention.
 
 Prompts of several tenants share the tokens of a step, and leave some to the next sequence in line.
 
@@ -220,8 +221,8 @@ class LengthForecast:
 _SPARE_SHARE = 0.05
 # Smallest prompt chunk: smaller ones cost more per token than they save the decoding rows.
 _LEAST_CHUNK = 16
-# Decoding sequences per prompt from which chunks are limited; with fewer, limiting the chunk would
-# delay a burst of prompts by more than the decoding rows gain.
+# Decoding sequences per prompt of a tenant from which chunks are limited; with fewer, limiting the
+# chunk would delay a burst of the tenant's prompts by more than its decoding rows gain.
 _MAJORITY = 4
 
 
@@ -327,7 +328,7 @@ class Scheduler:
         for sequence in self.running:
             is_prompt = len(sequence.tokens) - sequence.num_computed > 1
             (prompts if is_prompt else decodes).append(sequence)
-        budget = self._step_tokens(len(decodes))
+        budget = self._step_tokens(decodes, prompts)
         self._room = 2.0 * budget if decodes else math.inf
         scheduled: list[Scheduled] = []
         new_blocks: list[int] = []
@@ -498,17 +499,25 @@ class Scheduler:
         self._num_seqs = min(self._num_seqs + 1, self.max_num_seqs)
         self._num_tokens = min(2 * self._num_tokens, self._max_num_batched_tokens)
 
-    def _step_tokens(self, num_decodes: int) -> int:
+    def _step_tokens(self, decodes: list[Sequence], prompts: list[Sequence]) -> int:
         """Maximum number of tokens in the next step: fewer if it decodes and reads prompts."""
-        num_running = len(self.running)
-        admissible = min(len(self.waiting), max(self._num_seqs - num_running, 0))
-        num_prompts = num_running - num_decodes + admissible
-        if num_decodes < max(_MAJORITY * num_prompts, 1):
+        num_decodes = len(decodes)
+        num_free = max(self._num_seqs - len(self.running), 0)
+        reading = Counter(sequence.tenant for sequence in prompts)
+
+        def is_delayed(tenant: bytes, count: int) -> bool:
+            admissible = min(self.waiting.num_waiting(tenant), num_free)
+            return count >= _MAJORITY * (reading[tenant] + admissible)
+
+        decoding = Counter(sequence.tenant for sequence in decodes)
+        num_delayed = sum(is_delayed(*each) for each in decoding.items())
+        if num_delayed == 0:
             return self._num_tokens
         beside = self._most_beside
         if self._cost is not None:
             # Allow as many prompt rows as double the time of the decode step alone.
             beside = max(_LEAST_CHUNK, num_decodes + int(self._cost.fixed_rows))
+        beside = beside * max(len(reading), num_delayed) // num_delayed
         return min(self._num_tokens, num_decodes + beside)
 
     def _shares(self, prompts: list[Sequence], left: int) -> dict[bytes, int]:

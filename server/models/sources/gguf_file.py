@@ -12,8 +12,10 @@ import torch
 
 from turret.server.errors import TurretError
 from turret.server.models.encoder import LLAMA3
+from turret.server.models.families import transformers_config
 from turret.server.models.sources.gguf_header import check_gguf, check_whole, refuse
 from turret.server.models.sources.gguf_layouts import WANTED, GgufLayout, Pair, layout_of
+from turret.server.models.sources.model_directory import check_numbers
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
@@ -168,8 +170,6 @@ def read_gguf_config(
     Raises:
         InvalidRequestError: A key is missing or has an unsupported value.
     """
-    from transformers import AutoConfig
-
     prefix = f"{fields['general.architecture']}."
     said = {k.removeprefix(prefix): v for k, v in fields.items() if k.startswith(prefix)}
     layout = layout_of(fields["general.architecture"], said)
@@ -197,7 +197,8 @@ def read_gguf_config(
     if layout.window == "all":
         # Zero means that there is no window.
         values["sliding_window"] = values["sliding_window"] or None
-    return AutoConfig.for_model(layout.model_type, **values), layout
+    check_numbers(values)
+    return transformers_config({"model_type": layout.model_type, **values}), layout
 
 
 def _check_keys(

@@ -70,6 +70,9 @@ MOST_SIZES = {
         (1 << 31) - 1,
     ),
 }
+# Reading a config also takes time for each expert. Some dense models state that they have none.
+_EXPERTS = ("num_local_experts", "num_experts")
+_MOST_EXPERTS = 4096
 _POSITIVE = ("rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor")
 _ROPES = ("rope_scaling", "rope_parameters")
 
@@ -84,27 +87,32 @@ def check_size(key: str, value: object, known_as: str) -> None:
     """
     most = MOST_SIZES[known_as]
     if type(value) is not int or not 1 <= value <= most:
-        raise _unsupported(key, value, f"1 to {most}")
+        raise unsupported(key, value, f"1 to {most}")
 
 
-def _check_numbers(part: Mapping[str, Any]) -> None:
+def check_numbers(part: Mapping[str, Any]) -> None:
+    """Reject numbers of a config that transformers accepts, but no model has."""
     for key, value in part.items():
         if value is None:
             continue
         if key in MOST_SIZES:
             check_size(key, value, key)
+        elif key in _EXPERTS:
+            if type(value) is not int or not 0 <= value <= _MOST_EXPERTS:
+                raise unsupported(key, value, f"0 to {_MOST_EXPERTS}")
         elif key in _POSITIVE:
             if type(value) not in (int, float) or not 0 < value < math.inf:
-                raise _unsupported(key, value, "positive numbers")
+                raise unsupported(key, value, "positive numbers")
         elif key in _ROPES:
             if not isinstance(value, dict):
-                raise _unsupported(key, value, "objects")
+                raise unsupported(key, value, "objects")
             for each in (value, *value.values()):
                 if isinstance(each, dict):
-                    _check_numbers(each)
+                    check_numbers(each)
 
 
-def _unsupported(key: str, value: object, choices: str) -> InvalidRequestError:
+def unsupported(key: str, value: object, choices: str) -> InvalidRequestError:
+    """The error for an unsupported value of a config."""
     shown = str(value)[:60] if isinstance(value, str | list | dict) else value
     return _refuse(say("CONFIG_UNSUPPORTED", key=key, value=shown, choices=choices))
 
@@ -124,10 +132,10 @@ def check_config(config: dict[str, Any], model: Path | str) -> None:
         raise families.not_served(kind)
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
-            _check_numbers(part)
+            check_numbers(part)
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict | None):
-        raise _unsupported("quantization_config", quantization, "objects")
+        raise unsupported("quantization_config", quantization, "objects")
     if quantization is None or is_4bit(config):
         return
     method = quantization.get("quant_method")
@@ -267,6 +275,15 @@ def read_config(model: Path) -> dict[str, Any]:
         if ggufs := sorted(model.glob("*.gguf")):
             raise _refuse(say("MODEL_IS_GGUF", model=model, file=ggufs[0]))
         raise _refuse(say("MODEL_HAS_NO_CONFIG", model=model))
+    return read_object(path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model.
+
+    Raises:
+        InvalidRequestError: The file is not a JSON object.
+    """
     data = path.read_bytes()
     if why := why_lfs_pointer(data):
         raise _refuse(say("PATH_UNUSABLE", path=path, problem=why))

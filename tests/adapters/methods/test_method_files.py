@@ -169,6 +169,7 @@ BROKEN: dict[str, dict[str, tuple[dict[str, Any], Any, str]]] = {
         "both sizes": ({}, {"r": 8}, "oft_block_size"),
         "shared": ({"block_share": True}, {"block_share": False}, "oft_R.weight"),
         "no terms": ({}, {"num_cayley_neumann_terms": ...}, "num_cayley_neumann_terms"),
+        "endless terms": ({}, {"num_cayley_neumann_terms": 1 << 31}, "num_cayley_neumann_terms"),
         "nothing to project by": ({"coft": True}, {"eps": ...}, "eps"),
         "a gain alone": ({}, put(f"{KEY}.oft_s", torch.ones(64, 1)), "oft_r"),
         "before 0.14": ({}, {"oft_block_size": ...}, "oft_block_size"),

@@ -121,12 +121,14 @@ def test_the_output_folder_of_each_training_tool_loads_unchanged(tool: str, tmp_
 
 
 def test_the_last_checkpoint_of_a_run_folder_is_suggested(tmp_path: Path) -> None:
-    for number in (9, 30, 500):
-        folder = tmp_path / "out" / f"checkpoint-{number}"
-        folder.mkdir(parents=True)
-        (folder / "adapter_config.json").write_text("{}")
+    # The last name is a digit, but not a decimal one.
+    folders = [*(f"out/checkpoint-{number}" for number in (9, 30, 500)), "other/\u00b2"]
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "adapter_config.json").write_text("{}")
     (tmp_path / "out" / "link").symlink_to(tmp_path / "out" / "checkpoint-9")
     loader = AdapterLoader(tmp_path, base_of(tiny_llama()), 1 << 30, 64)
-    with pytest.raises(AdapterCheckpointError) as caught:
-        loader.read(Source("out"))
-    assert says("NOT_AN_ADAPTER", closest="out/checkpoint-500")(caught.value)
+    for path, closest in (("out", folders[2]), ("other", folders[3])):
+        with pytest.raises(AdapterCheckpointError) as caught:
+            loader.read(Source(path))
+        assert says("NOT_AN_ADAPTER", closest=closest)(caught.value)

@@ -83,6 +83,36 @@ def test_the_tokens_of_prompts_in_a_step(
     assert prompt_tokens(run(scheduler)) == expected
 
 
+@pytest.mark.parametrize(
+    ("readers", "writers", "expected"),
+    [
+        # However many prompts another tenant sends, they take no more time than the answer.
+        ([b"a"], [b"b"], 16),
+        ([b"a"] * 9, [b"b"], 16),
+        # Tenants have equal shares of the time.
+        ([b"a", b"c", b"d"], [b"b"], 48),
+        ([b"a", b"c", b"d"], [b"b", b"e"], 24),
+        ([b"a"], [b"b", b"e"], 16),
+        # A tenant's own prompts may delay its answer.
+        ([b"b"], [b"b"], 511),
+    ],
+)
+def test_prompts_of_one_tenant_delay_answers_of_another_by_a_step(
+    readers: list[bytes], writers: list[bytes], expected: int
+) -> None:
+    scheduler = scheduler_of(StepCost())
+    for number, tenant in enumerate(writers):
+        scheduler.add(sequence_of([1000 + number, 2, 3], "", 1000, tenant=tenant))
+    run(scheduler)
+    for number, tenant in enumerate(readers):
+        scheduler.add(sequence_of([number, *range(4000)], "", 4, tenant=tenant))
+    # The first steps begin to read the prompts of all tenants.
+    steps = [run(scheduler) for _ in range(4)]
+    for step in steps:
+        assert sum(item.num_new == 1 for item in step.scheduled) == len(writers)
+    assert prompt_tokens(steps[-1]) == expected
+
+
 @pytest.mark.parametrize("num_prompts", [1, 3])
 def test_a_long_context_makes_chunks_smaller_beside_a_sequence_that_decodes(
     num_prompts: int,

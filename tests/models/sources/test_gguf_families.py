@@ -209,6 +209,11 @@ def test_tensors_match_those_that_transformers_reads(family: str, tmp_path: Path
         ),
         ("llama", {"expert_count": 8}, says("GGUF_KEY_MISSING", key="llama.expert_used_count")),
         ("llama", {"rope.dimension_count": 16}, says("GGUF_HEADS_UNSUPPORTED")),
+        (
+            "qwen3_moe",
+            {"expert_count": (1 << 32) - 1},
+            says("CONFIG_UNSUPPORTED", key="num_experts"),
+        ),
         # One of a pair of tensors is missing.
         (
             "gpt_oss",

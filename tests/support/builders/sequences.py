@@ -28,12 +28,14 @@ def sequence_of(
     preset: int = 0,
     score: bool = False,
     mix: Mix | None = None,
+    tenant: bytes = b"",
 ) -> Sequence:
     request = Request(
         request_id="r",
         prompt_token_ids=tuple(prompt),
         stop=StopConditions(max_tokens=max_tokens),
         score=score,
+        tenant=tenant,
     )
     return Sequence(request, mix or mix_of(name), 0.0, num_virtual=preset, num_preset=preset)
 

@@ -17,6 +17,8 @@ import re
 from turret.server.adapters.methods.kit import *
 
 _TRIANGLE, _MATRIX, _SCALE = "oft_R.weight", "oft_r", "oft_s"
+# PEFT's default is 5 terms. Each takes time while the adapter is loaded.
+_MAX_TERMS = 100
 # First PEFT version whose series ends with half a term.
 _NEW_SERIES = (0, 18)
 
@@ -107,7 +109,7 @@ def _is_new(version: str | None) -> bool:
 
     Configs from earlier versions do not contain the version.
     """
-    parts = re.match(r"(\d+)\.(\d+)", version or "")
+    parts = re.match(r"(\d{1,4})\.(\d{1,4})", version or "")
     return parts is not None and (int(parts[1]), int(parts[2])) >= _NEW_SERIES
 
 
@@ -152,7 +154,7 @@ METHOD = LinearMethod(
         "coft": is_bool,
         "eps": is_number,
         "use_cayley_neumann": is_bool,
-        "num_cayley_neumann_terms": is_rank,
+        "num_cayley_neumann_terms": is_integer(1, _MAX_TERMS, f"an integer from 1 to {_MAX_TERMS}"),
         "peft_version": optional(is_text),
         "rank_pattern": _no_pattern,
         "alpha_pattern": _no_pattern,
