@@ -72,11 +72,18 @@ INLINE int64_t all_ranks(const Step *step, int64_t module) {
     return ranks;
 }
 
+/* Prefetches the fields of an adapter's next entry. The product would wait for them. */
+INLINE void ask_for_entry(const Module *m) {
+    __builtin_prefetch(&m->a);
+    __builtin_prefetch(&m->rank);
+}
+
 /* Finds the next factor of which lines are left. A thread prefetches only its own share of the ranks. */
 __attribute__((unused, noinline)) static void find_lines(Walk *walk) {
     const Step *step = walk->step;
     for (Mark *mark = &walk->mark; mark->module < walk->end; move_on(step, mark)) {
         const Module *m = module_at(step, mark);
+        if (m && !mark->factor) ask_for_entry(m + 1);
         if (!m || !m->rank || !(mark->factor ? m->b : m->a)) continue;
         if (!mark->all_ranks) mark->all_ranks = all_ranks(step, mark->module);
         int64_t low = mark->all_ranks * walk->part / walk->parts - mark->ranks;
