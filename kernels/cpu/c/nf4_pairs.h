@@ -18,7 +18,8 @@ typedef struct {
     Lines ahead;
 } Block;
 
-enum Codes { LOOK_UP, LOOK_UP_AND_KEEP, KEPT };
+/* KEPT does not prefetch: testing for it makes a product of many rows 1 % slower. */
+enum Codes { LOOK_UP, LOOK_UP_AND_KEEP, KEPT_AND_AHEAD, KEPT };
 
 INLINE __m512bh pair_of(const bf16 *x) {
     int32_t pair;
@@ -37,14 +38,15 @@ INLINE void add_block(const int rows, const enum Codes codes, const Block *block
     for (int r = 0; r < rows; r++) s[r][0] = s[r][1] = _mm512_setzero_ps();
     for (int k = 0; k < PAIRS; k++, packed += TILE_OUT, x += 2, kept += 2) {
         __m512i w[2];
-        if (codes == KEPT) {
+        if (codes >= KEPT_AND_AHEAD) {
             w[0] = kept[0], w[1] = kept[1];
         } else {
             look_up(packed, values, w);
             if (k % 2 == 0) __builtin_prefetch(packed + DISTANCE);
         }
         /* One at a time, because the weight's own reads would wait behind many. */
-        if (k < block->ahead.count) __builtin_prefetch(block->ahead.start + k * LINE, 0, 2); /* to L2 */
+        if (codes != KEPT && k < block->ahead.count)
+            __builtin_prefetch(block->ahead.start + k * LINE, 0, 2); /* to L2 */
         if (codes == LOOK_UP_AND_KEEP) kept[0] = w[0], kept[1] = w[1];
         for (int r = 0; r < rows; r++) {
             __m512bh v = pair_of(x + r * block->x_stride);
@@ -68,6 +70,7 @@ INLINE void add_block(const int rows, const enum Codes codes, const Block *block
     }
 ADD(add_alone, LOOK_UP)
 ADD(add_first, LOOK_UP_AND_KEEP)
+ADD(add_later_ahead, KEPT_AND_AHEAD)
 ADD(add_later, KEPT)
 
 /* Computes the outputs of one tile for rows [first, first + rows), at most ROW_BLOCK. */
@@ -94,7 +97,7 @@ static void multiply_tile(const Product *p, int64_t tile, int64_t first, int64_t
             block.x = x + start * p->x_stride + low;
             block.sums = sums + start * TILE_OUT;
             block.ahead = next_lines(walk, rows, PAIRS);
-            add_later(stop - start, &block, kept);
+            (block.ahead.count ? add_later_ahead : add_later)(stop - start, &block, kept);
         }
         packed += BLOCK_BYTES;
         absmax += p->out_features;

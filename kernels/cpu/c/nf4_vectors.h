@@ -84,7 +84,8 @@ static void multiply_tile(const Product *p, int64_t tile, int64_t first, int64_t
             Lines ahead = next_lines(walk, rows, 2 * PAIRS);
             for (int k = 0; k < PAIRS; k++) {
                 look_up_pair(packed + k * TILE_OUT, w[k]);
-                for (int n = k; n < ahead.count; n += PAIRS) __builtin_prefetch(ahead.start + n * LINE, 0, 2); /* to L2 */
+                for (int n = k; n < ahead.count; n += PAIRS)
+                    __builtin_prefetch(ahead.start + n * LINE, 0, 2); /* to L2 */
                 if (k % 2 == 0) __builtin_prefetch(packed + k * TILE_OUT + DISTANCE);
             }
             for (int64_t g = 0; g < groups; g++) {
