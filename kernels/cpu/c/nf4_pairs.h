@@ -18,7 +18,8 @@ typedef struct {
     Lines ahead;
 } Block;
 
-enum Codes { LOOK_UP, LOOK_UP_AND_KEEP, KEPT };
+/* KEPT does not prefetch: testing for it makes a product of many rows 1 % slower. */
+enum Codes { LOOK_UP, LOOK_UP_AND_KEEP, KEPT_AND_AHEAD, KEPT };
 
 INLINE __m512bh pair_of(const bf16 *x) {
     int32_t pair;
@@ -33,19 +34,19 @@ INLINE void add_block(const int rows, const enum Codes codes, const Block *block
     const __m512i values = _mm512_loadu_si512(VALUES);
     const uint8_t *packed = block->packed;
     const bf16 *x = block->x;
-    const char *ahead = block->ahead.start;
-    int64_t per_pair = (block->ahead.count + PAIRS - 1) / PAIRS;
     __m512 s[GROUP][2];
     for (int r = 0; r < rows; r++) s[r][0] = s[r][1] = _mm512_setzero_ps();
     for (int k = 0; k < PAIRS; k++, packed += TILE_OUT, x += 2, kept += 2) {
         __m512i w[2];
-        if (codes == KEPT) {
+        if (codes >= KEPT_AND_AHEAD) {
             w[0] = kept[0], w[1] = kept[1];
         } else {
             look_up(packed, values, w);
             if (k % 2 == 0) __builtin_prefetch(packed + DISTANCE);
-            for (int64_t n = 0; n < per_pair; n++, ahead += LINE) __builtin_prefetch(ahead, 0, 2); /* to L2 */
         }
+        /* One at a time, because the weight's own reads would wait behind many. */
+        if (codes != KEPT && k < block->ahead.count)
+            __builtin_prefetch(block->ahead.start + k * LINE, 0, 2); /* to L2 */
         if (codes == LOOK_UP_AND_KEEP) kept[0] = w[0], kept[1] = w[1];
         for (int r = 0; r < rows; r++) {
             __m512bh v = pair_of(x + r * block->x_stride);
@@ -69,6 +70,7 @@ INLINE void add_block(const int rows, const enum Codes codes, const Block *block
     }
 ADD(add_alone, LOOK_UP)
 ADD(add_first, LOOK_UP_AND_KEEP)
+ADD(add_later_ahead, KEPT_AND_AHEAD)
 ADD(add_later, KEPT)
 
 /* Computes the outputs of one tile for rows [first, first + rows), at most ROW_BLOCK. */
@@ -84,7 +86,7 @@ static void multiply_tile(const Product *p, int64_t tile, int64_t first, int64_t
     for (int64_t low = 0; low < p->in_features; low += BLOCK) {
         int64_t stop = rows / groups;
         Block block = {x + low, packed, sums, p->x_stride, {widen(absmax), widen(absmax + LANES)},
-                       next_lines(walk, rows)};
+                       next_lines(walk, rows, PAIRS)};
         if (groups == 1)
             add_alone(rows, &block, kept);
         else
@@ -94,7 +96,8 @@ static void multiply_tile(const Product *p, int64_t tile, int64_t first, int64_t
             stop = rows * (g + 1) / groups;
             block.x = x + start * p->x_stride + low;
             block.sums = sums + start * TILE_OUT;
-            add_later(stop - start, &block, kept);
+            block.ahead = next_lines(walk, rows, PAIRS);
+            (block.ahead.count ? add_later_ahead : add_later)(stop - start, &block, kept);
         }
         packed += BLOCK_BYTES;
         absmax += p->out_features;

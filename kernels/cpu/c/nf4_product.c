@@ -28,7 +28,7 @@ EXPORT int64_t turret_ahead(const Step *step, int64_t module, int64_t rows, int6
                             int64_t parts, Lines *lines, int64_t most) {
     Walk walk = begin_ahead(step, module, part, parts);
     int64_t n = 0;
-    while (n < most && (lines[n] = next_lines(&walk, rows)).count) n++;
+    while (n < most && (lines[n] = next_lines(&walk, rows, BLOCK)).count) n++;
     end_ahead(&walk);
     return n;
 }

@@ -82,7 +82,7 @@ static void multiply_tile(const Product *p, int64_t tile, int64_t first, int64_t
     const uint8_t *packed = p->packed + tile * TILE_OUT * p->in_features / 2;
     int64_t group = least(rows, TILE_ROWS), blocks = p->in_features / BLOCK;
     memset(sums, 0, sizeof(float) * rows * TILE_OUT);
-    look_up_block(packed, next_lines(walk, rows), weights[0]);
+    look_up_block(packed, next_lines(walk, rows, 2 * PAIRS), weights[0]);
     for (int64_t b = 0; b < blocks; b++) {
         const __m512i(*w)[TILE_ROWS] = weights[b % 2];
         __m512 scale[2] = {widen(absmax), widen(absmax + LANES)};
@@ -91,7 +91,7 @@ static void multiply_tile(const Product *p, int64_t tile, int64_t first, int64_t
         tile_load(W_10, w[HALVES], TILE_BYTES);
         if (HALVES == 2) tile_load(W_11, w[HALVES + 1], TILE_BYTES);
         packed += BLOCK_BYTES;
-        if (b + 1 < blocks) look_up_block(packed, next_lines(walk, rows), weights[(b + 1) % 2]);
+        if (b + 1 < blocks) look_up_block(packed, next_lines(walk, rows, 2 * PAIRS), weights[(b + 1) % 2]);
         Found found[2] __attribute__((aligned(64)));
         int64_t groups = (rows + group - 1) / group;
         multiply_group(x + b * BLOCK, p->x_stride, found[0]);

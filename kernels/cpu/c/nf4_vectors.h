@@ -81,12 +81,13 @@ static void multiply_tile(const Product *p, int64_t tile, int64_t first, int64_t
             widen_rows(x, p->x_stride, 1, wide);
             add_row(wide, packed, absmax, sums);
         } else {
-            Lines ahead = next_lines(walk, rows);
+            Lines ahead = next_lines(walk, rows, 2 * PAIRS);
             for (int k = 0; k < PAIRS; k++) {
                 look_up_pair(packed + k * TILE_OUT, w[k]);
+                for (int n = k; n < ahead.count; n += PAIRS)
+                    __builtin_prefetch(ahead.start + n * LINE, 0, 2); /* to L2 */
                 if (k % 2 == 0) __builtin_prefetch(packed + k * TILE_OUT + DISTANCE);
             }
-            for (int64_t n = 0; n < ahead.count; n++) __builtin_prefetch(ahead.start + n * LINE, 0, 2); /* to L2 */
             for (int64_t g = 0; g < groups; g++) {
                 int64_t start = rows * g / groups, stop = rows * (g + 1) / groups;
                 widen_rows(x + start * p->x_stride, p->x_stride, stop - start, wide);

@@ -13,7 +13,6 @@
 
 #define LINE 64
 #define LEAST_ROWS 6 /* products with fewer rows keep the memory busy */
-#define MOST_LINES 64 /* lines to prefetch at a time: a core has about 24 reads in flight, of 100 ns each */
 
 typedef struct {
     const char *start;
@@ -25,6 +24,8 @@ typedef struct {
     Mark mark;
     int64_t end; /* first module out of reach */
     int64_t part, parts;
+    Lines left;  /* of the factor */
+    int is_done; /* whether nothing within reach is left */
 } Walk;
 
 INLINE Walk begin_ahead(const Step *step, int64_t module, int64_t part, int64_t parts) {
@@ -71,16 +72,20 @@ INLINE int64_t all_ranks(const Step *step, int64_t module) {
     return ranks;
 }
 
-/* Returns the next lines to prefetch. More rows take longer to compute, so there are more lines for them. */
-__attribute__((unused)) static Lines next_lines(Walk *walk, int64_t rows) {
+/* Prefetches the fields of an adapter's next entry. The product would wait for them. */
+INLINE void ask_for_entry(const Module *m) {
+    __builtin_prefetch(&m->a);
+    __builtin_prefetch(&m->rank);
+}
+
+/* Finds the next factor of which lines are left. A thread prefetches only its own share of the ranks. */
+__attribute__((unused, noinline)) static void find_lines(Walk *walk) {
     const Step *step = walk->step;
-    int64_t most = rows * 4 < MOST_LINES ? rows * 4 : MOST_LINES;
-    if (!step || rows < LEAST_ROWS) return (Lines){0};
     for (Mark *mark = &walk->mark; mark->module < walk->end; move_on(step, mark)) {
         const Module *m = module_at(step, mark);
+        if (m && !mark->factor) ask_for_entry(m + 1);
         if (!m || !m->rank || !(mark->factor ? m->b : m->a)) continue;
         if (!mark->all_ranks) mark->all_ranks = all_ranks(step, mark->module);
-        /* Each thread prefetches only its own share of the ranks. */
         int64_t low = mark->all_ranks * walk->part / walk->parts - mark->ranks;
         int64_t high = mark->all_ranks * (walk->part + 1) / walk->parts - mark->ranks;
         low = low < 0 ? 0 : low;
@@ -90,15 +95,21 @@ __attribute__((unused)) static Lines next_lines(Walk *walk, int64_t rows) {
         int64_t left = ((high - low) * width * (int64_t)sizeof(bf16) + LINE - 1) / LINE - mark->done;
         if (high <= low || left <= 0) continue;
         const char *start = (const char *)((mark->factor ? m->b : m->a) + low * width);
-        start += LINE * mark->done;
-        if (left > most) {
-            mark->done += most;
-            return (Lines){start, most};
-        }
-        move_on(step, mark);
-        return (Lines){start, left};
+        walk->left = (Lines){start + LINE * mark->done, left};
+        return;
     }
-    return (Lines){0};
+    walk->is_done = 1;
+}
+
+/* Returns the next lines to prefetch, at most `most`. */
+INLINE Lines next_lines(Walk *walk, int64_t rows, int64_t most) {
+    if (!walk->step || rows < LEAST_ROWS) return (Lines){0};
+    if (!walk->left.count && !walk->is_done) find_lines(walk);
+    Lines lines = {walk->left.start, least(walk->left.count, most)};
+    walk->left.start += LINE * lines.count;
+    walk->left.count -= lines.count;
+    walk->mark.done += lines.count;
+    return lines;
 }
 
 #endif
