@@ -61,6 +61,7 @@ def _serve(args: argparse.Namespace) -> int:
     from turret.server.command.start_lines import introduce, refuse
     from turret.server.command.threads import use_threads
 
+    _collect_rarely()
     if not (found := resolved(args, "turret serve")):
         return EXIT_USAGE
     settings, config = found
@@ -191,17 +192,24 @@ def complete() -> None:
     offer(build_parser(verb_of_line() or ""), offers)
 
 
+def _collect_rarely() -> None:
+    """Collect garbage less often.
+
+    While libraries load, collections would take a tenth of the processor time of a start. Later,
+    adapters, which consist of many small objects, would trigger them often. Full collections still
+    run every 20 million objects, so that reference cycles from requests do not accumulate.
+    """
+    gc.set_threshold(100_000, 20, 10)
+
+
 def _freeze_heap() -> None:
-    """Exclude permanent objects from garbage collection, and run it less often.
+    """Exclude permanent objects from garbage collection.
 
     A full collection walks half a million objects of torch and transformers, and blocks engine
-    steps meanwhile. Adapters, which consist of many small objects, trigger collections often.
-    Frozen objects are not walked. Full collections still run every 20 million objects, so that
-    reference cycles from requests do not accumulate.
+    steps meanwhile. Frozen objects are not walked.
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(100_000, 20, 10)
 
 
 def _add_serve(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

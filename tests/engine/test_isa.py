@@ -6,7 +6,7 @@ A library for a lower set runs on any better processor, so lower sets are tested
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from turret.kernels.cpu import native
 from turret.kernels.cpu.isas import ISAS
 from turret.kernels.rows.elementwise import row_exp_
 from turret.kernels.rows.linear import row_addmm_, row_linear, row_product, table_product
+from turret.server.models.decoding.layer_ops import KvCache
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 
@@ -55,9 +56,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return model, folder / "adapters"
 
 
+def spoil(cache: KvCache, blocks: Sequence[int]) -> None:
+    cache.keys.fill_(torch.nan)
+    cache.values.fill_(torch.nan)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 async def test_answers_match_those_given_alone(
-    tiny: tuple[Path, Path], isa: str, threads: int, dtype: str
+    tiny: tuple[Path, Path],
+    isa: str,
+    threads: int,
+    dtype: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     names = [spec.name for spec in SPECS]
@@ -72,6 +82,8 @@ async def test_answers_match_those_given_alone(
     async with EngineHarness.start(*tiny, adapters=names, **options) as harness:
         alone = [(await harness.run(request)).bits for request in requests]
     assert len(set(alone)) == len(alone)
+    # The kernels must not read positions that no sequence wrote.
+    monkeypatch.setattr(KvCache, "clear", spoil)
     async with EngineHarness.start(*tiny, adapters=names, **options) as harness:
         assert [answer.bits for answer in await harness.run_all(requests)] == alone
 

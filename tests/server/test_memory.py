@@ -146,6 +146,7 @@ DIVISOR = 200
 def frozen_heap() -> Iterator[int]:
     """The collector with a server's settings at a small scale; returns its first threshold."""
     thresholds = gc.get_threshold()
+    cli._collect_rarely()
     cli._freeze_heap()
     first, *others = gc.get_threshold()
     gc.set_threshold(first // DIVISOR, *others)

@@ -36,7 +36,9 @@ INLINE void add_block(const int rows, const enum Codes codes, const Block *block
     const bf16 *x = block->x;
     __m512 s[GROUP][2];
     for (int r = 0; r < rows; r++) s[r][0] = s[r][1] = _mm512_setzero_ps();
-    for (int k = 0; k < PAIRS; k++, packed += TILE_OUT, x += 2, kept += 2) {
+    /* With two pointers, the rows' offsets fit into registers. */
+    const bf16 *later = x + GROUP / 2 * block->x_stride;
+    for (int k = 0; k < PAIRS; k++, packed += TILE_OUT, x += 2, later += 2, kept += 2) {
         __m512i w[2];
         if (codes >= KEPT_AND_AHEAD) {
             w[0] = kept[0], w[1] = kept[1];
@@ -48,8 +50,13 @@ INLINE void add_block(const int rows, const enum Codes codes, const Block *block
         if (codes != KEPT && k < block->ahead.count)
             __builtin_prefetch(block->ahead.start + k * LINE, 0, 2); /* to L2 */
         if (codes == LOOK_UP_AND_KEEP) kept[0] = w[0], kept[1] = w[1];
+        if (codes == KEPT && k < rows) { /* the inputs of the next block */
+            const bf16 *next = block->x + k * block->x_stride + BLOCK;
+            __builtin_prefetch(next);
+            __builtin_prefetch(next + BLOCK / 2);
+        }
         for (int r = 0; r < rows; r++) {
-            __m512bh v = pair_of(x + r * block->x_stride);
+            __m512bh v = pair_of(r < GROUP / 2 ? x + r * block->x_stride : later + (r - GROUP / 2) * block->x_stride);
             for (int c = 0; c < 2; c++) s[r][c] = _mm512_dpbf16_ps(s[r][c], v, (__m512bh)w[c]);
         }
     }
@@ -83,6 +90,8 @@ static void multiply_tile(const Product *p, int64_t tile, int64_t first, int64_t
     /* Groups differ by at most one row, because the few sums of a small group would wait for each other. */
     int64_t groups = (rows + GROUP - 1) / GROUP;
     memset(sums, 0, sizeof(float) * rows * TILE_OUT);
+    /* Each row's results go to another page. Stores that miss the cache would delay the next tile. */
+    for (int64_t r = 0; r < rows; r++) __builtin_prefetch(p->y + (first + r) * p->out_features + tile * TILE_OUT, 1);
     for (int64_t low = 0; low < p->in_features; low += BLOCK) {
         int64_t stop = rows / groups;
         Block block = {x + low, packed, sums, p->x_stride, {widen(absmax), widen(absmax + LANES)},
@@ -104,10 +113,4 @@ static void multiply_tile(const Product *p, int64_t tile, int64_t first, int64_t
     }
     for (int64_t r = 0; r < rows; r++)
         store_row(p->y + (first + r) * p->out_features + tile * TILE_OUT, sums + r * TILE_OUT);
-}
-
-/* Computes the outputs of one tile for all rows. */
-static void multiply_panel(const Product *p, int64_t tile, Walk *walk) {
-    for (int64_t first = 0; first < p->rows; first += ROW_BLOCK)
-        multiply_tile(p, tile, first, least(p->rows - first, ROW_BLOCK), walk);
 }

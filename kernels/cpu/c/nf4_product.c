@@ -165,6 +165,21 @@ INLINE void store_row(bf16 *y, const float *sum) {
 #include "nf4_vectors.h"
 #endif
 
+/* Bytes of weights that stay in the L2 cache while all rows are multiplied by them. */
+#define KEPT_BYTES (256 << 10)
+
+/* Computes the outputs of tiles [low, high) for all rows. The rows are divided into blocks that differ by at most one
+ * row. The inputs of a block stay in the L2 cache, too, while they are multiplied by several tiles. */
+static void multiply_tiles(const Product *p, int64_t low, int64_t high, Walk *walk) {
+    int64_t most = KEPT_BYTES / (TILE_OUT * p->in_features / 2) + 1, blocks = (p->rows + ROW_BLOCK - 1) / ROW_BLOCK;
+    for (; low < high; low += most)
+        for (int64_t b = 0; b < blocks; b++) {
+            int64_t first = p->rows * b / blocks, end = p->rows * (b + 1) / blocks;
+            for (int64_t tile = low; tile < least(low + most, high); tile++)
+                multiply_tile(p, tile, first, end - first, walk);
+        }
+}
+
 typedef struct {
     const Product *product;
     Walk *walks; /* one per thread */
@@ -176,8 +191,7 @@ static void multiply_piece(const void *job, int64_t thread, int64_t piece) {
     const Product *p = j->product;
     Walk walk = j->walks[thread];
     begin_products(p->rows);
-    for (int64_t tile = j->tiles * piece / j->pieces; tile < j->tiles * (piece + 1) / j->pieces; tile++)
-        multiply_panel(p, tile, &walk);
+    multiply_tiles(p, j->tiles * piece / j->pieces, j->tiles * (piece + 1) / j->pieces, &walk);
     end_products();
     j->walks[thread] = walk;
 }
@@ -219,8 +233,7 @@ static void multiply_share(const void *job, int64_t thread, int64_t piece) {
                      j->y + start * j->out_features, rows, j->x_stride, j->out_features, j->in_features};
         if (!rows) continue;
         begin_products(rows);
-        for (int64_t tile = j->tiles * piece / j->pieces; tile < j->tiles * (piece + 1) / j->pieces; tile++)
-            multiply_panel(&p, tile, &walk);
+        multiply_tiles(&p, j->tiles * piece / j->pieces, j->tiles * (piece + 1) / j->pieces, &walk);
     }
     end_products();
 }
@@ -254,7 +267,7 @@ static void multiply_slices(const void *job, int64_t thread, int64_t piece) {
     begin_products(p.rows);
     for (int64_t tile = j->tiles * piece / j->pieces; tile < j->tiles * (piece + 1) / j->pieces; tile++) {
         for (; tile >= end; end += *++widths / TILE_OUT) p.x += p.rows * p.x_stride;
-        multiply_panel(&p, tile, &walk);
+        multiply_tiles(&p, tile, tile + 1, &walk);
     }
     end_products();
     j->walks[thread] = walk;

@@ -108,13 +108,3 @@ static void multiply_tile(const Product *p, int64_t tile, int64_t first, int64_t
     for (int64_t r = 0; r < rows; r++)
         store_row(p->y + (first + r) * p->out_features + tile * TILE_OUT, sums + r * TILE_OUT);
 }
-
-/* Computes the outputs of one tile of codes for all rows. Blocks differ by at most one row, so that none
- * is smaller than a group. */
-static void multiply_panel(const Product *p, int64_t tile, Walk *walk) {
-    int64_t blocks = (p->rows + ROW_BLOCK - 1) / ROW_BLOCK;
-    for (int64_t b = 0; b < blocks; b++) {
-        int64_t first = p->rows * b / blocks;
-        multiply_tile(p, tile, first, p->rows * (b + 1) / blocks - first, walk);
-    }
-}

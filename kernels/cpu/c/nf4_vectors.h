@@ -101,9 +101,3 @@ static void multiply_tile(const Product *p, int64_t tile, int64_t first, int64_t
     for (int64_t r = 0; r < rows; r++)
         store_row(p->y + (first + r) * p->out_features + tile * TILE_OUT, sums + r * TILE_OUT);
 }
-
-/* Computes the outputs of one tile for all rows. */
-static void multiply_panel(const Product *p, int64_t tile, Walk *walk) {
-    for (int64_t first = 0; first < p->rows; first += ROW_BLOCK)
-        multiply_tile(p, tile, first, least(p->rows - first, ROW_BLOCK), walk);
-}

@@ -80,6 +80,13 @@ INLINE bf16 to_bf16(float value) {
 }
 
 INLINE void store_bf16(bf16 *p, f32x16 value) {
+#if HAS_AVX512_BF16
+    /* This instruction replaces subnormal numbers by 0, and keeps the bits of a NaN. The code below handles both. */
+    if (!_mm512_fpclass_ps_mask((__m512)value, 0xa1)) {
+        *(__m256i_u *)p = (__m256i)_mm512_cvtneps_pbh((__m512)value);
+        return;
+    }
+#endif
     u32x16 bits = (u32x16)value;
     u32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     u32x16 is_nan = (u32x16)differ(value, value);

@@ -246,7 +246,7 @@ class Step:
 
     Attributes:
         scheduled: The items to compute.
-        new_blocks: Blocks that changed owner, to be zeroed first.
+        new_blocks: Blocks that changed owner; see ``KvCache.clear``.
         num_preempted: Sequences that lost their blocks.
         presets: Sequences, each with the index of a block. The blocks from that index up to the
             sequence's ``num_preset`` positions are then filled from its adapter.

@@ -184,7 +184,8 @@ class TorchExecutor(Executor[Decoder, StepStore]):
         )
 
     def run(self, step: Step) -> Computed:
-        self._cache.clear(step.new_blocks)
+        if self._decoder.ops.reads_masked:
+            self._cache.clear(step.new_blocks)
         for sequence, start in step.presets:
             fill_prefix(self._cache, sequence, start)
         scalings = scalings_of(step, self.store, self._decoder.device, self._compute)

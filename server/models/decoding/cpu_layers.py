@@ -53,6 +53,7 @@ _HEAD_DIM_MULTIPLE = 32
 class CpuLayerOps(LayerOps):
     """The operations of a layer by compiled kernels."""
 
+    reads_masked = False
     activations = {"silu": silu_mul, "gelu_pytorch_tanh": gelu_mul}  # noqa: RUF012
     clamped_swiglu = staticmethod(clamped_swiglu)
 

@@ -27,7 +27,7 @@ class KvCache:
     """Keys and values of all layers, ``[layers, num_blocks, block_size, kv_heads, head_dim]``.
 
     Block 0 is never allocated, because it pads tiles. The memory is only reserved: a block takes
-    RAM when it is first allocated (and cleared).
+    RAM when it is first written.
     """
 
     def __init__(
@@ -46,11 +46,7 @@ class KvCache:
         return per_token * block_size * dtype.itemsize
 
     def clear(self, blocks: Sequence[int]) -> None:
-        """Zero blocks that change owner.
-
-        The value at a masked position is still multiplied by 0, so a NaN of the previous owner
-        would spread.
-        """
+        """Zero blocks that change owner, for ``LayerOps.reads_masked``."""
         if blocks:
             index = torch.tensor(blocks, device=self.keys.device)
             self.keys.index_fill_(1, index, 0)
@@ -197,12 +193,15 @@ class LayerOps:
         arch: The architecture of the decoder.
 
     Attributes:
+        reads_masked: Whether attention multiplies the values at masked positions by 0. A NaN of a
+            block's previous owner would then spread, so blocks that change owner must be cleared.
         activations: Name in ``Arch`` → function that also multiplies the activation by ``up``.
         clamped_swiglu: Computes a ``ClampedSwiglu``.
         route_rows: See ``route``.
         combine: Sums the outputs of each row's experts, ``[pairs, hidden]`` → ``[rows, hidden]``.
     """
 
+    reads_masked = True
     activations: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "silu": _gated(row_silu),
         "gelu_pytorch_tanh": _gated(row_gelu),

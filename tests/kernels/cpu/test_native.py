@@ -20,7 +20,7 @@ import torch
 from kernel_traffic import error_ratio
 
 from turret.kernels.cpu import native, row_adapters
-from turret.kernels.cpu.layers import NativeAttentionPlan, paged_attention
+from turret.kernels.cpu.layers import NativeAttentionPlan, add_rms_norm, paged_attention
 from turret.kernels.cpu.row_adapters import (
     CStruct,
     ModuleSizes,
@@ -247,6 +247,18 @@ def test_attention_equals_float64_and_the_rows_alone(
             assert error_ratio(got[row], exact) < MAX_ERROR, (span, i)
             single = SequenceSpan(0, 1, end - 1, own, span.num_padding)
             assert torch.equal(attend(q[row : row + 1], [single])[0], got[row]), (span, i)
+
+
+def test_every_kind_of_number_is_rounded_as_in_torch() -> None:
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(BF16).view(256, 256)
+    for delta in (numbers.T.contiguous(), numbers.flip(0, 1), numbers):
+        hidden = numbers.clone()
+        add_rms_norm(hidden, delta, torch.ones(256), 1e-5)
+        exact = (numbers.float() + delta.float()).to(BF16)
+        is_nan = exact.isnan()
+        assert torch.equal(hidden.isnan(), is_nan)
+        bits = (each.view(torch.int16)[~is_nan] for each in (hidden, exact))
+        assert torch.equal(*bits)
 
 
 def test_the_variable_switches_the_library_off(monkeypatch: pytest.MonkeyPatch) -> None:
