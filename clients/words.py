@@ -62,19 +62,19 @@ TEXTS = {
     "ANSWER_NOT_A_LABEL": "{value!q} is not one of --labels",
     "ANSWER_WITHOUT_TOKENS": "line {line}: the answer has no tokens",
     "NO_LABELS_OF_ADAPTER": "{place}: the adapter predicts numbers, not labels",
-    "EVALUATION_CUT": "the server closed the connection {done}; see its log",
+    "EVALUATION_CUT": "the server closed the connection {done}; see the server's log",
     # Files of examples.
     "PATH_MISSING": "{path} does not exist",
     "PATH_IS_A_DIRECTORY": "{path} is a directory; pass a file in it",
-    "EXAMPLE_KEYS": "messages, or prompt and completion (for several labels, use the key labels"
+    "EXAMPLE_KEYS": 'messages, or prompt and completion (for several labels, use the key "labels"'
     " instead of the answer)",
     "TRAINING_EXAMPLE_KEYS": "messages, or prompt and completion, or text (for several labels, use"
-    " the key labels instead of the answer)",
+    ' the key "labels" instead of the answer)',
     "NO_EXAMPLES": "has no examples; every line must be a JSON object with {keys}",
     # Lines of such a file.
     "LINE_NOT_JSON": "is not valid JSON: {problem}; every line must be one JSON object",
     "DUPLICATE_KEY": "appears twice in the object",
-    "UNEXPECTED_KEY": "is not a key of an example, which has {keys}",
+    "UNEXPECTED_KEY": "unknown key; an example has {keys}",
     "NOT_AN_EXAMPLE": "must be a JSON object with {keys}",
     "HALF_CHARACTER": "contains half of a surrogate pair, {value}; add its other half",
     "NOT_A_MESSAGE": "must be an object with role and content",

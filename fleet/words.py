@@ -12,7 +12,7 @@ TEXTS = {
     ),
     "FLEET_ELSEWHERE": "this Ray cluster already has a fleet, with --state-dir {state_dir}",
     "ADAPTER_IN_BASE": "adapter {adapter!q} is merged into the base; unmerge it first",
-    "ADAPTER_LOADED_AGAIN": "adapter {adapter!q} was unloaded and loaded again in the meantime",
+    "ADAPTER_LOADED_AGAIN": "adapter {adapter!q} was unloaded and loaded again during this call",
     "COMPONENT_MISSING": (
         "the component with digest {digest} is not registered, or is being unloaded"
     ),

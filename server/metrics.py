@@ -160,7 +160,8 @@ class Metrics:
         )
         self._adapters_info = gauge(
             "turret_adapters_info",
-            "Adapters of running and waiting requests, for routers; the value is the time.",
+            "Adapters of running and waiting requests, for routers; the value is the time"
+            " of the update.",
             ["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
         )
         self.preemptions = counter("turret_preemptions_total", "Preempted sequences.")

@@ -278,8 +278,8 @@ class FusionModel(nn.Module):
 #
 # Cross entropy alone leaves most gates near the mean: once an answer is right, the training
 # examples give no further gradient. On other examples, a task's update at half strength is worse
-# than at full strength. So each example also pulls every gate towards the component that answers it
-# best alone::
+# than at full strength. So each example also pulls every gate towards the component that, on
+# its own, answers it best::
 #
 #     loss = CE + guidance · mean(−log α_best)
 #

@@ -25,7 +25,7 @@ TEXTS = {
     "EXCEEDS_CONTEXT": "must be at most {most}, the context length of the model, not {value}",
     "IS_TRAINING_FILE": "{path} is also data.train; omit this setting to hold out"
     " data.validation_fraction of the examples",
-    "VALIDATION_EMPTY": "holds out none of the {found!n:example} in {path}, but a sweep compares"
+    "VALIDATION_EMPTY": "holds out 0 of {found!n:example} in {path}, but a sweep compares"
     " validation losses; set data.validation, or set this fraction above 0 and provide at"
     " least two examples",
     "SAME_COMPONENT_NAME": "two components have the same name; write NAME=DIRECTORY",
@@ -56,7 +56,7 @@ TEXTS = {
     " has {found} tokens",
     "NEEDS_CHAT_TEMPLATE": "requires a chat template, which this model lacks; use prompt and"
     " completion",
-    "TEMPLATE_REWRITES": "makes the chat template change the messages before it",
+    "TEMPLATE_REWRITES": "makes the chat template render the text before it differently",
     "INVOCATION_MISSING": "does not contain the invocation {value!q:.60} before the last answer",
     "INVOCATION_SPLIT": "contains the text {value!q:.60}, but the tokenizer does not split it into"
     " the tokens {tokens}; choose a method.invocation that starts and ends with special tokens or"
@@ -82,7 +82,7 @@ TEXTS = {
     "EXAMPLES_CHANGED": "the examples have changed (data.digest)",
     "NOT_A_RUN": "{path} is not a run of `turret train`: {why}",
     "NO_RUN_FACTS": "{path} is not a run of `turret train`, because it has no {name}; pass the"
-    " directory of run.output",
+    " directory that run.output sets",
     "RUN_DISK_FULL": "the disk of {path} has {free!b} free, but the run needs {needed!b}; free some"
     " space or choose another --output",
     "LOSS_NOT_FINITE": "the loss of step {step} is {loss}; lower optimizer.learning_rate",
@@ -92,8 +92,8 @@ TEXTS = {
     "REHEARSAL_FAILED": "the process that measures memory failed: {problem:.500}",
     "OTHER_BASE_SERVED": "the server's weights of {served} differ from those of {name}; set"
     " base.model to the server's model",
-    "SERVER_DOES_NOT_TRAIN": "{address} does not train; start it with `turret serve --training"
-    " --state-dir DIR`",
+    "SERVER_DOES_NOT_TRAIN": "the server at {address} does not offer training; start it with"
+    " `turret serve --training --state-dir DIR`",
     "RUN_ELSEWHERE": "the run in {path} was started {how} --server; `{command}` continues it",
     "NO_VALIDATION_LOSS": "{path} has no validation loss",
     # Repair adapters.
@@ -121,16 +121,18 @@ TEXTS = {
     " 32-bit checkpoint that the adapter was trained on",
     "LORA_COUNT": "the adapter consists of {expected} LoRAs; pass --lora once for each, not {found}"
     " times",
-    "XLORA_NO_LORAS": "adapters must be an object that names the LoRAs",
-    "XLORA_NAME": "adapters contains the name {value!q:.60}, but PEFT supports only numbers from 0",
-    "XLORA_NUMBERS": "xlora_depth and xlora_dropout_p must be numbers",
+    "XLORA_NO_LORAS": "adapters in adapter_config.json must map the number of each LoRA to its"
+    " directory",
+    "XLORA_NAME": "adapters in adapter_config.json has the key {value!q:.60}, but its keys must be"
+    " consecutive numbers from 0",
+    "XLORA_NUMBERS": "xlora_depth must be an integer from 1 to 64, and xlora_dropout_p a number",
     "XLORA_NO_CLASSIFIER": "{name} is neither in {path} nor in a LoRA's directory below it;"
     " convert the whole directory that PEFT wrote",
     "XLORA_TRAINED_LORAS": "LoRA {number} was trained too (use_trainable_adapters), but PEFT 0.20"
     " and later do not save all of its layers; save the adapter with PEFT 0.19",
     "XLORA_NO_ORIGINAL": "cannot read the original of LoRA {number}: {path} is not an adapter;"
     " pass the original LoRAs in order, each with --lora",
-    "XLORA_OTHER_LORA": "{path} is not LoRA {number}: {name} differs",
+    "XLORA_OTHER_LORA": "{path} is not the original of LoRA {number}: {name} differs",
     "ADAMSS_CLUSTERS": "{name}: the base gives clusters of {expected} rows, but the file has"
     f" {{found}}; {_TRAINED_BASE}",
     "ADAMSS_OTHER_WEIGHT": f"{{path}}: adamss_newB does not match the base's weight;"

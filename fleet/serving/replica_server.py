@@ -35,7 +35,7 @@ from turret.v1 import adapters_pb2, inference_pb2
 _log = logging.getLogger(__name__)
 
 _JOIN_SECONDS = 120.0
-# Time at the end for the last traces.
+# Time limit on shutdown for exporting the last traces.
 _FLUSH_SECONDS = 2.0
 # The metrics of replicas on one machine use consecutive ports.
 _METRICS_PORTS = 64

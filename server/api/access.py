@@ -357,10 +357,12 @@ class MessageMemory:
         Raises:
             QueueFullError: The messages of all clients, or of this token, would take too much.
         """
-        most = self._most_bytes // 2 if tenant else self._most_bytes
-        held = self._held[tenant] if tenant else self._all_held
-        if held + num_bytes > most or self._all_held + num_bytes > self._most_bytes:
-            raise QueueFullError(say("MESSAGES_FULL", held=held, most=most))
+        limits = [(self._all_held, self._most_bytes)]
+        if tenant:
+            limits.append((self._held[tenant], self._most_bytes // 2))
+        for held, most in limits:
+            if held + num_bytes > most:
+                raise QueueFullError(say("MESSAGES_FULL", held=held, most=most))
         self._held[tenant] += num_bytes
         self._all_held += num_bytes
 

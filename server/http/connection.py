@@ -26,12 +26,13 @@ MAX_HEAD_BYTES = 16 << 10
 # take time and memory far beyond their bytes.
 MAX_HEADERS = 128
 MAX_SENT_AHEAD = 8
-# A client that keeps sending after a rejection gets this much time, and may send this many bytes,
-# to read the answer. Closing the connection earlier would reset it and could lose the answer.
+# A client that keeps sending after a rejection gets this much time to read the answer, and may
+# send this many bytes meanwhile. Closing the connection earlier would reset it and could lose the
+# answer.
 LINGER_SECONDS = 5.0
 LINGER_BYTES = MAX_BODY_BYTES
-# Limit on the bytes of chunk framing in a request. A body in chunks of a few bytes would be many
-# times its size, and each chunk takes time. Handlers limit the bodies themselves.
+# Limit on the bytes of chunk framing in a request. A body in chunks of a few bytes takes many
+# times its size on the wire, and each chunk takes time. Handlers limit the bodies themselves.
 MAX_FRAMING_BYTES = 4 << 20
 # The parser gets at most this much at once (10,000 chunks of one byte), so that other connections
 # get a turn.

@@ -89,7 +89,7 @@ class Reply:
     async def keep_alive(self) -> None:
         """Send a comment if nothing was sent since the last call. The comment may begin the answer.
 
-        Otherwise, proxies and clients would close the idle connection.
+        Without comments, proxies and clients would close the idle connection.
         """
         if not self._was_quiet:
             self._was_quiet = True
@@ -499,7 +499,7 @@ def _check_head(request: Request) -> None:
 
 
 def _peer(scope: Scope) -> str:
-    """The client's address in gRPC's form, so that both protocols count one party."""
+    """The client's address in gRPC's form, so that both protocols count it as one party."""
     host, port = scope.get("client") or ("", 0)
     return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
 

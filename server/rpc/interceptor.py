@@ -491,7 +491,7 @@ def _limits(method: str, tenant: bytes) -> Iterator[Limit]:
     is_open = _service_of(method) not in SERVICE_ROLES
     yield Limit(is_open, MOST_OPEN_CALLS if is_open else MOST_CALLS, "TOO_MANY_CALLS")
     if tenant:
-        yield Limit(tenant, MOST_CALLS_PER_TOKEN, "TOO_MANY_CALLS")
+        yield Limit(tenant, MOST_CALLS_PER_TOKEN, "TOO_MANY_CALLS_OF_TOKEN")
 
 
 def authorization_of(metadata: Iterable[tuple[str, str | bytes]]) -> str | bytes | None:

@@ -22,7 +22,7 @@ TEXTS: dict[str, str] = {
     "NOT_ADAPTABLE": "method {method} cannot adapt module {module!q:.120}",
     "SLOW_PATTERN": "pattern {pattern!q:.120} takes too much time or memory to match",
     "UNTRIED_PATTERN": "pattern {pattern!q:.120} was not tried because another one is too slow",
-    "TOO_MANY_PATTERNS": "{count} patterns are too many for {modules} modules",
+    "TOO_MANY_PATTERNS": "matching {count} patterns against {modules} modules would take too long",
     "NO_TASKS": "a {method} adapter has no tasks; omit the task",
     "MISSING_TASK": "is required; choose a task from 0 to {most}",
     # Tensors.
@@ -65,7 +65,7 @@ TEXTS: dict[str, str] = {
     "UNEQUAL_ROWS": "has {rows!n:row}, but {other} has {expected}",
     "TOO_MANY_ADDED_ROWS": "has {rows} rows, but at most {most} more than the base model's"
     f" {{base_rows}} are supported; {_MERGE_FIRST}",
-    "NEEDS_ALL_TOKENS": "is not supported if the adapter changes the number of tokens; "
+    "NEEDS_ALL_TOKENS": "is not supported if the adapter changes the size of the vocabulary; "
     + _MERGE_FIRST,
     "MISSING_ROWS": "the rows of tokens {first} to {last}, which the base model lacks, are not in"
     " the file; add {module} to modules_to_save as well",
@@ -128,8 +128,8 @@ TEXTS: dict[str, str] = {
     "TRAINED_FOR_ANOTHER_BASE": "trained for base model {trained!q:.200}, served on"
     " {served!q:.200}: the shapes fit, but the weights may differ",
     "OTHER_WEIGHTS": "trained on base weights with digest {trained}, but served on {served}",
-    "STORED_OTHERWISE": "the base that it was trained on has other modules in 16 bits than the"
-    " server's base; these differ: {modules}",
+    "STORED_OTHERWISE": "the server's base and the base that it was trained on keep different"
+    " modules in 16 bits; where they differ, the server has {modules}",
     "OTHER_QUANTIZATION": "trained on {trained!q:.200}, whose weights are stored as {value}, but"
     " served on {served!q:.200}: the weights may differ",
     "BASE_DIFFERS": "adapter {path!q:.200} is rejected by --strict-base: {problem}",
@@ -143,8 +143,8 @@ TEXTS: dict[str, str] = {
     " computed from the 4-bit weights",
     "ARROW_WITHOUT_SEED": "rng_seed is null; this server always uses 0, while PEFT draws a new seed"
     " at every load",
-    "COMPONENTS_ADAPT_MORE": "its components adapt {count!n:module} that it does not target; these"
-    " modules use the base alone",
+    "COMPONENTS_ADAPT_MORE": "its components also adapt {count!n:module} that it does not target;"
+    " only the base is used there",
     "LARGE_UPDATES": "its updates are as large as the weights that they change: {bytes!b} in"
     " host memory, and the same on the device",
     "NO_CONV1D": "fan_in_fan_out is true but has no effect on the base model's linear modules",
@@ -170,7 +170,8 @@ TEXTS: dict[str, str] = {
     "NOTHING_TO_FUSE": "no adapter of the mix changes any module",
     "NAME_IS_MEMBER": "{adapter!q} is a member of the mix; choose another name",
     "RANK_REQUIRED": "set rank or energy, because no member has a rank",
-    "UNEQUAL_MEMBERS": "members have different ranks in {module} ({ranks}); use {other} instead",
+    "UNEQUAL_MEMBERS": "members have different ranks in {module} ({ranks}); use the combination"
+    " {other} instead",
     "FUSED_RANK": "the fusion needs rank {rank} in {module}, but the server's --max-rank is"
     " {max_rank}",
     "MEMBERS_OVER_BUDGET": "the members need {bytes!b} in fp32, but adapters may use"

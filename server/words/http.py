@@ -15,7 +15,7 @@ TEXTS: dict[str, str] = {
     # Fields.
     "TOO_LONG": "must have at most {most} characters when written as JSON",
     "NUMBER_TOO_LARGE": "must not contain numbers above 1.8e308",
-    "TOO_FEW_ENTRIES": "must have at least {least} entries",
+    "TOO_FEW_ENTRIES": "must have {least} or more entries",
     "NOT_TEXT": "must be a text part; this model accepts only text",
     "NOT_A_BIAS": "must map token ids to numbers from -100 to 100; the entry {token!q:.40} does"
     " not",
@@ -27,10 +27,10 @@ TEXTS: dict[str, str] = {
     "UNKNOWN_TOOL": "names a function that is not in tools",
     "GBNF_BESIDE_TOOLS": "must be a Lark grammar, not GBNF, if the request has tools",
     "SCHEMA_TOO_NESTED": "cannot be combined with such a deeply nested schema",
-    "UNENFORCEABLE_IN_XML": "is not supported for models that write tool calls as XML",
-    "UNENFORCEABLE_SCHEMA": "must be {expected} for models that write tool calls as XML",
+    "UNENFORCEABLE_IN_XML": "is not supported, because this model writes tool calls as XML",
+    "UNENFORCEABLE_SCHEMA": "must be {expected}, because this model writes tool calls as XML",
     # Models.
-    "NEEDS_BASE_MODEL": "requires model to be the base model",
+    "NEEDS_BASE_MODEL": "can be set only if model is the base model",
     "NO_SUCH_MODEL": "the model {model!q} does not exist",
     "MODEL_NOT_A_MIX": "the model {model!q} does not exist; write a mix like {step}",
     "MODEL_IS_A_MIX": "{model!q} is a mix; GET /v1/models/{step} describes its first adapter",

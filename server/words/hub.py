@@ -21,7 +21,7 @@ TEXTS = {
     " or oci",
     "REMOTE_NOT_REACHED": "{path} cannot be read ({problem}); check the network and the server's"
     " credentials",
-    "REMOTE_DAMAGED": "{path} did not arrive as announced: {problem}",
+    "REMOTE_DAMAGED": "the download of {path} is incomplete or damaged: {problem}",
     "REMOTE_TOO_SLOW": "{path} did not arrive in time; try again",
     # Repositories.
     "HUB_OFFLINE": "{repository} is not in the cache {folder}, and HF_HUB_OFFLINE is set; unset"

@@ -37,15 +37,15 @@ TEXTS = {
     "NO_TOKENS": "has no tokens",
     "PROMPT_TOO_LONG": "the prompt has {length} {unit}, more than the limit of {limit}",
     "CONTEXT_TOO_SHORT": "the prompt has {prompt_tokens} tokens, too many for the context length"
-    " of {max_model_len}",
+    " of {max_model_len}, which includes any answer",
     "MAX_TOKENS_TOO_LARGE": "{max_tokens} tokens were requested, but this prompt leaves room for"
     " only {room} within the context length of {max_model_len}",
     "NOTHING_TO_TRAIN": "must be true if train_mlp and train_unembed are false",
-    "OTHER_ADAPTER_CONFIG": "contains an adapter of another method, rank or set of modules",
-    "TRAINING_FULL": "the adapter needs {bytes!b}, but this client uses {used!b} of its {most!b}"
-    " for training, and all clients use {all_used!b} of {training_bytes!b}",
+    "OTHER_ADAPTER_CONFIG": "contains an adapter with a different method, rank or set of modules",
+    "TRAINING_FULL": "training the adapter needs {bytes!b} of memory, but this client already uses"
+    " {used!b} of its {most!b}, and all clients use {all_used!b} of {training_bytes!b}",
     "NOT_A_TOKEN": "token {value} is not in the vocabulary of {size} tokens",
-    "ANSWER_COMPLETE": "already has {found!n:token}, but {other} allows only {most}",
+    "ANSWER_COMPLETE": "already has {found!n:token}, and {other} ({most}) allows no more",
     "ANSWER_ENDED": "the token at index {index} already ends the answer",
     "TOKEN_FORBIDDEN": "the constraint does not allow the token at index {index}",
     "NO_CHAT_TEMPLATE": "this model has no chat template; send a prompt instead, or start the"
@@ -69,8 +69,8 @@ TEXTS = {
     "CONSTRAINT_TOO_SLOW": "the constraint takes too long to evaluate",
     "CONSTRAINT_TOO_COMPLEX": "the constraint is too complex: {problem}",
     "CONSTRAINT_UNTRIED": "the constraint could not be checked: {problem}",
-    "CONSTRAINTS_FULL": "compiled constraints already take {held!b} of memory; the limit is"
-    " {most!b}",
+    "CONSTRAINTS_FULL": "compiled constraints already take {held!b} of memory, and with this one"
+    " they would exceed the limit of {most!b}",
     "COMPILATION_TOO_SLOW": "the constraint was not compiled within {seconds:.0f} seconds",
     "NO_END_TOKEN": "this model has no end token, so no answer under a constraint could end",
     "TOKENIZER_UNUSABLE": "this model's tokenizer does not support constraints: {problem}",
@@ -78,8 +78,8 @@ TEXTS = {
     "HEAD_MISSING": "none of the adapters has a classification head (SEQ_CLS)",
     "SEVERAL_HEADS": "only one adapter with a classification head can be used, not several:"
     " {adapters}",
-    "ADAPTER_CLASSIFIES": "{adapters} was trained to classify (SEQ_CLS) and cannot generate or"
-    " score text",
+    "ADAPTER_CLASSIFIES": "an adapter trained to classify (SEQ_CLS) cannot generate or score text:"
+    " {adapters}",
     "PREFIX_NOT_ALONE": "only one adapter with soft tokens or a prefix can be used, and only with"
     " weight 1: {adapters}",
     "VOCABULARY_NOT_ALONE": "only one adapter with its own vocabulary can be used, and only with"

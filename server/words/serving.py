@@ -42,7 +42,7 @@ TEXTS = {
     "TOKEN_FILE_NOT_TEXT": "{path} is not UTF-8 text",
     "TOKEN_FILE_EMPTY": "{path} has no line of the form TOKEN ROLE[,ROLE]",
     "TOKEN_LINE_MALFORMED": "{path}: line {line} is not of the form TOKEN ROLE[,ROLE]",
-    "TOKEN_NOT_ASCII": "{path}: the token in line {line} is not printable ASCII",
+    "TOKEN_NOT_ASCII": "{path}: the token on line {line} is not printable ASCII",
     "TOKEN_DUPLICATE": "{path}: line {line} repeats the token of an earlier line",
     "ROLE_UNKNOWN": "{path}: line {line} has an unknown role; known roles are {choices}",
     # Memory and disks.
@@ -110,7 +110,7 @@ TEXTS = {
     " bitsandbytes 4-bit, MXFP4 and FP8",
     "ALREADY_QUANTIZED": "{model} is already quantised to 4 bits, so no modules can be skipped",
     "UNKNOWN_MODULE": "no module of the decoder layers matches {value!q}",
-    "BLOCK_SIZE_INVALID": "weight_block_size must be two positive numbers, not {value}",
+    "BLOCK_SIZE_INVALID": "weight_block_size must be two positive integers, not {value}",
     "SHAPE_MISMATCH": "{name} has shape {found}, but the config implies {expected}",
     "EXPERTS_MISMATCH": "{name} has {found} experts, but the config has {expected}",
     "TENSOR_MISSING": "the checkpoint lacks the tensor {name}",

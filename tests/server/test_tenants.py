@@ -1,4 +1,4 @@
-"""One token learns nothing about another's requests, and does not keep it waiting."""
+"""A bearer token learns nothing about the requests of another, and does not delay them."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ async def test_a_token_that_occupies_all_places_yields_one_to_another(
         await asyncio.gather(*(event.wait() for event in begun))
         await protocols.rpc("bob")
         assert not any(task.done() for task in long)
-        # The one that yielded goes on with the same tokens.
+        # The request that yielded its place continues with the same tokens.
         assert await asyncio.gather(*long) == [alone] * len(long)
 
 
@@ -326,7 +326,7 @@ def test_a_rare_adapter_does_not_wait_for_a_popular_ones_overload(
             token_ids=range(VOCAB_SIZE - 2),
         )
     print(f"\n{found}", file=sys.stderr)
-    # The requirement is 3. First come, first served would take about 2, and a rare adapter that
-    # waits only for its turn 0.3. The bound distinguishes the two even on a slow machine.
+    # The ratio must be at most 3. First come, first served gives about 2, and a rare adapter that
+    # waits only for its turn gives 0.3. The bound distinguishes the two even on a slow machine.
     assert found["rare_requests"] > 20
     assert found["ratio"] < 1.0, found

@@ -170,7 +170,7 @@ class MethodConfig:
     )
     guidance: Number | None = _key(
         "learned fusion: weight of the penalty on gates that deviate from the component "
-        "that answers an example best alone; 0 for none",
+        "that, on its own, answers an example best; 0 for none",
         None,
         chosen="by method",
         sample=0.5,

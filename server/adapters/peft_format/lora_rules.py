@@ -138,7 +138,7 @@ def well_formed(config: Mapping[str, Any], *keys: str) -> dict[str, Any] | None:
     return None if any(LORA_KEYS[key](value) for key, value in chosen.items()) else chosen
 
 
-_START = "read only at initialisation, which init_lora_weights names"
+_START = "read only by the initialisation that init_lora_weights selects"
 _MEGATRON = "chooses the layer class in Megatron training"
 LORA_IGNORED: Mapping[str, str] = {
     "lora_dropout": "dropout is off at inference",

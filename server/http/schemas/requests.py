@@ -300,7 +300,8 @@ class Message(Body):
     @model_validator(mode="after")
     def _is_complete(self) -> Message:
         if self.role == "function":
-            raise wrong_at(say("NOT_SUPPORTED_USE", instead="tool"), "role")
+            instead = '"tool" instead of "function"'
+            raise wrong_at(say("NOT_SUPPORTED_USE", instead=instead), "role")
         # Answers that consist only of calls or reasoning have no content, and clients send them
         # back without it.
         if self.content is None and self.role != "assistant":

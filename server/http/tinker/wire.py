@@ -175,7 +175,7 @@ def _settings(parts: tinker_pb2.TinkerPassParts, violations: Violations) -> dict
 
 
 def result_of_pass(losses: Sequence[DatumLoss]) -> bytes:
-    """The message with the losses of a pass, which are sums over tokens."""
+    """The message with each token's log probability and loss in a pass, and the sum of losses."""
     record = tinker_pb2.TinkerPassResult.ArrayRecord(
         type_tag="LossPerToken", num_datums=len(losses)
     )

@@ -123,7 +123,8 @@ class _Value:
             definitions = {key: self._root[key] for key in _DEFINITIONS if key in self._root}
             whole = {**definitions, **schema}
             if _REFERENCE.search(json.dumps(whole)):
-                raise self._error("", say("UNENFORCEABLE_SCHEMA", expected="a reference to $defs"))
+                expected = "a schema whose references are all to $defs"
+                raise self._error("", say("UNENFORCEABLE_SCHEMA", expected=expected))
             yield f"{rule}: {rule}_json {json.dumps(_END)}"
             yield f"{rule}_json: {json_rule(whole)}"
 
@@ -135,7 +136,8 @@ class _Value:
             if not isinstance(found, dict):
                 break
             schema = found
-        raise self._error(".$ref", say("UNENFORCEABLE_SCHEMA", expected="a reference within it"))
+        expected = "a reference to a schema in these parameters"
+        raise self._error(".$ref", say("UNENFORCEABLE_SCHEMA", expected=expected))
 
     def _text(self, schema: Mapping[str, Any]) -> str:
         """The rule of any text of an allowed length."""

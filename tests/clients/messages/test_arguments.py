@@ -205,7 +205,7 @@ def test_an_invalid_argument_is_reported_by_name(
     assert not [*server.inference.requests, *server.adapters.requests]
 
 
-async def test_every_way_to_ask_reports_it(client: TurretClient):
+async def test_every_way_to_ask_reports_an_invalid_argument(client: TurretClient):
     wrong: Any = {"max_tokens": "2"}
     async with AsyncTurretClient("127.0.0.1:1") as other:
         for ask in (

@@ -176,7 +176,7 @@ async def check_answers(
     oracle = transformers_model(packed).float()
     lora = make_config("lora", target_modules=["q_proj"], target_parameters=PARAMETERS)
     save_adapter(oracle, lora, root / "a", seed=3)
-    # Other modules as they are served.
+    # Give the oracle the served weights of all other modules.
     served = served_weights(packed, torch.float32)
     with torch.no_grad():
         for name, weight in served.items():
@@ -212,7 +212,7 @@ async def test_answers_on_mxfp4_equal_peft_on_the_gpu_path(packed: Path, tmp_pat
 
 
 def test_a_4bit_checkpoint_may_have_experts_in_either_form(plain: Path, tmp_path: Path) -> None:
-    """Experts are quantised modules with a renamed router, or unchanged."""
+    """Each expert is a quantised module and the router is renamed, or experts are 16-bit stacks."""
     expected = served_weights(plain, torch.float32)
     quantised, stacked = load_file(cached(tmp_path)), load_file(plain / WEIGHTS)
     config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -240,7 +240,7 @@ def test_a_4bit_checkpoint_may_have_experts_in_either_form(plain: Path, tmp_path
 
 
 def put(name: str, *pairs: tuple[str, torch.Tensor]) -> Callable[[Tensors], Any]:
-    """Replace a tensor with others, by their suffixes."""
+    """Replace a tensor with others, each of which has the same name and a suffix."""
 
     def edit(tensors: Tensors) -> None:
         tensors.pop(name, None)
@@ -287,7 +287,7 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Any], Callable[[BaseException], bool
         says("EXPERTS_MISMATCH", name=DOWN, found=7, expected=6),
     ),
 }
-# Tensors that a plain checkpoint does not quantise; errors appear when it is loaded.
+# Tensors that are not quantised, so their errors appear only when the model is loaded.
 UNFIT = (
     "self_attn.sinks",
     "self_attn.q_proj.bias",

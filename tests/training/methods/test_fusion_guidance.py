@@ -1,4 +1,4 @@
-"""The penalty on gates that deviate from the component that answers an example best alone.
+"""The penalty on gates that deviate from the component that, on its own, answers an example best.
 
 The gates are recomputed from dense matrices in float64, and the components' answers by PEFT, one
 example at a time without padding. Faults that were planted in ``training/fusion.py``, and how many

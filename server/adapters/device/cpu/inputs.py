@@ -1,6 +1,6 @@
 """Changes of inputs by adapters on the CPU path: input gains and input blocks.
 
-With ``x' = x + Σ_k w_k (T_k x − x)``, the mix of a row determines one of three ways:
+With ``x' = x + Σ_k w_k (T_k x − x)``, the mix of a row determines which of three ways is used:
 
 - if every slice takes the same ``x'``, because there is only one slice or the slices share a gain
   (LN tuning), the base multiplies ``x'`` instead of ``x``, in the product with all other rows;
@@ -75,7 +75,7 @@ class StepInputs:
         numbers: The numbers of its modules.
         common: Rows whose changed input is multiplied in the product of all rows.
         own: Rows for which each slice multiplies its own input.
-        added: Rows whose changes are separate products, by position among those of the mix.
+        added: Rows whose changes are separate products; the n-th entry has each mix's n-th change.
     """
 
     layout: ProjectionLayout

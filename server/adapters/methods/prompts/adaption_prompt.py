@@ -5,7 +5,7 @@
 ``P`` is the layer's prompt, and ``q`` are the rotated queries. The prompt's keys have no position
 and are not rotated. ``K_a`` and ``V_a`` are the same for every token, so they are computed at load
 with the served projections. The scale is folded into the keys, and the gate into the values. If
-``o_proj`` has a bias, PEFT adds it a second time, for every value of the gate.
+``o_proj`` has a bias, PEFT adds it a second time, whatever the value of the gate.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""CARTRIDGE (arXiv 2506.06266): keys and values that began as those of a text."""
+"""CARTRIDGE (arXiv 2506.06266): keys and values that were initialised with those of a text."""
 
 from __future__ import annotations
 

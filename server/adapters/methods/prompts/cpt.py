@@ -1,4 +1,4 @@
-"""CPT (arXiv 2410.17222): soft tokens that began as the embeddings of a few examples.
+"""CPT (arXiv 2410.17222): soft tokens initialised with the embeddings of a few examples.
 
 The file has the sum of the embeddings and the learned change. Label masks and loss weights matter
 only in training, so inference is the same as for prompt tuning.

@@ -40,7 +40,7 @@ def _shared(adapter: Reading) -> Shared:
 
 
 class _Solved:
-    """Holds the inverse of one kind of module's ``V`` at a time, and adds up the noise."""
+    """Holds the inverse of ``V`` for one kind of module at a time, and adds up the noise."""
 
     def __init__(self, adapter: Reading) -> None:
         self._adapter = adapter

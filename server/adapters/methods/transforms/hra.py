@@ -42,7 +42,7 @@ def _reflections(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _orthonormal(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same factors of ``I − 2 U Uᵀ``, ``U`` orthonormalised by Gram and Schmidt."""
+    """The same factors for ``R = I − 2 U Uᵀ``, with ``U`` orthonormalised by Gram-Schmidt."""
     done: list[torch.Tensor] = []
     for column in u.unbind(dim=1):
         for other in done:
