@@ -26,9 +26,9 @@ FOLDERS = ("server", "kernels", "clients", "fleet", "training", "v1")
 missing = [name for name in FOLDERS if not (PACKAGE / name).is_dir()]
 if missing:
     raise SystemExit(
-        f"src/turret/{missing[0]} is no folder: this copy of turret has no symbolic links, so the"
-        " package would be empty. Clone the repository with git (on Windows with"
-        " 'git -c core.symlinks=true clone'), or take the .tar.gz in place of the ZIP."
+        f"src/turret/{missing[0]} is not a directory: this copy of turret has no symbolic links, so"
+        " the package would be empty. Clone the repository with git (on Windows with"
+        " 'git -c core.symlinks=true clone'), or use the .tar.gz, not the ZIP."
     )
 
 
@@ -74,7 +74,7 @@ def libraries() -> list[Extension]:
 
 
 class BuildLibraries(build_ext):
-    """Calls a library ``_native.so``, and compiles one file per processor at a time."""
+    """Builds libraries without a version tag in their names, with one compiler per processor."""
 
     def build_extensions(self) -> None:
         compile_some = self.compiler.compile

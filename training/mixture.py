@@ -124,7 +124,7 @@ def load_4bit(weights: Path, arch: Arch, config: Any, dtype: torch.dtype) -> Any
             model that contains this one.
         arch: The architecture of the model.
         config: transformers' config.
-        dtype: The dtype in which the 4-bit modules compute, and the dtype of biases.
+        dtype: The dtype in which 4-bit modules compute, and that of biases and 16-bit modules.
     """
     config = copy.deepcopy(config)
     if getattr(config, "quantization_config", None) is not None:

@@ -58,9 +58,9 @@ TEXTS = {
     " completion",
     "TEMPLATE_REWRITES": "makes the chat template render the text before it differently",
     "INVOCATION_MISSING": "does not contain the invocation {value!q:.60} before the last answer",
-    "INVOCATION_SPLIT": "contains the text {value!q:.60}, but the tokenizer does not split it into"
-    " the tokens {tokens}; choose a method.invocation that starts and ends with special tokens or"
-    " line breaks",
+    "INVOCATION_SPLIT": "contains the invocation {value!q:.60}, but the tokenizer merges its ends"
+    " with the text around it, so its tokens {tokens} do not occur; choose a method.invocation that"
+    " starts and ends with special tokens or line breaks",
     "INVOCATION_REQUIRED": "is required, because the chat template writes no text before an answer",
     # Runs.
     "OUTPUT_UNUSABLE": "{path} {problem}; choose another --output",
@@ -123,7 +123,7 @@ TEXTS = {
     " times",
     "XLORA_NO_LORAS": "adapters in adapter_config.json must map the number of each LoRA to its"
     " directory",
-    "XLORA_NAME": "adapters in adapter_config.json has the key {value!q:.60}, but its keys must be"
+    "XLORA_NAME": "adapter_config.json: adapters has the key {value!q:.60}, but its keys must be"
     " consecutive numbers from 0",
     "XLORA_NUMBERS": "xlora_depth must be an integer from 1 to 64, and xlora_dropout_p a number",
     "XLORA_NO_CLASSIFIER": "{name} is neither in {path} nor in a LoRA's directory below it;"

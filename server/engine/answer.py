@@ -76,7 +76,7 @@ class AnswerText:
         self.stopped_by: str | int | None = None
 
     def add(self, token: int) -> None:
-        """Add a token, which ``take`` will decode, unless its text may end the answer."""
+        """Add a token. It is decoded here if there are stop strings, otherwise in ``take``."""
         self._num_tokens += 1
         # Below ``min_tokens``, stop strings in the text so far are ignored.
         may_stop = self._num_tokens >= self._stop.min_tokens
@@ -163,7 +163,8 @@ class AnswerMemory:
 
     Args:
         most: The limit in bytes. A tenant may hold half of it when one of its requests arrives,
-            and three quarters while its answers grow, so that a quarter is left to others.
+            and three quarters while its answers grow, so that a quarter is left to others. If all
+            tenants together hold more than the limit, each may hold an equal share.
 
     Attributes:
         most: The limit.
@@ -196,7 +197,11 @@ class AnswerMemory:
 
     def most_of_answers(self, tenant: bytes) -> int:
         """The limit for the requests of a tenant and their growing answers."""
-        return self.most * 3 // 4 if tenant else self.most
+        if not tenant:
+            return self.most
+        if self.held > self.most:
+            return self.most // max(len(self._held_of), 1)
+        return self.most * 3 // 4
 
     def admit(self, request: Request) -> None:
         """Check that a request fits. A request that is alone may take more than the limit.
@@ -232,7 +237,8 @@ class Stream:
     """Outputs of one request, in order; the last carries ``finish``.
 
     Iterating raises the request's ``TurretError`` if it failed, and a ``BudgetExceededError`` if
-    more than ``MAX_UNREAD_BYTES`` of the answer wait to be read. Belongs to one event loop.
+    more than ``MAX_UNREAD_BYTES`` of the answer wait to be read, or fewer if ``hold`` returned
+    False. Belongs to one event loop.
 
     Args:
         cancel: Ends the request.

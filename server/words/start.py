@@ -29,8 +29,8 @@ TEXTS = {
     " --token-file, or --insecure",
     "NOT_TOML": "is not valid TOML: {why}",
     "ABOVE_MEMORY": "must be at most this machine's memory, {most!b}, not {value!b}",
-    "TORCH_WITHOUT_CUDA": "the installed torch supports only CPUs; `pip install torch` installs a"
-    " build for NVIDIA GPUs",
+    "TORCH_WITHOUT_CUDA": "the installed torch supports only CPUs; for NVIDIA GPUs, run"
+    " `pip install --force-reinstall torch`",
     "STATE_DIR_IN_USE": "{path} is in use by another server; choose another directory",
     "TLS_FILES_UNUSABLE": "cannot be loaded: {why}; --tls-cert, --tls-key and --tls-client-ca"
     " must be PEM, and the key must match the certificate and have no password",

@@ -293,7 +293,7 @@ class StubRay(types.ModuleType):
     """The parts of Ray that the module uses.
 
     Attributes:
-        named: The actor with the name.
+        named: The actor that has the registry's name, or None.
         made: All actors that were created here, in order.
         killed: The killed actors.
         before_make: Runs when an actor is created, before its name is checked.
@@ -453,7 +453,7 @@ def test_a_command_takes_over_the_fleet_once_the_registry_is_back(
 
 
 def end(actor: Any) -> None:
-    """End a registry like the end of its process."""
+    """Release what the end of a registry's process would release."""
     actor._host.close()
     actor._host._registry._store.close()
 

@@ -78,14 +78,15 @@ def test_the_screen_never_excludes_the_largest_output(make: Make, out: int, size
             if kind == 1:
                 x[:, size // 3] *= 300  # as in hidden states
             elif kind == 2:
-                # The negated rows of the weight, so that all logits are below 0.
+                # Negated rows of ``alike``, so that all logits are below 0; else tiny inputs.
                 x = -weight[:rows].float() if make is alike else x * 1e-20
             elif kind == 3:
                 x = weight[torch.randint(out, (rows,), generator=generator)].float()
             for slack in (0.0, 0.25):
                 x16 = x.bfloat16()
                 found = None
-                for _ in range(70):  # patience
+                # After a useless call, the screen skips up to 64 calls.
+                for _ in range(70):
                     if (found := screen.outputs(x16, slack)) is not None:
                         break
                 if found is None:
@@ -127,7 +128,7 @@ def test_a_weight_that_is_not_finite_has_no_screen(value: float) -> None:
 
 
 def test_screening_becomes_rare_if_it_excludes_nothing() -> None:
-    """If all outputs are alike, none can be excluded, and soon not every call tries it."""
+    """If all outputs are alike, the screen excludes none, and soon skips most calls."""
     weight = torch.ones(512, 64).bfloat16()
     screen, x = Screen(weight), torch.ones(1, 64).bfloat16()
     tried = []

@@ -64,7 +64,7 @@ def commands(page: Path) -> list[list[str]]:
         pending = ""
         for line in block.splitlines():
             pending += line.removesuffix("\\") + " "
-            # Skip the drawing of the parts.
+            # Skip output, and the commands of other tools.
             if not re.match(r"(\$ )?turret [a-z]", pending):
                 pending = ""
                 continue
@@ -197,7 +197,7 @@ def tutorial_blocks(language: str, port: int, http_port: int) -> list[str]:
 
 
 def says(output: str, shown: str) -> bool:
-    """Whether the shown output equals the actual one, except for … and percentages, which vary."""
+    """Whether the shown output equals the actual one, ignoring …, percentages and table layout."""
     output, shown = (re.sub(r"[\d.]+%| +|[━─]+", "", f"\n{t.strip()}\n") for t in (output, shown))
     # On a separate line, … stands for several lines.
     lines = re.escape(shown).replace("\n…\\\n", "\n(?:.*\n)*?").replace("…", ".*")

@@ -113,6 +113,16 @@ async def test_an_answer_counts_until_its_client_has_read_it() -> None:
         assert server.engine.memory.held == 0
 
 
+def test_growing_answers_of_several_tenants_share_the_limit() -> None:
+    memory = AnswerMemory(100)
+    assert memory.hold(50, b"a")
+    assert memory.hold(50, b"b")
+    assert not memory.hold(1, b"a")
+    assert memory.hold(1, b"c")
+    memory.hold(-50, b"b")
+    assert memory.hold(20, b"a")
+
+
 def test_answers_for_one_token_leave_a_quarter_of_the_memory_for_others() -> None:
     engine = FakeEngine()
     engine.memory = memory = AnswerMemory(100)

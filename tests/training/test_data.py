@@ -171,9 +171,9 @@ def test_too_little_validation_data_is_noted(tiny_llama: Path, tmp_path: Path):
         write_jsonl(tmp_path / "train.jsonl", [{"text": text} for text in texts])
         return "\n".join(resolve_tiny(tmp_path, tiny_llama, *overrides).notes)
 
-    assert notes(["a"]).startswith("nothing is validated: 1 example to train on, and none")
+    assert notes(["a"]).startswith("no validation: 1 example to train on, too few")
     assert notes(["a"], "data.validation_fraction=0") == ""
     words = notes(["a", *"bcdefghij"])
     assert words == ""
     said = notes(["a"] * 20)
-    assert said.startswith("also trained on, in another line of the same words: 2 examples of")
+    assert said.startswith("the training examples also contain 2 examples of the validation set;")

@@ -99,17 +99,18 @@ def resolve(config: TrainConfig, folder: Path, served: Model | None = None) -> R
 
 def _notes_on(dataset: Dataset, config: DataConfig) -> Iterator[str]:
     if dataset.num_dropped:
-        yield f"left out as over data.max_length: {counted(dataset.num_dropped, 'example')}"
+        dropped = counted(dataset.num_dropped, "example")
+        yield f"left out {dropped} longer than data.max_length"
     if dataset.num_truncated:
-        yield f"cut to data.max_length: {counted(dataset.num_truncated, 'example')}"
+        yield f"cut {counted(dataset.num_truncated, 'example')} to data.max_length"
     if config.validation_fraction and not dataset.validation:
         there = counted(dataset.num_examples, "example")
-        yield f"nothing is validated: {there} to train on, and none to set aside"
+        yield f"no validation: {there} to train on, too few to set any aside"
     if dataset.num_shared:
         yield (
-            "also trained on, in another line of the same words:"
-            f" {counted(dataset.num_shared, 'example')} of those set aside to validate on;"
-            " leave repeated lines out, or name a file of others with data.validation"
+            f"the training examples also contain {counted(dataset.num_shared, 'example')} of the"
+            " validation set; remove repeated lines, or set data.validation to a file of other"
+            " examples"
         )
 
 
@@ -166,7 +167,7 @@ def _resolve_optimizer(
     config: OptimizerConfig, method: TrainingMethod, device: str, notes: list[str]
 ) -> OptimizerConfig:
     if config.name == "paged-adamw8bit" and device != "cuda":
-        notes.append("paged-adamw8bit needs CUDA: adamw8bit takes its place")
+        notes.append("paged-adamw8bit needs CUDA; adamw8bit is used instead")
         config = replace(config, name="adamw8bit")
     return replace(config, learning_rate=config.learning_rate or method.learning_rate)
 

@@ -1,4 +1,4 @@
-/* The input of a step's attention. kernels/cpu/layers.py fills in these structures. */
+/* The input of a step's attention. kernels/cpu/layers.py fills in these structures; layers.c makes Heads too. */
 #ifndef TURRET_ATTENTION_H
 #define TURRET_ATTENTION_H
 
@@ -16,7 +16,7 @@ typedef struct {
     int64_t window; /* 0: none */
 } Plan;
 
-/* For one layer; elements are bf16, or fp32 for turret_attend_f32. */
+/* For one layer. Keys, values and results are bf16, or fp32 for turret_attend_f32. */
 typedef struct {
     const float *q;    /* [rows, heads, head_dim], rotated */
     const void *k, *v; /* [blocks, block_size, kv_heads, head_dim] */

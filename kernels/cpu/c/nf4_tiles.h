@@ -1,12 +1,12 @@
-/* The NF4 product on AMX tiles. Included by nf4_product.c.
+/* The NF4 and MXFP4 products on AMX tiles. Included by nf4_product.c.
  *
- * The codes of a block are looked up into four tiles of weights, [16 pairs of inputs, 16 outputs]. Meanwhile the
+ * The codes of a block are looked up into tiles of weights, [16 pairs of inputs, 16 outputs]. Meanwhile the
  * previous block is multiplied by one group of 16 rows after the other. A product of tiles takes as long for
  * one row as for 16. With more rows, the weights stay in their tiles for all groups, and codes are looked up
  * only once.
  */
 #define ROW_BLOCK 128 /* most rows for which codes are looked up once */
-#define HALVES (BLOCK / TILE_INPUTS) /* of a block: NF4 has two, MXFP4 one */
+#define HALVES (BLOCK / TILE_INPUTS) /* halves of a block: 2 for NF4; an MXFP4 block is a single one */
 
 /* Numbers of the tiles: sums for either half of the outputs, x for either half of the inputs, then the weights.
  * They are macros, not an enum, because the number of a tile is part of the instruction. */

@@ -32,7 +32,7 @@ from turret.clients.evaluation.evaluate import (
         ("lima.", "Lima", 0, 1),
         ("the city of Lima", "Lima", 0, 0.4),
         ("a b", "b c", 0, 0.5),
-        # Words count as often as both texts have them: 2 common words of 2 and 3.
+        # A repeated word counts as often as it occurs in both: 2 common words, of 2 and of 3.
         ("a a", "a a b", 0, 0.8),
         ("", "Lima", 0, 0),
         ("!", "?", 0, 1),
@@ -81,7 +81,7 @@ def test_the_interval_of_a_proportion_is_the_wilson_interval(total: int):
         assert found.high is not None
         assert found.low <= found.value <= found.high
         assert found.high - found.low > 1 / (total + 4)
-    # The bounds for no and for all examples are exact.
+    # If no example is right, the lower bound is 0; if all are, the upper bound is 1.
     assert (estimate_mean([0.0] * total).low, estimate_mean([1.0] * total).high) == (0, 1)
 
 

@@ -30,7 +30,7 @@ from turret.server.rpc.server import HealthServicer, Servicer
 from turret.v1 import adapters_pb2, inference_pb2, tinker_pb2
 
 CALL_SECONDS = 20.0
-# All methods; a fuzzer selects one by its position.
+# All methods except those of Training; a fuzzer selects one by its position.
 METHODS: tuple[Any, ...] = tuple(
     method
     for file, name in (
@@ -196,7 +196,7 @@ class Protocols:
         statuses, sessions = [], [session]
         for number, (path, sent) in enumerate(calls, 1):
             if path == PASS:
-                # The last value of a field counts.
+                # In protobuf, the last value of a field wins, so these override the input's.
                 head = tinker_pb2.TinkerPass(model_id=model_id, seq_id=number)
                 body, kind = sent + head.SerializeToString(), b"application/x-protobuf"
             else:
@@ -263,7 +263,7 @@ class Protocols:
         return statuses[0], bytes(answer)
 
     def is_listed(self) -> bool:
-        """Whether every accepted adapter can be described to clients and read again."""
+        """Whether ``ListAdapters`` still answers in time with every accepted adapter."""
         list_all = next(method for method in METHODS if method.name == "ListAdapters")
         start = time.monotonic()
         code = self.call(list_all, [b""])

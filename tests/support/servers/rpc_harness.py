@@ -70,9 +70,9 @@ async def harness(
     training_dir: Path | None = None,
     backend: Backend | None = None,
 ) -> AsyncIterator[Harness]:
-    """A server on a free port with fakes, or with a registry or backend that the caller closes.
+    """A server on a free port with fakes, or with parts that the caller passes and closes.
 
-    It trains if there is a directory for it.
+    With ``backend``, the other parts are not served. It trains if ``training_dir`` is given.
     """
     services = Services(
         gate=ServingGate(),
