@@ -519,6 +519,7 @@ def test_the_screenshot_of_the_console_is_taken(tmp_path: Path) -> None:
         said = tab.find("#said")
         tab.until(lambda: "Mix has answered" in str(said.get_property("textContent")), "ends")
         tab.find(".pane:last-child .text").send_keys(Keys.ARROW_RIGHT)
+        tab.until(lambda: "ms" in tab.text("#first"), "the figures")
         tab.run("window.scrollTo(0, 0)")
         taken = tmp_path / "console.png"
         tab.picture(taken)
