@@ -63,10 +63,10 @@ def _promote(args: argparse.Namespace, client: TurretClient) -> int:
     promotion = _described(args, served, candidate, reports, gains)
     generation = None
     if is_better:
-        _write(args.directory / _PROVENANCE, {**provenance, "promotion": promotion})
         generation = client.adapters.upload(
             args.name, args.directory, replace=True, expected_generation=served.generation
         ).generation
+        _write(args.directory / _PROVENANCE, {**provenance, "promotion": promotion})
     if args.json:
         command.print_json({"promoted": is_better, "generation": generation, **promotion})
     else:

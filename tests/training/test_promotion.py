@@ -7,12 +7,14 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkout import ROOT
 from servers.server_under_test import start_server
 
 from turret.clients.client import TurretClient
+from turret.clients.verbs import promote as promote_verb
 from turret.server.cli import main
 
 DATA = ROOT / "examples/data/label.test.jsonl"
@@ -94,3 +96,23 @@ def test_a_failed_promotion_leaves_nothing_behind(
     (folder / "provenance.json").write_text("[]")
     assert promote("nobody", folder, DATA)[0] == 2
     assert not [each.name for each in client.adapters.list() if each.name != "served"]
+
+
+def test_a_replaced_adapter_is_not_overwritten(
+    client: TurretClient, promote: Promote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("label", "pirate", "sql"):
+        shutil.copytree(ROOT / "examples/adapters" / name, tmp_path / name)
+    client.adapters.upload("other", tmp_path / "sql")
+    judge = promote_verb.judge
+
+    def judge_slowly(*arguments: Any) -> Any:
+        reports = judge(*arguments)
+        client.adapters.upload("other", tmp_path / "pirate", replace=True)
+        return reports
+
+    monkeypatch.setattr(promote_verb, "judge", judge_slowly)
+    code, _, err = promote("other", tmp_path / "label", DATA)
+    assert (code, "ADAPTER_GENERATION" in err) == (1, True), err
+    assert client.adapters.get("other").generation == 2
+    assert not (tmp_path / "label/provenance.json").exists()
