@@ -172,7 +172,8 @@ class SchedulerConfig(Checked):
     max_queued_bytes: Bytes = setting(
         512 * MIB,
         "maximum memory of waiting and running requests, with their messages and unsent answers,"
-        " of which a bearer token may take three quarters; further requests get RESOURCE_EXHAUSTED",
+        " of which a bearer token may take half, and three quarters while its answers grow; further"
+        " requests get RESOURCE_EXHAUSTED",
         ge=MIB,
     )
     preempt_after_seconds: Seconds = setting(

@@ -218,7 +218,7 @@ async def test_exceeded_quotas_are_errors_and_leave_nothing_behind(
         failure = await failure_of(anext(aiter(stub.ExportCheckpoint(export))))
         assert failure.code is Code.RESOURCE_EXHAUSTED
         tables.may_run.clear()
-        # One runs and one waits, so the third is rejected.
+        # The first call runs and the second waits, so the third is rejected.
         calls = [asyncio.ensure_future(stub.ForwardBackward(asked(model))) for _ in range(3)]
         rejected, left = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
         failure = await failure_of(rejected.pop())

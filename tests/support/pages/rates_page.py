@@ -43,7 +43,7 @@ def render_costs() -> str:
     rates = newest_rates()
 
     def lost(name: str, base: str) -> str:
-        return f"{100.0 * (1.0 - rates[name] / rates[base]):.0f} %"
+        return f"{100.0 * (1.0 - rates[name] / rates[base]):.0f}%"
 
     return (
         "- The cost of serving grows with the rank. LoRAs of rank 16 on all modules reduce the"
