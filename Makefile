@@ -49,8 +49,8 @@ test-gpu: setup
 long: setup
 	$(BIN)/python -m pytest --timeout 3000 -n $(JOBS) -m long $(ARGS)
 
-# Sends random bytes to every parser, guided by coverage, and then to a server alongside a normal client. Inputs that
-# break something are written to build/findings.
+# Sends random bytes to every parser, guided by coverage, and then to a server that also answers a normal client.
+# Inputs that break something are written to build/findings.
 fuzz: setup
 	cd tests/support && ../../$(BIN)/python -m fuzz.guided $(FUZZ_SECONDS) ../../build/findings
 	$(BIN)/python -m pytest -s --timeout 3000 -m long --fuzz-seconds $(FUZZ_SECONDS) tests/fuzz/test_beside.py

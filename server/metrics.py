@@ -202,7 +202,7 @@ class Metrics:
         self.training_adapters = gauge("turret_training_adapters", "Adapters in training.")
         self.training_bytes = gauge(
             "turret_training_bytes",
-            "Memory of training alongside serving: adapters with their gradients and optimizers, as"
+            "Memory that training adds to serving: adapters with their gradients and optimizers, as"
             " --training-bytes limits it, and the activations of the current pass.",
             ["kind"],
         )

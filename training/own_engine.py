@@ -115,9 +115,8 @@ class OwnBase:
 def own_engines() -> Iterator[Callable[[Resolved], Engine]]:
     """Opens engines in this process.
 
-    Runs on the same base, with the same number of virtual tokens, share one base.
-
-    A run that a server cannot train is trained with PEFT instead.
+    Runs with the same settings of the base and the same number of virtual tokens share one base. A
+    run that a server cannot train is trained with PEFT instead.
     """
     bases: dict[tuple[BaseConfig, int | None], OwnBase] = {}
 

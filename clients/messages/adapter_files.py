@@ -106,7 +106,7 @@ class NewDirectory:
             self._partial = Path(tempfile.mkdtemp(prefix=f".{self._directory.name}.", dir=parent))
         except OSError as error:
             self._remove_made()
-            # Name the requested directory, not the temporary one alongside it.
+            # Name the requested directory, not the temporary one next to it.
             why = f"cannot be created: {error.strerror}"
             raise OSError(error.errno, why, str(self._directory)) from None
         self._open: dict[str, BinaryIO] = {}

@@ -24,10 +24,10 @@ from turret.clients.words import say
 NOT_PROMOTED = 3
 _PROVENANCE = "provenance.json"
 _DESCRIPTION = """\
-Evaluate the adapter in DIR alongside the one that a running server serves as NAME, and make it the
-next generation of NAME if it is better. It is better if, for each metric, the 95% confidence
-interval of the difference is entirely in its favour. The command exits with 0 if the
-adapter was promoted, and with 3 if it is not better.
+Compare the adapter in DIR with the one that a running server serves as NAME, and make it the next
+generation of NAME if it is better. It is better if, for each metric, the 95% confidence interval of
+the difference is entirely in its favour. The command exits with 0 if the adapter was promoted, and
+with 3 if it is not better.
 """
 _OWN_FLAGS: command.Flags = {
     "name": command.flag("the served adapter", metavar="NAME"),

@@ -82,7 +82,7 @@ class Task(TaskData):
 
 
 def pools(name: str) -> dict[str, Any]:
-    """The words and sentences of a task, from the file ``NAME.toml`` alongside this one."""
+    """The words and sentences of a task, from the file ``NAME.toml`` next to this one."""
     return tomllib.loads((Path(__file__).parent / f"{name}.toml").read_text(encoding="utf-8"))
 
 

@@ -16,6 +16,9 @@ from turret.server.basics.names import HUB_SCHEME, HubId
 from turret.server.errors import AdapterInUseError, InvalidRequestError, TurretError
 from turret.server.words import say
 
+# Limit of the absolute value of a weight in a mix.
+MAX_WEIGHT = 100
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterRef:
@@ -35,9 +38,9 @@ class AdapterRef:
     draw: float | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        ok = math.isfinite(self.weight) and abs(self.weight) <= 100.0
+        ok = math.isfinite(self.weight) and abs(self.weight) <= MAX_WEIGHT
         if not ok:
-            why = say("NOT_IN_RANGE", value=self.weight, least=-100, most=100)
+            why = say("NOT_IN_RANGE", value=self.weight, least=-MAX_WEIGHT, most=MAX_WEIGHT)
             raise InvalidRequestError.of("adapters.weight", why)
 
 

@@ -96,19 +96,21 @@ _HOST = re.compile(r"(?:\[(?P<address>[0-9a-z:.%]+)\]|(?P<name>[^\s:@/?#\[\]\\]*
 
 
 def is_own_host(host: str, names: Collection[str] = ()) -> bool:
-    """Whether a Host header shows that nobody rebound a name of another site to this server.
+    """Whether a Host header excludes DNS rebinding, the use of another site's name for this server.
 
-    An IP address or localhost cannot be rebound, and a request without the header does not come
-    from a browser.
+    Nobody can rebind an IP address or localhost. A request without the header does not come from a
+    browser.
 
     Args:
         host: The header. One of an unusual form (``localhost:80@evil.example``) is not accepted.
         names: Additional accepted names, in lower case.
     """
     host = host.strip().lower()
+    if not host:
+        return True
     found = _HOST.fullmatch(host)
-    if not host or found is None:
-        return not host
+    if found is None:
+        return False
     name = found["address"] or found["name"].rstrip(".")
     is_localhost = name == "localhost" or name.endswith(".localhost")
     return is_localhost or name in names or is_ip_address(name)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from turret.server.adapters.adapter import AdapterRef, origin_of
 from turret.server.adapters.fuse.combination import Combination
-from turret.server.api.limits import MAX_ALIAS_TARGETS, MAX_WORD_CHARS
+from turret.server.api.limits import MAX_ALIAS_TARGETS, MAX_WEIGHT, MAX_WORD_CHARS
 from turret.server.api.violations import Violations, adapter_refs, message_of, timestamp
 from turret.server.errors import InvalidRequestError
 from turret.server.words import say
@@ -70,10 +70,6 @@ def alias_message(alias: Alias) -> adapters_pb2.Alias:
     return adapters_pb2.Alias(name=alias.name, targets=targets)
 
 
-# The largest weight of a target; as large as that of a mix's member.
-_MOST_WEIGHT = 100
-
-
 def checked_alias(message: adapters_pb2.SetAliasRequest) -> tuple[str, list[AdapterRef]]:
     """The name and the targets of a request.
 
@@ -89,8 +85,8 @@ def checked_alias(message: adapters_pb2.SetAliasRequest) -> tuple[str, list[Adap
             path = f"targets[{index}]"
             violations.check_name(target.name, f"{path}.name")
             weight = target.weight if target.HasField("weight") else 1.0
-            if not 0 < weight <= _MOST_WEIGHT:
-                wanted = f"greater than 0 and at most {_MOST_WEIGHT}"
+            if not 0 < weight <= MAX_WEIGHT:
+                wanted = f"greater than 0 and at most {MAX_WEIGHT}"
                 text = say("INVALID_VALUE", value=weight, wanted=wanted)
                 violations.add(f"{path}.weight", text)
                 continue

@@ -75,8 +75,8 @@ def keep(backend: Backend, call: Call, num_bytes: int) -> None:
 
     Raises:
         BudgetExceededError: The call has collected more than ``--max-queued-bytes``, or the
-            requests and answers of its token take more than three quarters of that. A client may
-            take any time to read its answer.
+            requests and answers of its token take more than ``most_of_answers``. A client may take
+            any time to read its answer.
     """
     if not num_bytes:
         return
@@ -90,9 +90,13 @@ def keep(backend: Backend, call: Call, num_bytes: int) -> None:
     call.kept_bytes += num_bytes
     memory.hold(num_bytes, tenant)
     most = memory.most_of_answers(tenant)
-    found = memory.held_of(tenant) if tenant else call.kept_bytes
-    if found > most:
-        raise BudgetExceededError(say("ANSWERS_NEED_MEMORY", bytes=found, max_queued_bytes=most))
+    if call.kept_bytes > most:
+        text = say("ANSWERS_NEED_MEMORY", bytes=call.kept_bytes, max_queued_bytes=most)
+        raise BudgetExceededError(text)
+    held = memory.held_of(tenant)
+    if held > most:
+        text = say("QUEUE_MEMORY_SHARE_FULL", held=held - num_bytes, max_queued_bytes=most)
+        raise BudgetExceededError(text)
 
 
 # Concurrent execution of the parts of one call.

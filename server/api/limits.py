@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from turret.server.adapters.adapter import MAX_WEIGHT as MAX_WEIGHT
 from turret.server.api.gate import Backend
 from turret.server.constraints.grammar import MAX_CHOICES as MAX_CHOICES
 from turret.server.constraints.grammar import MAX_CONSTRAINT_CHARS as MAX_CONSTRAINT_CHARS

@@ -37,7 +37,7 @@ def main(program: str, cpu_seconds: str, max_bytes: str, *packages: str) -> None
     try:
         answers = runpy.run_path(program)["answers"]
     except Exception:
-        # The program cannot be loaded, for example without memory. No job is to blame.
+        # The program cannot be loaded, for example for lack of memory. No job is to blame.
         sys.exit(_START_FAILED)
     resource.setrlimit(resource.RLIMIT_AS, (int(max_bytes), int(max_bytes)))
     output = sys.stdout.buffer

@@ -18,7 +18,7 @@ from turret.server.words import Text, say
 
 _log = logging.getLogger(__name__)
 
-# Suffix of a file that is being written alongside its target. A crash may leave one behind.
+# Suffix of a file that is being written next to its target. A crash may leave one behind.
 PARTIAL_SUFFIX = ".partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 

@@ -199,8 +199,8 @@ class AnswerMemory:
         """The limit for the requests of a tenant and their growing answers."""
         if not tenant:
             return self.most
-        if self.held > self.most:
-            return self.most // max(len(self._held_of), 1)
+        if self.held > self.most and len(self._held_of) > 1:
+            return self.most // len(self._held_of)
         return self.most * 3 // 4
 
     def admit(self, request: Request) -> None:
@@ -390,7 +390,7 @@ class Answer:
             draws: The tokens, in order; at least one.
 
         Returns:
-            How many were added; and if the sequence ends, why, and at which stop.
+            How many were added, and, if the sequence ends, why and at which stop.
 
         Raises:
             TurretError: A draw failed.

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from turret.server.api.limits import MAX_MIX_MEMBERS, MAX_NAME_CHARS
+from turret.server.api.limits import MAX_MIX_MEMBERS, MAX_NAME_CHARS, MAX_WEIGHT
 from turret.server.api.violations import Violations, adapter_refs
 from turret.server.basics.names import ADAPTER_NAME, BASE
 from turret.server.errors import AdapterNotFoundError, InvalidRequestError
@@ -103,7 +103,7 @@ def read_model(model: str, base_name: str) -> tuple[NamedMix, list[str]]:
         name, generation, weight = match["name"], match["generation"], match["weight"]
         number = None if generation is None else int(generation)
         mix.append(adapters_pb2.AdapterWeight(name=name, generation=number))
-        if weight is not None and _WEIGHT.fullmatch(weight) and abs(float(weight)) <= 100:
+        if weight is not None and _WEIGHT.fullmatch(weight) and abs(float(weight)) <= MAX_WEIGHT:
             mix[-1].weight = float(weight)
         elif weight is not None:
             wrong.append(say("NOT_A_WEIGHT", name=name, weight=weight[:_SHOWN_CHARS]))

@@ -23,12 +23,7 @@ OpenAI's HTTP API for the base model, its adapters and their mixes.
   new part of the answer, and ends with `data: [DONE]`.
 - Stored completions, responses, files, assistants, batches, images and audio are not supported.
 """
-_BOUNDS = {
-    "ge": "minimum",
-    "gt": "exclusiveMinimum",
-    "le": "maximum",
-    "lt": "exclusiveMaximum",
-}
+_BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 _STATUSES: dict[int, str] = {
     400: "A field is wrong, or the body is not JSON.",
     401: "The token is missing or unknown.",
@@ -83,7 +78,7 @@ def document(routes: Iterable[Route], *, has_tokens: bool) -> dict[str, Any]:
 
 
 def _with_bounds(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema with JSON schema's own names of bounds, for which pydantic has two spellings."""
+    """A schema whose bounds have JSON Schema's names, instead of pydantic's (``ge``) in some."""
     return {
         _BOUNDS.get(name, name) if isinstance(value, int | float) else name: value
         for name, value in schema.items()

@@ -434,7 +434,7 @@ _SHOWN_CHARS = 200
 
 @contextlib.contextmanager
 def _checked() -> Iterator[None]:
-    """Reports what transformers raises for a config, which can be an error of any type."""
+    """Reports errors of transformers and of a family, of any type, as those of the config."""
     try:
         yield
     except (TurretError, MemoryError):
@@ -448,7 +448,7 @@ def transformers_config(source: Path | Mapping[str, Any]) -> Any:
     """The transformers config of a model.
 
     Args:
-        source: The model's directory, or the content of its ``config.json``. ``check_config`` has
+        source: The model's directory, or the content of its ``config.json``. ``check_numbers`` has
             accepted it.
 
     Raises:

@@ -561,7 +561,7 @@ def _read_cached(weights: Path, files: Path) -> ModelSource:
 
 @contextlib.contextmanager
 def _new_directory(target: Path) -> Iterator[Path]:
-    """Fill a directory alongside its final path, then rename it: readers see all or nothing."""
+    """Fill a directory next to its final path, then rename it: readers see all or nothing."""
     target.parent.mkdir(parents=True, exist_ok=True)
     build = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
     try:

@@ -179,7 +179,7 @@ class TrainingService:
             base = self._registry.base
             return Learner(*new_adapter(config, modules, base), base)
 
-        # This takes time for each module, and at first for imports of torch.
+        # num_bytes takes time for each module, and its first call also imports parts of torch.
         size = await asyncio.to_thread(num_bytes, config, modules, self._registry.base)
         self._reserve(adapter_id, owner, size)
         try:

@@ -100,7 +100,7 @@ TEXTS = {
     "INDEX_LEAVES_DIRECTORY": "{path} lists {name!q}, which is outside its directory",
     "LFS_POINTER": "is a Git LFS pointer instead of the file; run `git lfs pull` in the clone",
     # Contents of a model.
-    "CONFIG_INVALID": "the model's config.json is invalid: {problem}",
+    "CONFIG_INVALID": "the model's config is invalid: {problem}",
     "CONFIG_UNSUPPORTED": "{key} {value!q} is not supported; supported values are {choices}",
     "CONFIG_KEY_UNSUPPORTED": "models whose config sets {key} are not supported",
     "GRANITE_HYBRID_UNSUPPORTED": "granitemoehybrid models with experts or Mamba layers are not"

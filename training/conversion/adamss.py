@@ -35,7 +35,7 @@ _CLUSTERING: Any = {"init": "random", "n_init": 1, "max_iter": 10, "random_state
 _FAR = 2e-2
 _TRAINING = "chooses what is trained; the tensors show the result"
 
-_is_few = is_integer(1, _MAX_CLUSTERS, f"an integer from 1 to {_MAX_CLUSTERS}")
+_is_few = is_integer(1, _MAX_CLUSTERS)
 # Config keys that only training uses.
 _CHOOSING = (
     *("use_asa", "asa_target_subspaces", "init_warmup", "final_warmup", "mask_interval"),

@@ -27,7 +27,7 @@ from turret.server.adapters.methods.kit import (
 from turret.training.conversion import MadeLora, peft_generator
 
 _TURN, _OUT, _IN = "psoft_R.weight", "psoft_R.vector_b", "psoft_R.vector_a"
-# Limit of numbers in a config that say how often something is computed.
+# Maximum number of iterations, and of terms of a series, in a config.
 _MOST_STEPS = 100
 # PEFT's defaults for keys that its older versions did not write.
 DEFAULTS: Mapping[str, Any] = {
@@ -121,17 +121,13 @@ FORMAT = LinearFormat(
     keys={
         "ab_svd_init": is_one_of("psoft_init", "pissa_init"),
         "psoft_svd": is_one_of("full", "lowrank"),
-        "psoft_svd_lowrank_niter": is_integer(
-            0, _MOST_STEPS, f"an integer from 0 to {_MOST_STEPS}"
-        ),
+        "psoft_svd_lowrank_niter": is_integer(0, _MOST_STEPS),
         "random_seed": is_seed,
         "psoft_orth": is_bool,
         "psoft_mag_a": is_bool,
         "psoft_mag_b": is_bool,
         "use_cayley_neumann": is_bool,
-        "num_cayley_neumann_terms": is_integer(
-            1, _MOST_STEPS, f"an integer from 1 to {_MOST_STEPS}"
-        ),
+        "num_cayley_neumann_terms": is_integer(1, _MOST_STEPS),
         "cayley_neumann_eps": optional(is_number),
     },
     ignored={"psoft_dropout": DROPOUT},

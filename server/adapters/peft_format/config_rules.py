@@ -63,8 +63,9 @@ def is_bool(value: Any) -> Text | None:
     return None if isinstance(value, bool) else invalid(value, "true or false")
 
 
-def is_integer(least: int, most: float, wanted: str) -> Check:
-    """A check for integers other than true and false."""
+def is_integer(least: int, most: float, wanted: str = "") -> Check:
+    """A check for integers other than true and false; ``wanted`` describes them in errors."""
+    wanted = wanted or f"an integer from {least} to {most}"
     return lambda value: (
         None if type(value) is int and least <= value <= most else invalid(value, wanted)
     )

@@ -11,11 +11,12 @@ are still loading is skipped and delays no other. A step's remaining room goes t
 
 On compute paths where a row of a prompt costs as much as a decode row, prompts must not slow down
 decoding too much. If at least four times as many sequences of some tenant decode as read their
-prompts, a step takes only as many prompt tokens as double its time, but at least 16. If more
-tenants read prompts than are delayed so, these tokens are multiplied by the ratio, so that tenants
-share the time. On a GPU, where a step with a prompt has a high fixed cost, that number is a
-constant. Attention makes a row more expensive the longer its context is. So while other sequences
-decode, prompt tokens may cost at most twice as much as the same number of tokens without attention.
+prompts, a step takes only as many prompt tokens as double its time, but at least 16. On a GPU,
+where a step with a prompt has a high fixed cost, this limit is a constant. If more tenants read
+prompts than have so many decoding sequences, the limit is multiplied by the ratio of these numbers
+of tenants, so that they share the time. Attention makes a row more expensive the longer its context
+is. So while other sequences decode, prompt tokens may cost at most twice as much as the same number
+of tokens without attention.
 
 Prompts of several tenants share the tokens of a step, and leave some to the next sequence in line.
 

@@ -423,7 +423,7 @@ class Runner:
             return result
 
     def fits(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
-        """Whether a sequence's adapters, which are in host memory, fit next to the running ones."""
+        """Whether a sequence's adapters, which are in host memory, fit with those that run."""
         return self._missing((sequence, *running)) is None
 
     def is_near(self, sequence: Sequence) -> bool:

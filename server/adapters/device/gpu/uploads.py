@@ -217,8 +217,8 @@ def blocks_of(
 
 _CHUNK_BYTES = 16 << 20
 _NUM_CHUNKS = 8
-# The longest time that a request waits for a copy alongside other steps. After that, its own step
-# makes the copy.
+# The longest time that a request waits for a copy that is made while other steps run. After that,
+# its own step makes the copy.
 _PATIENCE_SECONDS = 1.0
 
 

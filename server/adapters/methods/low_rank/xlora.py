@@ -165,7 +165,7 @@ METHOD = Method(
         "enable_softmax": is_bool,
         "enable_softmax_topk": is_bool,
         "layerwise_scalings": is_bool,
-        "xlora_depth": is_integer(1, _MAX_DEPTH, f"an integer from 1 to {_MAX_DEPTH}"),
+        "xlora_depth": is_integer(1, _MAX_DEPTH),
         "xlora_size": is_rank,
         "xlora_dropout_p": is_number,
         "softmax_temperature": is_positive,

@@ -154,7 +154,7 @@ METHOD = LinearMethod(
         "coft": is_bool,
         "eps": is_number,
         "use_cayley_neumann": is_bool,
-        "num_cayley_neumann_terms": is_integer(1, _MAX_TERMS, f"an integer from 1 to {_MAX_TERMS}"),
+        "num_cayley_neumann_terms": is_integer(1, _MAX_TERMS),
         "peft_version": optional(is_text),
         "rank_pattern": _no_pattern,
         "alpha_pattern": _no_pattern,

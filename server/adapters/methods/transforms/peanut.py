@@ -54,7 +54,7 @@ METHOD = LinearMethod(
     name="peanut",
     peft_types={"PEANUT"},
     keys={
-        "depth": is_integer(0, _MAX_DEPTH, f"an integer from 0 to {_MAX_DEPTH}"),
+        "depth": is_integer(0, _MAX_DEPTH),
         "act_fn": is_one_of(*ACTIVATIONS),
         "scaling": is_number,
     },
