@@ -69,7 +69,8 @@ class Compilation:
         options = dict(self.options)
         if target.backend == "hip":
             options.update(_ON_HIP.get(self.function.__name__, {}))
-            signature.update({"codes_ptr": "*fp32"} if "codes_ptr" in signature else {})
+            if "codes_ptr" in signature:
+                signature["codes_ptr"] = "*fp32"  # the values themselves (``codes_on``)
         source = ASTSource(
             fn=self.function,
             signature={**signature, **dict.fromkeys(constants, "constexpr")},

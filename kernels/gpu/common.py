@@ -334,8 +334,7 @@ def codes_on(device: torch.device, dtype: torch.dtype, weight_format: Format = N
     otherwise the sixteen values, ``[16]`` fp32.
     """
     if tuning(device).inline_ptx and dtype != torch.float32:
-        words = torch.tensor(_words(weight_format, dtype)[::2])
-        return words.to(torch.int32).to(device)
+        return torch.tensor(_words(weight_format, dtype)[::2]).to(torch.int32).to(device)
     return torch.tensor(weight_format.code, device=device)
 
 
@@ -351,9 +350,7 @@ def code_words(codes_ptr):
 
 
 @triton.jit
-def _weights(
-    byte, codes_ptr, words, dtype: tl.constexpr, IS_MXFP4: tl.constexpr
-):  # fmt: skip
+def _weights(byte, codes_ptr, words, dtype: tl.constexpr, IS_MXFP4: tl.constexpr):
     """The values of packed codes in ``dtype``, ``[columns, bytes]`` → ``[columns, 2 · bytes]``."""
     if codes_ptr.dtype.element_ty == tl.int32:
         bf16: tl.constexpr = _MXFP4_BF16 if IS_MXFP4 else _BF16
@@ -371,8 +368,7 @@ def _weights(
     return tl.reshape(tl.join(even, odd), (byte.shape[0], 2 * byte.shape[1]))
 
 
-CODES = 32
-_CODES = tl.constexpr(CODES)
+CODES = tl.constexpr(32)
 
 
 @triton.jit
@@ -391,7 +387,7 @@ def add_codes(
     The weights are the left operand, 32 at a time, so that Triton decodes each weight in the lane
     that multiplies it, and neither weights nor inputs are copied between registers.
     """
-    half, whole = tl.arange(0, _CODES // 2), tl.arange(0, _CODES)
+    half, whole = tl.arange(0, CODES // 2), tl.arange(0, CODES)
     byte = tl.load(packed_at[:, None] + half[None, :], mask=inside[:, None], other=0)
     dtype: tl.constexpr = x_at.dtype.element_ty
     weight = _weights(byte, codes_ptr, words, dtype, IS_MXFP4)

@@ -107,16 +107,16 @@ def route_rows(scores: torch.Tensor, per_token: int, *, normalizes: bool) -> Rou
     return sort_pairs(chosen, weights, num_experts)
 
 
-# The products of all experts of a layer in one launch, by their NF4 codes in registers.
+# The products of all experts of a layer in one launch, which decodes 4-bit weights in registers.
 #
 # A program takes up to 16 pairs of one expert and a tile of its output columns, and walks the input
 # features by quantisation block, as ``nf4_matmul`` does. A program finds its pairs from the ends of
-# the experts' pairs, because the host knows only the number of all pairs. Enough programs for the
+# the experts' pairs, because the host knows only the total number of pairs. Enough programs for the
 # worst case are launched; those without work end at once. Every pair goes through the same
 # tensor-core instructions in the same order, regardless of the other pairs of its expert.
 
 _TILE = 16
-_PAIRS, _CODES = tl.constexpr(_TILE), tl.constexpr(CODES)
+_PAIRS = tl.constexpr(_TILE)
 
 
 @triton.jit
@@ -172,7 +172,7 @@ def nf4_experts_kernel(
             else:
                 absmax = tl.load(absmax_ptr + block, mask=inside, other=0.0).to(tl.float32)
                 product = tl.zeros((BLOCK_N, _PAIRS), dtype=tl.float32)
-                for begin in tl.static_range(0, BLOCK, _CODES):
+                for begin in tl.static_range(0, BLOCK, CODES):
                     product = add_codes(
                         product, packed_ptr + block * (BLOCK // 2) + begin // 2,
                         x_at + g * BLOCK + begin, inside, live, codes_ptr, words, IS_MXFP4,
@@ -259,7 +259,7 @@ def nf4_experts(
 
 # Low-rank updates of experts: ``y_p += w · B_e (A_e x_p)`` for pairs of a row and an expert.
 #
-# Two launches, shrink and expand, a program per pair and tile: the factors of a pair are those of
+# Two launches, shrink and expand, use a program per pair and tile: the factors of a pair belong to
 # its row's adapter and its own expert, so pairs rarely share factors. The order of a pair's sums
 # does not depend on other pairs. Factors are found by their addresses, so an adapter takes no more
 # memory than its own bytes.
@@ -457,7 +457,7 @@ def combine_experts_kernel(
 
 
 def combine_experts(y: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """Sum in fp32, in the order of a row's weights; one rounding.
+    """Sum the results of a row's experts, in fp32 and in the order of their weights; one rounding.
 
     Args:
         y: ``[num_pairs, width]``, fp16, bf16 or fp32; rows may be strided.

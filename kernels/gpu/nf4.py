@@ -1,8 +1,8 @@
-"""Products with NF4 weights: ``nf4_matmul`` multiplies by the codes in registers, for 1 to 64 rows.
+"""Products with NF4 weights: ``nf4_matmul`` decodes weights in registers, for 1 to 64 rows.
 
 Reading half a byte per weight bounds the kernels, so a weight must take few instructions. A program
 takes a tile of output columns and walks the input features by quantisation block: one product of
-the block's sixteen-valued codes with up to 64 rows on tensor cores, times the block's maximum in
+the block's sixteen-valued codes with up to 64 rows on tensor cores, times the block's absmax in
 fp32. Every row goes through the same tensor-core instruction in the same order, so its bits do not
 depend on how many rows there are.
 
@@ -43,14 +43,12 @@ from turret.kernels.gpu.rope_kv_write import KvWrite, pair_of, rope_kv_write, st
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 
 MAX_ROWS = 64
-# The rows of each form, and the maximum number of registers of a thread. Without a limit, NVIDIA's
-# assembler would use fewer registers and more instructions.
+# The rows of each form, and the maximum number of registers of a thread (``Tuning.registers``).
 _FORMS = ((16, 168), (32, 208), (MAX_ROWS, 255))
 # Maximum number of tiles of columns in a weight.
 _MAX_COUNTERS = 1 << 14
 _BLOCK = tl.constexpr(BLOCK)
 _HALF = tl.constexpr(BLOCK // 2)
-_CODES = tl.constexpr(CODES)
 
 
 @triton.jit
@@ -81,7 +79,7 @@ def multiply_columns(
         block = first_block + g
         absmax = tl.load(absmax_ptr + block, mask=inside, other=0.0)
         product = tl.zeros((BLOCK_N, ROWS), dtype=tl.float32)
-        for first in tl.static_range(0, _BLOCK, _CODES):
+        for first in tl.static_range(0, _BLOCK, CODES):
             product = add_codes(
                 product, packed_ptr + block * _HALF + first // 2,
                 x_ptr + m * x_stride + g * _BLOCK + first, inside, live, codes_ptr, words,
@@ -190,7 +188,7 @@ def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix, *, gated: bool = False) -> to
     Returns:
         ``[num_rows, out_features]`` (``gated``: half as many), dtype of ``x``, one rounding from
         fp32 (and one after the activation). A weight is its value in ``CODE``, rounded to the dtype
-        of ``x``, times the maximum of its block, which is not rounded.
+        of ``x``, times the absmax of its block, which is not rounded.
 
     Raises:
         ValueError: A shape, dtype or stride breaks the contract, or there are more than 64 rows
@@ -452,7 +450,7 @@ def nf4_rotate(
     return q
 
 
-# Triton form of ``Nf4Matrix.dequantize``: reads the packed weight once, writes it once.
+# Triton form of ``Nf4Matrix.dequantize``: reads the packed weight once and writes the result once.
 #
 # This is for more rows than ``nf4_matmul`` supports: the weight is dequantised once, and a library
 # computes the product.
@@ -490,8 +488,8 @@ def nf4_dequantize(weight: Nf4Matrix, dtype: torch.dtype) -> torch.Tensor:
         dtype: fp16, bf16 or fp32.
 
     Returns:
-        ``[out_features, in_features]``, each value rounded once from fp32: the values by which
-        ``nf4_matmul`` multiplies.
+        ``[out_features, in_features]``, each value rounded once from fp32. ``nf4_matmul`` rounds
+        the codes instead, so its weights are the same only within rounding.
 
     Raises:
         ValueError: A stride breaks the contract.

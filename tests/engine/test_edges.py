@@ -23,6 +23,8 @@ from turret.server.engine.scheduling.request import (
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.sampler import Sampler
 from turret.server.errors import AdapterNotFoundError, InvalidRequestError, PromptTooLongError
+from turret.server.models.decoding import cpu_layers
+from turret.server.models.decoding.layer_ops import KvCache
 
 ECHO = ResponseOptions(logprobs=True, echo=True)
 
@@ -144,3 +146,21 @@ def test_a_temperature_near_zero_draws_the_likeliest_token(
         sequence = Sequence(request, mix_of(""), 0.0)
         (draw,) = Sampler().draw(logits.clone(), [sequence])
         assert draw.token_id == int(logits.argmax())
+
+
+async def test_a_nan_of_a_blocks_previous_owner_does_not_spread(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiled kernels do not read such positions (``test_isa.py``); torch's attention does."""
+    monkeypatch.setattr(cpu_layers, "has_layer_ops", lambda *_: False)
+    request, answers, made = make_request([1, 2, 3], max_tokens=4), [], KvCache.__init__
+    for value in (0.0, torch.nan):
+
+        def make(cache: KvCache, *arguments: Any, value: float = value) -> None:
+            made(cache, *arguments)
+            cache.keys[:, 1:] = cache.values[:, 1:] = value
+
+        monkeypatch.setattr(KvCache, "__init__", make)
+        async with EngineHarness.start(model) as harness:
+            answers.append((await harness.run(request)).bits)
+    assert answers[0] == answers[1]

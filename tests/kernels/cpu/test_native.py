@@ -1,11 +1,11 @@
 """The compiled CPU kernels, compared with float64 and with each row alone.
 
-Faults that were planted in the C code, and how many tests each one failed: a low-rank component
+Faults that were planted in the C code, and how many tests failed for each: a low-rank component
 without its weight (22), one row's activations for all (31), a unit on the border of two threads'
-shares for neither (31), the bias before the gain (6), an input gain without - 1 (1) or without
-what it starts from (1), the ranks beyond the fours (13) or the columns beyond the blocks (13)
-skipped; a window one too long (10), padding ignored (20), one query head for a whole group (12),
-the newest key unseen (20), no scale (20).
+shares computed by neither (31), the bias before the gain (6), an input gain without - 1 (1) or
+without what it starts from (1), the ranks beyond a multiple of four (13) or the columns beyond the
+whole blocks (13) skipped; a window one too long (10), padding ignored (20), one query head for a
+whole group (12), the newest key unseen (20), no scale (20).
 """
 
 from __future__ import annotations
@@ -257,6 +257,7 @@ def test_every_kind_of_number_is_rounded_as_in_torch() -> None:
         exact = (numbers.float() + delta.float()).to(BF16)
         is_nan = exact.isnan()
         assert torch.equal(hidden.isnan(), is_nan)
+        assert (hidden.view(torch.int16)[is_nan] == 0x7FC0).all()
         bits = (each.view(torch.int16)[~is_nan] for each in (hidden, exact))
         assert torch.equal(*bits)
 
