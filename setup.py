@@ -1,8 +1,8 @@
-"""Builds the C libraries and one wheel for every Python; rejects a copy without the links.
+"""Builds the C libraries and one wheel for every Python; rejects a copy without symbolic links.
 
 The compiled libraries are plain C, which ctypes loads. They do not depend on Python, so neither
-their names nor the wheel have the tag of a Python version: the wheel has ``py3-none`` and the
-platform.
+their names nor the wheel's have the tag of a Python version: the wheel's tag is ``py3-none`` and
+the platform.
 """
 
 import copy

@@ -181,7 +181,7 @@ def measure(run: Session, cases: list[Case]) -> dict[str, Any]:
             if is_distinct and not tokens_are_right(
                 server.address, source, case.adapters, args.new_tokens
             ):
-                raise WrongTokensError(f"{case.name}: tokens differ from those of requests alone")
+                raise WrongTokensError(f"{case.name}: batching changes the tokens")
         with Progress(console=run.console) as bar:
             task = bar.add_task("Measuring", total=args.repeats * len(cases))
             for _ in range(args.repeats):
@@ -241,7 +241,7 @@ def show(run: Session, cases: list[Case], floors: list[float | None], whole: dic
     title = "Decode, medians. First: time to the first token, mean and last of the batch"
     print_rows(run.console, title, rows)
     run.console.print(
-        f"cold start to first answer {whole['cold_start_seconds']} s (weights cached as NF4); "
+        f"server start to first answer {whole['cold_start_seconds']} s (weights cached as NF4); "
         f"server memory {whole['rss_mib']} MiB with the adapters, "
         f"{whole['rss_mib_before_adapters']} MiB before; memory read at "
         f"{whole['read_bytes_per_second'] / 1e9:.1f} GB/s"
@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
         loras, mixed, others = (numbered(each, args.batch) for each in ("lora", "mixed", "default"))
         cases = make_cases(loras, mixed, others, args.only)
         if not cases:
-            run.console.print(f"no case is named like {args.only!r}", markup=False)
+            run.console.print(f"no case has {args.only!r} in its name", markup=False)
             return 2
         wanted = {name for case in cases for name in case.adapters}
         if wanted.intersection(loras):

@@ -6,9 +6,10 @@
 #   bench/gpu.sh --dry      all calls on a machine without a GPU, with toy shapes, the interpreter and fakes
 #   bench/gpu.sh --only …   passed to bench/gpu.py, like --tune
 #
-# 1 compiles all kernels on all cores, and tests them. 2 measures what is promised. 3 measures the rest. 4 looks for
-# memory errors and races. 5 tests the whole server, with loads alongside captured steps. A command that fails does not
-# stop the others. The exit status is 1 if a command failed, or if a figure is over one and a half times its promise.
+# Call 1 compiles all kernels on all cores, and tests them. Call 2 measures what is promised. Call 3
+# measures the rest. Call 4 looks for memory errors and races. Call 5 tests the whole server, with
+# loads alongside captured steps. A command that fails does not stop the others. The exit status is
+# 1 if a command failed, or if a figure is over one and a half times its promise.
 #
 # Calls 1 to 4 need Python 3.11 or newer (PYTHON=… chooses it) with torch, triton and numpy, and a C compiler; call 1
 # also pytest, with xdist if possible. Call 5 needs all of `make setup`. Results go to $OUT (default: build/gpu), and
@@ -48,7 +49,7 @@ run() {
 has() { "$@" >/dev/null 2>&1; }
 part() { run "$1" "$2" "$PYTHON" bench/gpu.py $dry --results "$OUT" --only "${@:3}"; }
 call_1() {
-    # Only compiles: the processes share the GPU's time and memory, so their results are void.
+    # These runs only serve to compile the kernels. They share the GPU, so their results are void.
     if [ -z "$dry" ]; then
         for name in $("$PYTHON" bench/gpu.py --list); do
             timeout 500 "$PYTHON" bench/gpu.py --results build/void --only "$name" >"$OUT/compile-$name.txt" 2>&1 &

@@ -99,7 +99,7 @@ def measure_interference(
     Args:
         address: The address of the server.
         resident: The measured adapter, which is pinned during the measurement.
-        others: Adapters of which enough are cold.
+        others: Adapters, enough of which are cold.
         count: The number of requests of each kind in a run.
     """
     first: dict[bool, list[float]] = {True: [], False: []}
@@ -217,7 +217,7 @@ def _waits(served: Sequence[Served], adapter: str) -> list[float]:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, 4)
     for flag, default, text in (
-        ("--adapters", "5,10,100,1000,2000,5000", "numbers to register"),
+        ("--adapters", "5,10,100,1000,2000,5000", "numbers of adapters to register"),
         ("--ranks", ",".join(map(str, RANKS)), "ranks of the adapters, in turn"),
     ):
         parser.add_argument(
@@ -246,7 +246,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def start(run: Session, count: int, stack: contextlib.ExitStack) -> ServerProcess:
-    """Start the server for ``count`` adapters, without adapters."""
+    """Start the server for ``count`` adapters, which are not loaded yet."""
     args = run.args
     flags = ["--state-dir", str(run.write.root / f"state-{count}")]
     flags += ["--adapter-host-bytes", str(args.host_bytes)]

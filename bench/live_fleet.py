@@ -55,7 +55,7 @@ KINDS: dict[str, Callable[[TurretClient], float]] = {
     "ms of GenerateStream, one token": lambda client: timed(
         lambda: list(client.generate_stream(_PROMPT, max_tokens=1, temperature=0)), _CALLS
     ),
-    "ms a token of one stream": token_ms,
+    "ms per token of one stream": token_ms,
 }
 
 

@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
                 all_rates = ", ".join(f"{rate:.0f}" for rate in case.rates[setting])
                 row[setting] = f"{share:.2f} ({all_rates})"
             rows.append(row)
-        print_rows(run.console, "Decode beside others, of the idle rate; medians", rows)
+        print_rows(run.console, "Decode rates under load, relative to idle; medians", rows)
         run.save([({"name": c.name, "rank": _RANK}, {"rates": c.rates}) for c in cases])
     return 0
 

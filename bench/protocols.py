@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         shown = " ".join(f"{rate:.0f}" for rate in found)
         loop, client = (statistics.median(kind) for kind in zip(*costs[name], strict=True))
         print(f"{name}: median {statistics.median(found):.1f} tokens/s ({shown})")
-        print(f"    processor time a token: event loop {loop:.0f} µs, client {client:.0f} µs")
+        print(f"    processor time per token: event loop {loop:.0f} µs, client {client:.0f} µs")
     pairs = zip(rates["HTTP"], rates["gRPC"], strict=True)
     by_round = statistics.median(http / rpc for http, rpc in pairs)
     ratio = statistics.median(rates["HTTP"]) / statistics.median(rates["gRPC"])

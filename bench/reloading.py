@@ -5,8 +5,8 @@ on which the adapter was trained, as the trainer's validation does, and asks a s
 
     python bench/reloading.py http://localhost:8000 examples/data/label.test.jsonl nf4=nf4/adapter
 
-The adapters must be saved in float32 (``--adapter-dtype float32``), so that they are the trained
-ones.
+The adapters must be saved in float32 (``--adapter-dtype float32``), so that the files hold exactly
+the trained weights.
 """
 
 from __future__ import annotations

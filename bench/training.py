@@ -1,4 +1,4 @@
-"""Training of many adapters on the base that serves, compared with PEFT one adapter after another.
+"""Training of many adapters at once on a server's base, compared with PEFT, one after another.
 
     python bench/training.py [--tenants 1 4 16] [--steps 3] [--rows 4] [--length 44]
 
@@ -49,7 +49,7 @@ async def train(training: TrainingService, learner: int, data: Sequence[Datum], 
 
 
 class Rate(NamedTuple):
-    """Tokens per second of time, and of processor time."""
+    """Tokens per second of elapsed time, and of processor time."""
 
     wall: float
     processor: float

@@ -400,7 +400,7 @@ class _PartClient(ServiceClient):
     async def _receive(
         self, rpc: Any, request: Any, timeout: float | None, take: Callable[[Any], None]
     ) -> None:
-        """Hand over each message of a stream."""
+        """Pass each message of a stream to ``take``."""
         seconds = stream_timeout(timeout)
         call = rpc(request, timeout=seconds, metadata=self._settings.metadata)
         try:
@@ -717,7 +717,7 @@ class AsyncTrainingClient(TrainingBase):
 
     @_rpc("ListModels", TrainedModel, "models")
     async def list_models(self, *, timeout: float | None = None) -> tuple[TrainedModel, ...]:
-        """Return the models of the token."""
+        """Return the models of the client's bearer token."""
         ...
 
     @_rpc("DeleteModel", None)
@@ -802,7 +802,7 @@ class AsyncTrainingClient(TrainingBase):
 
     @_rpc("ListCheckpoints", Checkpoint, "checkpoints")
     async def list_checkpoints(self, *, timeout: float | None = None) -> tuple[Checkpoint, ...]:
-        """Return the checkpoints of the token, the newest first."""
+        """Return the checkpoints of the client's bearer token, the newest first."""
         ...
 
     async def export_checkpoint(
@@ -811,7 +811,7 @@ class AsyncTrainingClient(TrainingBase):
         """Write the adapter of a checkpoint, in PEFT's layout, to a new directory.
 
         Raises:
-            FileExistsError: The directory is already there.
+            FileExistsError: The directory already exists.
         """
         request = self._request("ExportCheckpoint", path=path)
         rpc = self._connection.training.ExportCheckpoint

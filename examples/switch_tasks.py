@@ -1,6 +1,6 @@
 """Sends requests of three tasks to three adapters, and switches adapters within a conversation.
 
-Against a server that has the example adapters::
+Run it against a server that has the example adapters::
 
     turret serve --adapter-root examples/adapters \
         --preload json=json --preload sql=sql --preload label=label

@@ -58,9 +58,13 @@ class FleetConfig(Checked):
     """The number of replicas, and the machines on which they run."""
 
     replicas: Whole | None = setting(None, "number of replicas (default: 2)", ge=1)
-    min_replicas: Whole | None = setting(None, "minimum number, if it follows the load", ge=1)
+    min_replicas: Whole | None = setting(
+        None, "minimum number of replicas, if the number follows the load", ge=1
+    )
     max_replicas: Whole | None = setting(
-        None, "maximum number; one is added while more than four sequences wait on each", ge=1
+        None,
+        "maximum number of replicas; one is added while more than four sequences per replica wait",
+        ge=1,
     )
     ray_address: Annotated[str, AfterValidator(as_ray_address)] | None = setting(
         None,

@@ -57,7 +57,7 @@ class NameEntry:
     """The registration of a name from a revision on; None if the name is free.
 
     Attributes:
-        is_forced: None if the name takes requests. Otherwise it is being unloaded, and this says
+        is_forced: None if the name takes requests. Otherwise it is being unloaded, and the value is
             whether running requests are ended.
     """
 
@@ -269,7 +269,7 @@ class Rollback:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetAlias:
-    """Make a name stand for these generations, which are never empty."""
+    """Make a name stand for these generations, of which there is at least one."""
 
     name: str
     targets: tuple[AliasTarget, ...]

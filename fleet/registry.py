@@ -473,7 +473,7 @@ class FleetRegistry:
         return self._applying(p.Outcome())
 
     def _drop_surplus(self, alias: Alias) -> None:
-        """Drops generations that only this alias kept, which is gone."""
+        """Drops generations that were kept only for this former alias."""
         for name in sorted({target.name for target in alias.targets}):
             if self._is_in_base(name):
                 # The next replacement after the merge drops them.

@@ -168,7 +168,7 @@ class ReplicaRegistry(AdapterRegistry):
             adapter = generation_for_rollback(registration, generation)
             if adapter is current:
                 return self.get(name)
-            # Reading it first finds changed files before anything has changed.
+            # Read the adapter first, to detect changed files before anything else changes.
             with self._installer.resident(adapter):
                 return self._made(
                     p.Rollback(

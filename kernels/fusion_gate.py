@@ -34,7 +34,7 @@ MAX_COMPONENTS = 64
 def fusion_gate_reference(
     q: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, rank_indptr: Sequence[int]
 ) -> torch.Tensor:
-    """Gate by keys, in torch: both the CPU path and the oracle of the Triton kernel.
+    """Gate by keys, in torch; also the oracle of the Triton kernel.
 
     Args:
         q: Queries, ``[num_rows, d_k]``, any float dtype.
@@ -55,12 +55,12 @@ def fusion_gate_reference(
 def routing_gate_reference(
     similarities: torch.Tensor, top_k: int, temperature: float
 ) -> torch.Tensor:
-    """Gate by prototypes, in torch: both the CPU path and the oracle of the Triton kernel.
+    """Gate by prototypes, the same on all paths.
 
     Args:
         similarities: ``p_k · x``, ``[num_rows, K]`` fp32.
-        top_k: The number of most similar components that share a row's weight; of equally similar
-            ones, the first counts. All others have weight 0.
+        top_k: The number of most similar components that share a row's weight; the first ones win
+            ties. All others have weight 0.
         temperature: The divisor of similarities; above 0.
 
     Returns:
@@ -82,8 +82,8 @@ def given_gate_reference(
     Args:
         logits: ``[num_rows, K]`` fp32.
         temperature: The divisor of logits before a softmax; None for no softmax.
-        top_k: The number of largest weights of a row that are kept; of equal ones the first. None
-            for all.
+        top_k: The number of largest weights of a row that are kept; the first ones win ties. None
+            keeps all.
         is_renormalised: Whether the kept weights other than 0 are replaced with their softmax.
 
     Returns:

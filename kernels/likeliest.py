@@ -59,7 +59,7 @@ def _biases(device: torch.device) -> torch.Tensor:
 def likeliest_tokens(
     logits: torch.Tensor, rows: torch.Tensor | None = None, words: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Find the token with the largest logit; of equal ones the first.
+    """Find the token with the largest logit; the first one wins a tie.
 
     Semantics:
         tokens[i] = argmax over t of logits[rows[i], t] where bit t % 32 of words[i, t // 32] is 1
@@ -110,7 +110,7 @@ _LEAST_OUTPUTS = 256
 _MOST_SHARE = 8
 # Maximum number of calls that are skipped after a useless one.
 _MOST_PAUSE = 64
-# Longer weights are rejected, because their products with a row may overflow fp32.
+# Weights with a larger norm are rejected, because their products with a row may overflow fp32.
 _MOST_LENGTH = 1e15
 
 

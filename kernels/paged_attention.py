@@ -181,7 +181,7 @@ def paged_attention_reference(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attend by torch products; the CPU path as well as the Triton kernel's oracle.
+    """Attend by torch products: the torch path, and the Triton kernel's oracle.
 
     Args:
         q: Rotated queries, ``[num_rows, num_heads, head_dim]``, any float dtype.

@@ -57,7 +57,7 @@ _T = TypeVar("_T")
 
 def _build(config: Config, metrics: Metrics, state: NoStateDir) -> Backend:
     # Import these late: the server listens before torch and transformers are loaded, which takes
-    # seconds, and the device must be chosen before, because a library looks for devices when it is
+    # seconds, and the device must be chosen first, because a library looks for devices when it is
     # imported.
     see_only(config.model.device)
     from turret.server.build import build_backend

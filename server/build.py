@@ -66,8 +66,8 @@ _log = logging.getLogger(__name__)
 # Maximum time for which another thread may hold the interpreter's lock while steps run on a CUDA
 # device.
 _SWITCH_SECONDS = 5e-4
-# Maximum number of prompt tokens in a step on a GPU in which mostly sequences decode. Smaller steps
-# would make prompts much slower, because each dequantises all weights. By computation, not yet by
+# Maximum number of prompt tokens in a GPU step whose sequences mostly decode. Smaller steps would
+# make prompts much slower, because each dequantises all weights. By computation, not yet by
 # measurement, a step with 512 tokens of an 8B model takes a third of the time of 2,048.
 _GPU_CHUNK = 512
 # Positions per KV block; divides the attention tile.
@@ -188,7 +188,7 @@ def build_backend(
 
 
 def compile_kernels(config: Config, capabilities: Iterable[int]) -> None:
-    """Compile the kernels of a start on NVIDIA GPUs into Triton's cache, without a GPU.
+    """Compile the kernels for a start on NVIDIA GPUs into Triton's cache, without a GPU.
 
     Args:
         config: The configuration of the start.
@@ -382,7 +382,7 @@ def _build_engine(
     registry: AdapterRegistry,
     tokenizer: Tokenizer,
 ) -> tuple[Engine, bool]:
-    """The engine, and whether it finds tokens with a copy of the head."""
+    """The engine, and whether it finds greedy tokens with an int8 copy of the head."""
     arch = decoder.arch
     per_block = KvCache.block_bytes(arch, BLOCK_SIZE, decoder.dtype)
     max_num_seqs, max_num_batched_tokens = config.scheduler.sizes(decoder.device.type)

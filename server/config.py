@@ -44,7 +44,7 @@ from turret.server.words import say
 KV_CACHE_BYTES = 256 * MIB
 ADAPTER_DEVICE_BYTES = 512 * MIB
 
-# The Origin header of browsers: no path and no trailing slash.
+# A host name without a port, and an origin as browsers send it: no path and no trailing slash.
 _HOST = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?", re.IGNORECASE)
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#]+")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
@@ -70,7 +70,7 @@ def _model(value: Any) -> Any:
 
 
 def _pairs(value: Any) -> Any:
-    """``NAME=PATH``, several as a list or with commas between them; or a table."""
+    """Pairs of name and path: from ``NAME=PATH``, a list, a comma-separated text, or a table."""
     if isinstance(value, dict):
         return list(value.items())
     parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value

@@ -20,7 +20,7 @@ from turret.server.words import say
 
 
 def refusal(hub_id: HubId, error: Exception) -> HubError | HubUnavailableError:
-    """The error to raise for one of ``huggingface_hub``, ``httpx2`` or the system."""
+    """The error to raise for an error of ``huggingface_hub``, ``httpx2`` or the system."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         DisabledRepoError,

@@ -1,6 +1,6 @@
 """One-line logs: ``time level logger message key=value …``, with the request id where there is one.
 
-Or the same as a JSON object: ``time``, ``level``, ``logger``, ``message``, and the fields.
+In JSON format, a line is an object: ``time``, ``level``, ``logger``, ``message``, and the fields.
 Callers log ids, names, counts and durations; never prompts, completions or bearer tokens.
 """
 
@@ -32,7 +32,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9._:/,+@-]+")
 
 
 def fields(**values: Any) -> dict[str, Any]:
-    """``log.info("message", extra=fields(adapter=name))``."""
+    """The fields of a log line: ``_log.info("message", extra=log.fields(adapter=name))``."""
     return {"fields": values}
 
 
@@ -65,7 +65,7 @@ class LineFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """Renders the same as a JSON object on one line; numbers and booleans keep their type.
+    """Renders the same content as a JSON object on one line; numbers and booleans keep their type.
 
     A field with the name of one of the record's own fields gets a trailing underscore.
     """
@@ -92,7 +92,7 @@ def configure(
     stream: TextIO | None = None,
     log_format: Literal["text", "json"] = "text",
 ) -> None:
-    """Send everything under ``turret`` and warnings of others to ``stream`` (stderr)."""
+    """Send everything under ``turret``, and other loggers' warnings, to ``stream`` (stderr)."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(_FORMATTERS[log_format]())
     root = logging.getLogger()

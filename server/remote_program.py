@@ -260,7 +260,8 @@ def main(seconds: str, bytes_per_second: str, max_bytes: str, path: str, *names:
     """Download an adapter.
 
     Args:
-        seconds: The time until the sizes of the files are known; the signal ends the process.
+        seconds: The time limit for finding out the sizes of the files. At a time limit, a signal
+            ends the process.
         bytes_per_second: The files may take as long as their bytes take at this rate.
         max_bytes: The limit of the address space.
         path: The path of the adapter, with its scheme.

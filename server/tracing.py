@@ -281,7 +281,7 @@ def _exporter(signal: Literal["trace", "metric"], variable: str) -> Any:
     return kind(**options)
 
 
-# OpenTelemetry's own providers are one per process, too.
+# One tracer per process, like OpenTelemetry's own providers.
 _tracing: Tracing | None = None
 
 

@@ -134,7 +134,7 @@ def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerUnde
 
 @pytest.fixture
 def tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Saves a tiny model of an architecture; what is derived from it is written alongside it."""
+    """Saves a tiny model of an architecture; derived files are written alongside it."""
     from builders.bases.tiny_models import save_tiny_model
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

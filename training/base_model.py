@@ -122,7 +122,8 @@ class TrainingBase:
 
     Attributes:
         source: The quantised model that the server serves, with its digest.
-        directory: The directory as in the config, or an id of the hub; None is the bundled model.
+        directory: The directory or GGUF file in the config, or an id of the hub; None for the
+            bundled model.
         config: transformers' config.
         arch: The server's description of the config.
         tokenizer: transformers' tokenizer.
@@ -156,7 +157,8 @@ def find_base(
     """Find (and quantise, the first time) the base model.
 
     Args:
-        directory: The directory as in the config, or an id of the hub; None is the bundled model.
+        directory: The directory or GGUF file in the config, or an id of the hub; None for the
+            bundled model.
         check: See :func:`check_base`. It is called for models from other places, too.
 
     Raises:
@@ -258,7 +260,7 @@ class _EmptyLinear4bit(Linear4bit):
 
 
 class _EmptyFrozen(_EmptyLinear4bit, FrozenNf4Linear):
-    """The same for a CPU, where a product dequantises the weight."""
+    """An ``_EmptyLinear4bit`` for a CPU, where each product dequantises the weight."""
 
     forward: Any = FrozenNf4Linear.forward
 
@@ -291,7 +293,7 @@ def _nf4_modules(model: Any) -> dict[str, Any]:
 
 
 def _make_dense(model: Any, dtype: torch.dtype) -> None:
-    """Replace the quantised linear modules by plain ones with the same weights."""
+    """Replace the quantised linear modules with plain ones that have the same weights."""
     for name, module in _nf4_modules(model).items():
         dense = torch.nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
         weight = Nf4Weight(module.weight.data, module.weight.quant_state).dequantize(dtype)

@@ -43,7 +43,7 @@ class Dataset:
         num_dropped: The number of examples in both sets that were left out for their length.
         num_truncated: The number of examples in both sets that were cut to length.
         num_shared: The number of held-out examples that are also training examples.
-        labels: The classes, in the head's order; else empty.
+        labels: The classes of a classification, in the head's order; else empty.
         is_multi_label: Whether an example may have any number of labels, not exactly one.
     """
 
@@ -112,7 +112,7 @@ def make_rows(examples: tuple[Encoded, ...], config: DataConfig) -> list[BatchRo
 def split(
     examples: list[Example], fraction: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """Hold out a share, at least one example unless it is 0; both parts keep the file's order."""
+    """Hold out a share, at least one example unless the share is 0; both parts stay in order."""
     count = num_set_aside(len(examples), fraction)
     chosen = set(random.Random(f"{seed}/split").sample(range(len(examples)), k=count))
     kept = [example for index, example in enumerate(examples) if index not in chosen]
@@ -134,10 +134,10 @@ class TrainingBatch:
             example, which shows transformers the tokens that may attend to each other.
         targets: ``[rows, longest]`` int64: the token to predict at each position, or ``IGNORED``.
         num_targets: The number of positions with a target.
-        starts: For each row, the first position on which an aLoRA acts; empty if it acts
-            everywhere.
-        labels: The right labels of each row, if a row may have several, else empty. In this case,
-            the target is the number of the row.
+        starts: For each row, the first position on which an aLoRA acts; empty for other methods,
+            which act everywhere.
+        labels: The right labels of each row if a row may have several, and each target is the
+            number of its row; else empty.
     """
 
     tokens: torch.Tensor

@@ -1,4 +1,4 @@
-"""What trains the adapter of a run: PEFT here, or the engine of a server (``own_engine.py``)."""
+"""The engines that train a run's adapter. This file has PEFT's; see also ``server_engine.py``."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ class LocalEngine:
         return peak_memory_bytes(self._device)
 
     def close(self) -> None:
-        """Free what it holds outside this process."""
+        """Free what the engine holds outside this process."""
 
 
 Engine: TypeAlias = "LocalEngine | OwnEngine | ServerEngine"

@@ -4,7 +4,7 @@ TrainingError
 ├── ConfigError    an invalid key of the config: unknown, out of range, or unsupported by the method
 │   └── ConfigFileError  an error in the file alone, independent of the base and the machine
 ├── DataError      an invalid example: names the file, the line and the field
-└── RunError       a run directory that is finished, in use, or of another config or data set
+└── RunError       any other failure, such as a run directory that is finished or in use
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class DataError(TrainingError):
 
 
 class RunError(TrainingError):
-    """The request does not fit the content of the run directory."""
+    """Any other failure: of a run and its directory, a conversion, a repair or a verification."""
 
     def __init__(self, text: Text) -> None:
         super().__init__(text)

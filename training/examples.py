@@ -40,7 +40,7 @@ class DataFiles:
         paths: The files, the training one first.
         train: The examples of the training file; a part of them may be held out later.
         validation: The examples of a separate validation file, or None.
-        labels: The classes, in the head's order; else empty.
+        labels: The classes of a classification, in the head's order; else empty.
         is_multi_label: Whether an example may have any number of labels, not exactly one.
     """
 
@@ -462,7 +462,8 @@ def encode(
     if invocation is not None:
         prompt = tokens[: len(tokens) - len(pieces[-1][0])]
         start = invocation.start_in(prompt, example, tokenizer)
-        # Learn nothing before the invocation: when serving, the base computes those tokens.
+        # Learn nothing up to the end of the invocation. On a server, the base computes the tokens
+        # before the invocation, and the prompt contains the invocation itself.
         first = start + len(invocation.tokens)
         learned[:first] = [False] * first
         shown = tuple((turn["role"], turn["content"]) for turn in turns[:-1])

@@ -123,7 +123,7 @@ def _weight_of(module: Any) -> Callable[[], torch.Tensor]:
 
 
 class FusionLayer(nn.Module):
-    """Called like the module it wraps; the wrapped module must be frozen.
+    """A frozen linear module, with updates that a trained gate weighs. Called like that module.
 
     The key starts at zero and the query at random, so that training starts from the mean of the
     components. With two zeros, neither would ever get a gradient.
@@ -288,7 +288,7 @@ class FusionModel(nn.Module):
 
 
 class FusionLoss(LossFunction):
-    """Sum over a batch's targets; without gradients it is the cross entropy alone.
+    """The loss of a batch, summed over its targets; without gradients, the cross entropy alone.
 
     Args:
         model: The fusion.
@@ -369,7 +369,7 @@ def _is_read(batch: TrainingBatch) -> torch.Tensor:
 
 
 def _key_of(tokens: torch.Tensor, targets: torch.Tensor) -> bytes:
-    """A key for a row that does not depend on its padding: up to the last token that is learned."""
+    """A key for a row: its tokens and targets up to the last learned one, without the padding."""
     learned = (targets != IGNORED).nonzero()
     end = int(learned.max()) + 2 if len(learned) else None
     return torch.stack((tokens, targets))[:, :end].numpy().tobytes()

@@ -254,7 +254,7 @@ _STEPS = 2
 
 
 def measure_peak(resolved: Resolved, scratch: Path) -> int:
-    """Peak memory in bytes, of the kind that ``memory_peak`` reports.
+    """Peak memory in bytes, of the kind that ``peak_memory_bytes`` reports.
 
     Args:
         resolved: The run, which writes nothing.

@@ -93,7 +93,7 @@ class ExpertModules(torch.nn.Module):
 
 
 def put_experts(model: Any, arch: Arch, make: Callable[[int], MakeLinear]) -> None:
-    """Replace a model's experts by modules, layer by layer."""
+    """Replace a model's experts with modules, layer by layer."""
     assert arch.experts is not None
     for number, layer in enumerate(model.model.layers):
         if arch.has(number, ROUTER):
@@ -151,7 +151,7 @@ def load_4bit(weights: Path, arch: Arch, config: Any, dtype: torch.dtype) -> Any
 
 
 def _load_rest(model: Any, tensors: CheckpointTensors, arch: Arch) -> None:
-    """Load the tensors that have no memory yet: norms, embeddings and routers."""
+    """Load the parameters that have no memory yet: norms, embeddings and routers."""
     for name, parameter in list(model.named_parameters()):
         stored = _stored_name(name, tensors, arch)
         if not parameter.is_meta or not tensors.has(stored):

@@ -216,7 +216,7 @@ class OwnEngine(SharedEngine):
         self._base.run(self._training.save(self._id, folder, with_optimizer=False))
 
     def end(self, checkpoints: Sequence[Path]) -> None:
-        """Checkpoints are in the directory of the run, which keeps them."""
+        """Do nothing, because the directory of the run keeps the checkpoints."""
 
     def cancel(self) -> None:
         self.close()

@@ -122,7 +122,7 @@ _FIGURES = {
     "micro_f1": "micro F1",
 }
 
-_CUT = "… where an answer goes on: it is cut a little past the length of the right one"
+_CUT = "… marks an answer that was cut, a little past the length of the right answer"
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -172,7 +172,7 @@ def _tiles(
     if rows:
         last = rows[-1]
         tiles["time"] = _duration(facts.get("waited_seconds", last["seconds"]))
-        tiles["of it training"] = _duration(last["seconds"])
+        tiles["training time"] = _duration(last["seconds"])
         tiles["tokens"] = f"{last['tokens']:,}"
         tiles["peak memory"] = about_bytes(max(row["memory_bytes"] for row in rows))
     tiles["trained parameters"] = f"{facts['num_parameters']:,}"

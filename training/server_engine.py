@@ -77,7 +77,7 @@ class SharedEngine(ABC):
 
     @abstractmethod
     def _answer(self, prompt: Sequence[int], adapter: Any, most: int) -> list[int]:
-        """The tokens of a greedy answer, with the end of text if it came."""
+        """The tokens of a greedy answer, with the end-of-text token if the model generated it."""
 
     @abstractmethod
     def _export(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The cost of serving an adapter of this method and size, measured with the server's own reader.
+"""The cost of serving a run's adapter, measured with the server's own reader.
 
 The adapter is attached to a base without memory, saved with all weights set to one, and lowered to
 the operators that the server computes. The cost is their size and the products per token.

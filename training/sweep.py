@@ -49,7 +49,8 @@ class VariantResult:
         validation_loss: The loss after these steps, in nats per learned token.
         num_parameters: The number of trained weights.
         file_bytes: The size of the adapter's tensors.
-        relative_multiply_adds: The multiply-adds that the adapter adds per token, over the base's.
+        relative_multiply_adds: The multiply-adds that the adapter adds per token, as a share of the
+            base's.
         seconds: The duration of the training.
         what_next: The path of the adapter, and the commands that serve and prompt it.
     """
@@ -90,10 +91,10 @@ def sweep(
         variants: At least one. Their configs must have validation examples.
         folder: The directory to which the configs' paths are relative.
         announce: Shows the progress of a run, or of those that are trained together.
-        open_engine: Creates what trains the adapter of a run.
+        open_engine: Creates the engine that trains the adapter of a run.
         served: The model of the server that trains, if one does.
-        stops_early: Whether only the third of the variants with the lowest validation loss is
-            trained on after a ninth of their steps, and again after a third.
+        stops_early: Whether to stop all but the third of the variants with the lowest validation
+            loss, after a ninth of their steps and again after a third of them.
 
     Raises:
         ConfigError: A variant cannot be trained.

@@ -68,7 +68,7 @@ class Trainer:
     Args:
         resolved: The run to train.
         listen: Called with every line of the metrics as it is written.
-        open_engine: Creates what trains the adapter.
+        open_engine: Creates the engine that trains the adapter.
     """
 
     def __init__(
@@ -144,7 +144,8 @@ class Trainer:
             return FinishedRun(self._folder, step, loss, round(log.seconds, 3), memory)
         result = {"validation_loss": loss, "seconds": log.seconds, "memory_bytes": memory}
         self._folder.write_facts(facts | {"result": result})
-        # Write the adapter after everything but the samples: an existing adapter means a result.
+        # Write the adapter after everything but the samples, because its directory marks the run as
+        # finished.
         self._write_adapter(engine, origin | {"steps": self._num_steps, "validation_loss": loss})
         engine.end(checkpoints_in(self._folder.checkpoints))
         self._listen({"kind": "note", "text": what_next(self._resolved, self._folder)})

@@ -1,4 +1,4 @@
-"""``turret train init|plan|run|sweep|promote``. Heavy imports wait until a verb runs."""
+"""``turret train init|plan|run|report|sweep|promote``. Heavy imports wait until a verb runs."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def _load(args: argparse.Namespace, module: str) -> None:
 
 
 def _connect(args: argparse.Namespace) -> Any:
-    """A client of the server that trains; its calls take as long as the server needs."""
+    """A client of the server that trains; its calls have no time limit without ``--timeout``."""
     from turret.clients.verbs.command import connect
 
     if args.timeout is None:

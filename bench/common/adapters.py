@@ -33,7 +33,7 @@ def lora(rank: int, targets: Sequence[str] = ALL, **keys: Any) -> peft.LoraConfi
 
 
 def mixed_methods(rank: int, arch: Arch) -> list[peft.PeftConfig]:
-    """Methods of one rank, or with as many soft tokens."""
+    """Configs of several methods, with this rank or number of soft tokens."""
     targets = list(ALL)
     prompt: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_virtual_tokens": rank}
     # PEFT would derive these sizes from the hidden size, which is wrong for some models.
@@ -58,7 +58,10 @@ def mixed_methods(rank: int, arch: Arch) -> list[peft.PeftConfig]:
 
 
 def default_methods(circle: int) -> list[peft.PeftConfig]:
-    """Methods in PEFT's default sizes; C3A has no default, and gets ``circle``."""
+    """Configs with PEFT's default sizes, except that C3A's blocks have size ``circle``.
+
+    C3A's own default, 256, need not divide the sizes of the model's modules.
+    """
     targets = list(ALL)
     return [
         peft.OFTConfig(target_modules=targets),

@@ -110,7 +110,7 @@ def require_idle(console: Console, is_forced: bool) -> float:
     """
     load = measure_load()
     if load > BUSY_SHARE and not is_forced:
-        console.print(f"others take {load:.0%} of this machine's cores: wait, or --force")
+        console.print(f"other processes use {load:.0%} of the cores; wait, or pass --force")
         raise SystemExit(EXIT_BUSY)
     return load
 

@@ -166,7 +166,7 @@ async def _send_one(
 
 
 def register(address: str, names: Sequence[str], paths: Sequence[str] | None = None) -> float:
-    """Load every adapter, from the directory of its name or another one; returns the seconds."""
+    """Load every adapter from its path, by default its name; returns the seconds."""
     start = time.perf_counter()
     # Several calls at once: one reads and lowers an adapter while another waits for the disk.
     with TurretClient(address) as client, ThreadPoolExecutor(4) as pool:

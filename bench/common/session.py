@@ -1,4 +1,4 @@
-"""What every benchmark of the CPU path does around its measurement."""
+"""The parts that all benchmarks of the CPU path share: flags, a server and stored results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_parser(doc: str | None, repeats: int) -> argparse.ArgumentParser:
         "--shape", choices=SHAPES, help="a model of this shape with random weights, in build/shapes"
     )
     parser.add_argument(
-        "--repeats", type=int, default=repeats, help=f"rounds; the median counts ({repeats})"
+        "--repeats", type=int, default=repeats, help=f"rounds; results are medians ({repeats})"
     )
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="run only cases with TEXT in their names"

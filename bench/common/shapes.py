@@ -73,7 +73,7 @@ def write_model(name: str) -> Path:
 
 
 def _as_saved(path: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A parameter by the names in published checkpoints, which have separate experts."""
+    """A parameter under its names in published checkpoints, which have separate experts."""
     experts, _, role = path.rpartition(".")
     if not experts.endswith(".experts"):
         return {path: value}
@@ -86,7 +86,7 @@ def _as_saved(path: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def _write_weights(model: Any, folder: Path) -> None:
-    """Write random weights in files of about a gigabyte, so that they need little memory."""
+    """Write random weights to files of about a gigabyte, so that little memory is needed."""
     generator = torch.Generator().manual_seed(1)
     files: dict[str, str] = {}
     held: dict[str, torch.Tensor] = {}

@@ -137,7 +137,7 @@ def _by_slot(
     setting: Setting, name: str, shape: str, run: Callable[[torch.Tensor, RowTable], object],
     exact: torch.Tensor, num_bytes: int,
 ) -> None:  # fmt: skip
-    """Check row 0 of an update in place and time it."""
+    """Check row 0 of an in-place update, and time the update."""
     table = RowTable(setting.rows, setting.device)
     rows = list(range(setting.rows))
     table.load(rows, [row % _SLOTS for row in rows], [1.0] * len(rows))
@@ -211,7 +211,7 @@ def between(setting: Setting) -> None:
 
 
 def sampling(setting: Setting) -> None:
-    """Sampling by the options of requests, at every number of rows."""
+    """Sampling with the options in ``_SAMPLING``, for each number of rows."""
     for rows in setting.row_counts:
         logits = 3.0 * torch.randn(rows, setting.model.vocab, device=setting.device)
         tokens = torch.zeros(rows, dtype=torch.int64, device=setting.device)
@@ -231,7 +231,7 @@ def _check_tokens(
     uniforms: list[float],
     form: tuple[float, float, int],
 ) -> None:
-    """Check that every token is the one that its number selects, up to the rounding of sums."""
+    """Check that each row's uniform number selects its token, up to the rounding of sums."""
     temperature, top_p, top_k = form
     for row, token, uniform in zip(logits.double(), tokens, uniforms, strict=True):
         if temperature == 0.0:

@@ -23,7 +23,7 @@ class Loop:
             once.
         wavefronts: The passes through the load-store unit per iteration: one for 4 bytes per lane,
             more for wider accesses. Bank conflicts and scattered addresses are ignored.
-        barriers: The number of barriers in the whole program.
+        barriers: The number of barriers, at which all warps of the program wait.
         products: The number of tensor-core instructions.
         picks: The number of instructions that select bytes of registers; a table of codes needs
             many.

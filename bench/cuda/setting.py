@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # does.
 _FLUSH_BYTES = 256 << 20
 _REPEATS = 30
-# Maximum RMS of the error over the RMS of the exact result: one rounding, and sums in another
-# order.
+# Maximum ratio of the error's RMS to that of the exact result. It allows for one rounding, and for
+# sums in another order.
 MAX_ERROR = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 # Memory bandwidth in 10⁹ bytes per second, by NVIDIA's data sheets. The keys are words of
 # torch.cuda.get_device_name; the first entry whose words are all in the name applies.

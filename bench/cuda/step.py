@@ -41,7 +41,7 @@ from turret.server.models.weights.nf4_gpu import Nf4Product
 KV_BLOCK = 16
 # Tokens that sequences have room for beyond their context.
 ROOM = 64
-# Maximum share for adapters of the memory that the base leaves.
+# Maximum share of the memory left by the base that adapters may take.
 _ADAPTER_SHARE = 0.9
 
 
@@ -107,7 +107,7 @@ class _Mix:
 
 
 class _Captures:
-    """Captures like the server, and keeps the last replay, which is the device's work alone."""
+    """Captures steps like the server, and keeps the last replay: the device's work alone."""
 
     def __init__(self, device: torch.device) -> None:
         self._capture: Capture = capture_for(device) or FakeCapture()
@@ -123,7 +123,7 @@ class _Captures:
 
 
 class DecodeStep:
-    """The model, its cache and steps of ``num_rows`` sequences, of which each decodes one token.
+    """The model, its cache and steps of ``num_rows`` sequences, each of which decodes one token.
 
     Args:
         model: The shapes of the model.
@@ -254,7 +254,7 @@ class DecodeStep:
             sequence.tokens.append(drawn.token_id)
 
     def advance_eagerly(self, step: Step) -> None:
-        """Like ``advance``, by launching every kernel."""
+        """Like ``advance``, but launch every kernel instead of replaying a captured step."""
         assert self._executor is not None
         with patch.object(self._executor._graphs, "_capture", None):
             self.advance(step)

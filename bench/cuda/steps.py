@@ -66,7 +66,7 @@ def time_wide_step(setting: Setting) -> None:
 
 
 def same_bits(setting: Setting) -> None:
-    """Check that a row has the same bits in every batch, and captured or not."""
+    """Check that a row has the same bits in every batch, whether the step is captured or not."""
     step = _decode_step(setting, num_layers=min(4, setting.num_layers))
     scenario = scenarios(setting)[1]
     adapters = step.adapters(scenario)
@@ -115,10 +115,10 @@ def _decode_step(
 def _time(
     setting: Setting, step: DecodeStep, scenario: Scenario | None, rows: int, base: float
 ) -> float:
-    """The time of a step on the device in ms. Captured and replayed steps must have the same bits.
+    """The time of a step on the device in ms. Eager and replayed steps must have the same bits.
 
-    The row also has the time of the whole step with reading its tokens, and that of a step that is
-    not captured.
+    The stored row also has the host's additional time, until the tokens are read, and the time of a
+    step that is not captured.
     """
     adapters = [] if scenario is None else step.adapters(scenario)
     step.forget(adapters)
@@ -147,7 +147,7 @@ def _time(
 
 
 def _wall(run: Callable[[], object], setting: Setting) -> float:
-    """The median time of a function that ends when the device has, in milliseconds."""
+    """The median time in milliseconds of a function that waits for the device."""
     times = []
     for _ in range(ROOM // 4 if setting.device.type == "cuda" else 1):
         start = time.perf_counter()

@@ -18,7 +18,7 @@ def work(compilation: Compilation, compiled: Any) -> dict[str, Any]:
 
     ``nf4_matmul``, ``nf4_rotate``, ``nf4_shrink``, ``nf4_experts``: per weight.
     ``segmented_shrink``: per rank and input feature.
-    ``segmented_expand``: per rank and column, over the whole item of one component of 16 ranks.
+    ``segmented_expand``: per rank and column, over a work item with one component of 16 ranks.
     ``paged_attention``: per key; also the number of groups of copies that may run while the loop
     multiplies. The result is empty for other kernels and targets.
 

@@ -298,7 +298,7 @@ def evaluate(
     """
     for mix in mixes:
         # Report an unknown name before the first example. After a successful call, an unreachable
-        # server has gone away rather than never been there.
+        # server is known to have gone away.
         _called(mix_name(mix), partial(client.tokenize, "a", adapters=mix))
     on_progress(0, len(examples) * len(mixes))
     with ThreadPoolExecutor(options.concurrency) as pool:

@@ -259,7 +259,7 @@ def _json_object(path: Path, line: int, text: str, is_training: bool) -> dict[st
     except RowError:
         raise
     except (RecursionError, ValueError) as error:
-        # The line nests too deeply, or has a number of thousands of digits.
+        # The line nests too deeply, or contains a number with thousands of digits.
         raise RowError(path, line, None, say("NOT_JSON", problem=error)) from error
     if not isinstance(row, dict):
         raise RowError(path, line, None, say("NOT_AN_EXAMPLE", keys=_keys(is_training)))

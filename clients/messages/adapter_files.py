@@ -182,7 +182,7 @@ class ExportWriter(NewDirectory):
                 raise ValueError(say("EXPORT_OUT_OF_ORDER"))
 
     def finish(self) -> adapters_pb2.Adapter:
-        """Check every file's size and digest, move them into place and return the adapter.
+        """Check every file's size and digest, move the files into place and return the adapter.
 
         Raises:
             ValueError: A file is incomplete or damaged, or the server sent nothing.

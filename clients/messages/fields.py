@@ -124,7 +124,7 @@ def given(**values: Any) -> dict[str, Any]:
 
 
 def _enum_value(name: str, value: Any, enum: EnumDescriptor) -> int:
-    """The number of a name, in any case; the first name means unspecified, so it is skipped."""
+    """The number of a name, ignoring case; skips the first name, which means unspecified."""
     numbers = {each.name.lower(): each.number for each in enum.values[1:]}
     if isinstance(value, str) and value.lower() in numbers:
         return numbers[value.lower()]
@@ -136,8 +136,9 @@ def check_text(name: str, value: object) -> None:
     """Reject anything but text. Protobuf would accept bytes.
 
     Raises:
-        TypeError: The value is not text; names the argument.
-        ValueError: The text contains half of a surrogate pair, as invalid UTF-8 does.
+        TypeError: The value is not text. The error names the argument.
+        ValueError: The text contains half of a surrogate pair, as text decoded from invalid UTF-8
+            may.
     """
     if not isinstance(value, str):
         raise ArgumentTypeError(name, say("NOT_A_STRING", value=repr(value)))
@@ -151,7 +152,7 @@ def several(name: str, value: Any, wanted: str) -> Iterable[Any]:
     """The value, if it is an iterable other than a string or mapping.
 
     Raises:
-        TypeError: The value has another type; names the argument and the ``wanted`` type.
+        TypeError: The value has another type. The error names the argument and the ``wanted`` type.
     """
     if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
         return value
@@ -167,7 +168,7 @@ def as_json(name: str, value: object) -> str:
     """The value as JSON.
 
     Raises:
-        TypeError, ValueError: The value cannot be JSON; names the argument.
+        TypeError, ValueError: The value cannot be JSON. The error names the argument.
     """
     try:
         return json.dumps(value, ensure_ascii=False)

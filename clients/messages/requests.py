@@ -264,8 +264,9 @@ def filled(request: _Request, **values: Any) -> _Request:
 
     Args:
         request: An empty message.
-        **values: The values by the names of its fields, or of those of a message in it. None
-            leaves an optional field unset; ``prompt`` and ``inputs`` take any form of a prompt.
+        **values: The values by the names of the request's fields, or of the fields of a message in
+            it. None leaves an optional field unset; ``prompt`` and ``inputs`` take any form of a
+            prompt.
 
     Raises:
         TypeError: A value has the wrong type.
@@ -337,7 +338,7 @@ def _json(name: str, value: Any) -> str:
 
 
 def set_inputs(request: Any, inputs: str | Sequence[Prompt]) -> None:
-    """Add an ``Input`` for each prompt; a plain text is the only one."""
+    """Add an ``Input`` for each prompt; a plain text is a single prompt."""
     prompts = [inputs] if isinstance(inputs, str) else _items("inputs", inputs)
     for index, prompt in enumerate(prompts):
         set_input(

@@ -106,7 +106,7 @@ class TokenLogprob(Result):
 
 
 class Usage(Result):
-    """What a request cost, in tokens.
+    """The cost of a request, in tokens.
 
     Attributes:
         prompt_tokens: Tokens of the prompt, including special tokens but not soft tokens.
@@ -362,7 +362,7 @@ class Adapter(Result):
     Attributes:
         name: The name that requests use.
         uuid: Identifies this registration.
-        generation: The number of the weights under this registration, counted from 1.
+        generation: The version of the weights under this registration, counted from 1.
         digest: SHA-256 over the config and tensors, in hex.
         method: The method, such as ``lora``.
         ranks: The distinct ranks of its modules.

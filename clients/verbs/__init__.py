@@ -1,7 +1,7 @@
 """The client verbs of the ``turret`` command.
 
-Each sets ``func(args) -> int``, the exit code: 0, 1 if a call failed, 2 if an argument is invalid,
-130 if interrupted.
+Each verb sets ``func(args) -> int``, which returns the exit code: 0 on success, 1 if a call failed,
+2 if an argument is invalid, 130 if interrupted.
 """
 
 from __future__ import annotations

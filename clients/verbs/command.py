@@ -42,7 +42,7 @@ Flags = Mapping[str, Mapping[str, Any]]
 
 
 def flag(text: str, **options: Any) -> Mapping[str, Any]:
-    """A flag's arguments of argparse's ``add_argument``; ``text`` is its help."""
+    """A flag's arguments for argparse's ``add_argument``; ``text`` is its help."""
     return {"help": text, **options}
 
 
@@ -408,7 +408,7 @@ def given_tls(args: argparse.Namespace) -> Tls | None:
 
 
 def connect(args: argparse.Namespace) -> TurretClient:
-    """A client with the flags of the connection."""
+    """A client with the settings of the connection flags."""
     timeout = DEFAULT_TIMEOUT_SECONDS if args.timeout is None else args.timeout
     # On the command line, report an unreachable server at once.
     policy = RetryPolicy(2, unreached=False)

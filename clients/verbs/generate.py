@@ -23,10 +23,10 @@ _JSON_ONLY = ("logprobs", "top_n", "token_ids")
 _HELP = """\
 /adapter NAME[@GENERATION][=WEIGHT] ...   answer with this mix from now on
 /adapter                                  answer with the base model alone
-/adapters                                 list what the server has
+/adapters                                 list the server's adapters
 /system TEXT                              set the system message (none without TEXT)
 /reset                                    forget the conversation
-/stats                                    what the last answer took
+/stats                                    print usage and timing of the last answer
 /quit                                     leave, as Ctrl-D does
 Ctrl-C stops the answer, or leaves if there is none."""
 # All control characters except tabs and line ends.
@@ -191,10 +191,10 @@ class Conversation:
         """Answer with this mix from now on.
 
         Raises:
-            NotFoundError: The server has no adapter or alias of a name, or not that generation.
+            NotFoundError: The server lacks one of the adapters or aliases, or the generation.
         """
         if adapters:
-            # This call finds the names as an answer does, and needs no other role.
+            # This call looks up the names as a generation does, and needs no other role.
             self.client.tokenize("a", adapters=adapters, timeout=self.timeout)
         self.adapters = adapters
 

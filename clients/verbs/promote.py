@@ -55,7 +55,7 @@ def _promote(args: argparse.Namespace, client: TurretClient) -> int:
     try:
         reports = judge(args, client, examples, mixes, options)
     finally:
-        # Ctrl-C has closed the other client.
+        # Ctrl-C closes ``client``, so use another one.
         with contextlib.suppress(TurretRpcError), command.connect(args) as another:
             another.adapters.unload(name, mode="force")
     gains = {metric: gain(metric, *reports) for metric in options.metrics}
@@ -127,7 +127,7 @@ def _plain(figure: Estimate) -> dict[str, float | None]:
 
 
 def _read_provenance(directory: Path) -> dict[str, Any]:
-    """What is known about the adapter's origin; empty if nothing is.
+    """The content of the adapter's ``provenance.json``; empty if there is no such file.
 
     Raises:
         OSError: The file cannot be read.

@@ -71,7 +71,7 @@ def fields_right(example: Example, answer: str) -> float:
 
 TASK = Task(
     name="json",
-    summary="Turns a sentence into the asked fields as compact JSON.",
+    summary="Turns a sentence into the requested fields as compact JSON.",
     method="LoRA",
     config={"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
     generate=generate,

@@ -70,7 +70,7 @@ class CallContext:
     """The parts of grpc's context that turret's servicers and interceptor use.
 
     A handler on Serve that raises loses its error details; one that sets the status and returns
-    does not. The interceptor only ever sets.
+    does not. The interceptor therefore only sets the status.
 
     Args:
         inner: Serve's context.
@@ -138,7 +138,7 @@ _interceptor = CallInterceptor(Services(gate=ServingGate()))
 
 
 def check_with(interceptor: CallInterceptor) -> None:
-    """Checks the calls of this process with the interceptor of its replica."""
+    """Makes the interceptor of this process's replica check its calls from now on."""
     global _interceptor
     _interceptor = interceptor
 

@@ -99,7 +99,7 @@ def ingress_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
-        # Serve starts the process that runs HAProxy again after three of these.
+        # Serve restarts the process that runs HAProxy after three failed checks.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         # Time for every ingress to notice that a replica is leaving; Serve's default is 30 s.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
@@ -276,7 +276,7 @@ def _limit_bodies() -> None:
 def _keep_haproxy() -> None:
     """Starts HAProxy again as soon as it dies.
 
-    Serve checks three times, ten seconds apart, before it replaces a dead HAProxy.
+    By default, Serve checks three times, ten seconds apart, before it replaces a dead HAProxy.
     """
     from ray.serve._private.haproxy import HAProxyApi
 

@@ -146,7 +146,8 @@ class RayCluster:
     def publish(self, state_dir: Path) -> None:
         """Lets other commands find a cluster that was started here.
 
-        Call this once the fleet has the state directory, because two fleets may start on one.
+        Call this once the fleet has the state directory, because two fleets may start on the same
+        one.
         """
         if self.folder is not None:
             said = {"address": self.address, "token": os.environ["RAY_AUTH_TOKEN"]}
@@ -273,7 +274,8 @@ def _apart() -> Iterator[None]:
     """Lets only this process shut down the processes that Ray starts.
 
     Each of Ray's processes gets its own process group, so a signal that a terminal or ``timeout``
-    sends to this process's group does not reach them. They do not inherit that SIGTERM is blocked.
+    sends to this process's group does not reach them. Unlike this process, they do not
+    block SIGTERM.
     Ray's own SIGTERM handler is not installed, because it would end this process during startup.
     """
     from ray._private import services, utils

@@ -1,4 +1,4 @@
-"""Answers calls in a replica: the composition root like ``server/app.py``, without listeners.
+"""The composition root of a replica: answers calls like ``server/app.py``, without listeners.
 
 Ray Serve hands the calls over; see ``calls.py``.
 """

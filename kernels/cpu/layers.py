@@ -1,4 +1,4 @@
-"""All layers of a step in one call, in the form that ``layers.c`` reads."""
+"""Operations of a decoder layer, and all layers of a step in one call, by C kernels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add_rms_norm(
         eps: Added to the mean square.
 
     Returns:
-        ``[rows, width]``, same dtype, from fp32 by one rounding.
+        ``[rows, width]``, same dtype, rounded once from fp32.
     """
     assert weight.dtype == torch.float32
     assert hidden.is_contiguous()
@@ -66,7 +66,7 @@ def clamped_swiglu(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.T
         limit: The maximum of gates and ups; the ups' minimum is ``-limit``.
 
     Returns:
-        ``[rows, width]``, same dtype, from fp32 by one rounding.
+        ``[rows, width]``, same dtype, rounded once from fp32.
     """
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype)

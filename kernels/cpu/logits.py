@@ -41,7 +41,7 @@ class TargetLogprobs:
         self.logprobs = (chosen - most) - rest
 
     def gradients(self, rows: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
-        """The gradient of the logits. The logits may be overwritten, so it can be computed once.
+        """The gradient of the logits. It may overwrite the logits, so compute it only once.
 
         Args:
             rows: The rows to compute, ``[n]`` int64.

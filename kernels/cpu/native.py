@@ -200,7 +200,7 @@ def by_element(name: str, dtype: torch.dtype) -> Any:
 
 
 def functions() -> ctypes.CDLL:
-    """The compiled kernels; call it only if ``has_native``."""
+    """The compiled kernels; call this function only if ``library`` does not return None."""
     found = library()
     assert found is not None, "the compiled CPU kernels are not there"
     return found

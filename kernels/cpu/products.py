@@ -199,7 +199,7 @@ def low_rank_gradients(
     """The gradients of updates; the bits of each depend on its own rows alone.
 
     Args:
-        updates: Updates of equal rows follow each other.
+        updates: Updates of the same rows follow each other.
         x: The input, ``[rows, in]`` fp32, bf16 or fp16; rows may be strided.
         of_x: The gradient of the input, ``[rows, in]`` fp32, to which those of the updates are
             added in order; contiguous.

@@ -143,7 +143,8 @@ class CStruct(NamedTuple):
 def low_rank(a: torch.Tensor | None, b: torch.Tensor) -> CStruct:
     """``bᵀ (a x)``, ``[rank, in]`` and ``[rank, out]`` bf16.
 
-    If ``a`` is None, it adds up pieces of ``rank`` inputs: ``a[r, i] = 1`` if ``i mod rank = r``.
+    If ``a`` is None, ``a x`` adds up pieces of ``rank`` inputs: ``a[r, i] = 1`` if
+    ``i mod rank = r``.
     """
     return CStruct("low_rank", (a, b, len(b)), _padded(len(b)))
 
@@ -179,7 +180,7 @@ def input_blocks(blocks: torch.Tensor) -> CStruct:
 
 
 def pairs(sine: torch.Tensor, group: int) -> CStruct:
-    """The factors of partners, ``[out]`` fp32, and the outputs of a group."""
+    """``sine_o · (W x)_p(o)``, ``[out]`` fp32; ``p`` swaps the halves of every group of outputs."""
     return CStruct("pairs", (sine, group), _padded(len(sine)))
 
 
@@ -303,12 +304,12 @@ def sparse(values: torch.Tensor, columns: torch.Tensor, row_starts: torch.Tensor
     A step has 32 slots, two for each of 16 outputs, for entries with inputs of one block of 64.
 
     Args:
-        values: ``[entries]`` bf16, of compressed rows on the CPU.
+        values: ``[entries]`` bf16, in the order of compressed rows (CSR), on the CPU.
         columns: ``[entries]`` uint16.
         row_starts: ``[out + 1]`` int32.
 
     Returns:
-        The entry, with these tensors:
+        The operator, with these tensors:
 
         - values, ``[entries + 64]`` bf16: the entries in the slots, step by step;
         - places, ``[entries + 64]`` uint8: the position of an entry's input in its block;
@@ -392,8 +393,8 @@ _AHEAD_BYTES = 3 << 19
 _LEAST_REACH = 4
 
 
-# The fields of a module's entry (``Module`` in ``adapters.h``). The operators of ``_DIRECT`` are in
-# these fields; of those in ``_POINTERS``, which follow from ``_FIRST`` on, the entry has a pointer.
+# The fields of a module's entry (``Module`` in ``adapters.h``). The entry contains the operators of
+# ``_DIRECT`` themselves and, from field ``_FIRST`` on, pointers to those of ``_POINTERS``.
 _DIRECT = {"low_rank": (0, 1, 5), "gain": (2,), "bias": (3,), "input_gain": (4,)}
 _POINTERS = ("hadamard", "kronecker", "input_blocks", "pairs", "circulant", "sparse", "dense")
 _FIRST = 6
@@ -592,8 +593,8 @@ class RowAdapters:
             module: Number of the module.
             x: ``[rows, in]`` bf16.
             rows: Row numbers, ``[n]`` int64, possibly repeated.
-            members: The range of the members that are summed for each, ``[n, 2]`` int64, where the
-                members of all segments are numbered in order.
+            members: The range of the members that are summed for each row, ``[n, 2]`` int64, where
+                the members of all segments are numbered in order.
             start: 1 for the changed input, 0 for the change alone.
 
         Returns:

@@ -7,7 +7,7 @@ weighs; one of its programs takes a gate of the table (a chunk of rows, the comp
 adapter) and one slice.
 
 Queries and keys are in each adapter's own memory and are found by their addresses, so a step's
-launches do not depend on how adapters differ. A slot's words of a slice, int64::
+launches do not depend on how adapters differ. A slot's words for a slice, int64::
 
     query@ · keys@ · d_k · 0
 

@@ -101,7 +101,7 @@ def kronecker_kernel(
         address = tl.load(factors)
         if address != 0:
             w1_ptr = pointer_to(address, x_ptr)
-            # The last one is as wide as the input.
+            # The last factor, w2 or w2b, has ``in_n`` columns.
             wide_ptr = pointer_to(tl.load(factors + COUNT - 1), x_ptr)
             start = (work % tiles) * BLOCK_N
             n = start + tl.arange(0, BLOCK_N)

@@ -589,7 +589,7 @@ def nf4_shrink(
     weight: Nf4Matrix,
     shrink: Shrink,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Multiply the first rows by the base's weight, shrink all adapted ones.
+    """Multiply the first rows by the base's weight, and shrink all adapted rows.
 
     Launches share counters with those of ``nf4_matmul``, so all of them must use one stream.
 

@@ -218,7 +218,7 @@ def paged_attention_kernel(
         q = tl.load(q_ptr + q_at, mask=keep, other=0.0).to(k_ptr.dtype.element_ty)
         best = tl.full((BLOCK_M,), _MASKED, dtype=tl.float32)
         total = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        if sinks_ptr is not None:  # noqa: SIM102 - the first is a constant of the compilation
+        if sinks_ptr is not None:  # noqa: SIM102 - the first condition is a compile-time constant
             # A spread item adds its sinks at its end, because each of its records has a state of
             # its own.
             if tl.load(record_ptr + 8) == 1:

@@ -79,7 +79,6 @@ def residual_rms_norm(
         eps,
         BLOCK=block,
         num_warps=8 if block >= 2048 else 4,
-        # A step's first norm follows torch's work, such as a copy, so its launch must not be early.
         enable_fp_fusion=True,
     )
     return out

@@ -1,6 +1,6 @@
 """Draws a token from every row of logits: greedy, or by temperature, top-k, top-p and min-p.
 
-Each program has one row, so a row's token depends only on the row. Nothing is sorted: top-k and
+Each program takes one row, so a row's token depends only on the row. Nothing is sorted: top-k and
 top-p keep all tokens up to some distance from the likeliest, and bisection over the bits of the
 distance finds it exactly, in about 17 passes over a row. Of the tokens at exactly that distance,
 those with the lowest ids are kept.
@@ -192,7 +192,7 @@ def sample_rows(logits: torch.Tensor, table: torch.Tensor, tokens: torch.Tensor)
     likeliest tokens, top-p the fewest of those with a share ``top_p`` of their mass, min-p those up
     to a given distance from the likeliest. The token is the first, by id, at which the running mass
     of the kept tokens passes ``uniform`` times their whole mass. At temperature 0, and if all
-    logits are -inf, the likeliest token is drawn, of equal ones the first.
+    logits are -inf, the likeliest token is drawn; the first one wins a tie.
 
     Args:
         logits: ``[num_rows, vocab]`` fp32; rows may be strided.

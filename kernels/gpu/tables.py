@@ -129,8 +129,8 @@ class StagedMemory:
 
     A step calls ``begin``, loads parts, and calls ``send``. There are two staging areas, so that
     the next step can be prepared while this one's copy is under way; ``begin`` waits for the copy
-    of the step before the last, which read the same area. A part holds valid values only if the
-    last step that loaded a part of its memory loaded it.
+    of the step before the last, which read the same area. A part holds valid values only if it
+    was loaded by the last step that loaded any part of the same memory.
 
     Not thread-safe.
 
@@ -163,7 +163,7 @@ class StagedMemory:
         return StagedPart(self, chunk, begin, count, dtype)
 
     def begin(self) -> None:
-        """Begin a step; waits until its staging area was copied."""
+        """Begin a step, after waiting until its staging area has been copied."""
         self._half = 1 - self._half
         # Waiting releases the GIL just before the launches, even if the event is long over.
         if self._events and not self._events[self._half].query():
@@ -350,7 +350,7 @@ class SamplingTable:
 # v_stride``.
 #
 # If a mix contains the components of a gated adapter, each of its chunks also has a *gate*, which
-# names them, and *query items*, each of ``RANK_TILE`` of the query's vectors. The products of a row
+# lists them, and *query items*, each of ``RANK_TILE`` of the query's vectors. The products of a row
 # with these vectors are stored like its rank activations::
 #
 #     gate       position · count · component · components · column · slot · v_base · v_stride
@@ -386,7 +386,7 @@ class _Gates:
     longest: int = 0
 
     def add(self, gated: GatedMembers, slot: int, chunk: Sequence[int]) -> None:
-        """Add the rows of a chunk that use one adapter; ``chunk`` is its record."""
+        """Add the gate of one adapter for the rows of a chunk; ``chunk`` is the chunk's record."""
         position, count, first, _, v_base, v_stride = chunk[:6]
         asked, vectors = self.asked, gated.asked
         components = (first + gated.begin, gated.end - gated.begin, gated.begin)
@@ -449,7 +449,7 @@ class SegmentTable:
         """Describe a step and start copying the description to the device.
 
         Args:
-            runs: Runs of rows and their mixes; equal mixes are joined to one segment. Kernels do
+            runs: Runs of rows and their mixes; equal mixes are joined into one segment. Kernels do
                 not touch rows outside of all runs; runs without components only get the base bias.
 
         Raises:
@@ -587,16 +587,15 @@ class AttentionTable:
     Attributes:
         buffer: ``[capacity]`` int32 on the device; its address never changes.
         blocks: Block numbers of all sequences, int32 on the device.
-        counters: Records of an item that are done, ``[spread_records · kv_heads]`` int32, at its
-            first record and head; zero between launches.
+        counters: The number of an item's finished records, ``[spread_records · kv_heads]`` int32,
+            at its first record and head; zero between launches.
         max_records: The maximum number of records of a step.
         spread_records: The maximum number of records of spread items, which determines the size of
             the kernels' scratch memory.
-        split: Positions per split, a multiple of the kernel's tile: the order of a row's sums, so
-            one number for all steps.
-        tile_rows: Query rows per item: 16, or 32 if a KV head has more queries than that. All steps
-            of a model have the same size, because it determines how the warps share a sum over
-            keys.
+        split: Positions per split, a multiple of the kernel's tile. The same in all steps, because
+            it determines the order of a row's sums.
+        tile_rows: Query rows per item: 16, or 32 if a KV head has more queries than that. The same
+            in all steps of a model, because it determines how the warps share a sum over keys.
         kv_heads: KV heads.
         queries_per_head: Query heads per KV head.
         window: Sliding window in tokens, or None.
@@ -667,7 +666,7 @@ class AttentionTable:
             self.load_words(self.words(sequences))
 
     def load_words(self, words: torch.Tensor) -> None:
-        """Load the description ``words`` of a step whose block numbers are on the device."""
+        """Load the result of ``words`` for a step whose block numbers are on the device."""
         with self._memory.step():
             self._part.staged(len(words)).copy_(words)
 

@@ -46,7 +46,8 @@ def row_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     Returns:
         ``[num_rows, out_features]``, dtype of ``x``. On devices other than the CPU, these are
-        library products of one shape, whose sums ``server/models/weights/nf4_gpu.py`` keeps whole.
+        library products of one shape, whose sums ``keep_sums_whole``
+        (``server/models/weights/nf4_gpu.py``) keeps from being split.
     """
     if x.requires_grad or weight.requires_grad:
         return torch.nn.functional.linear(x.float(), weight.float())
@@ -86,7 +87,7 @@ _PIECE_ELEMENTS = 1 << 20
 
 
 def ordered_product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """``x wᵀ`` of elementwise operations, which round correctly on any machine, but are slow.
+    """``x wᵀ`` by elementwise operations, which round correctly on any machine, but are slow.
 
     Args:
         x: ``[rows, inner]``.
@@ -184,8 +185,8 @@ def row_addmm_(y: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> None:
 def prepare_linear(weight: torch.Tensor) -> None:
     """Prepare a weight for ``row_linear``, so that trials run now and not during a request.
 
-    It takes some milliseconds for a weight of a layer, once per shape, and no time if compiled
-    kernels are used.
+    The trials take some milliseconds for a weight of a layer, once per shape. Compiled kernels need
+    none.
     """
     if weight.device.type == "cpu" and not has_kernels(weight.device):
         _sizes(weight)
@@ -205,7 +206,7 @@ def _sizes(weight: torch.Tensor) -> Sizes:
 
     def trial() -> tuple[Compute, torch.Tensor]:
         x, tried = cancelling(sample, out_features, in_features, dtype)
-        # Few terms may cancel in any order; then sums of other numbers show the order.
+        # If there are few terms, they may cancel in any order; sums of other numbers then show it.
         generator = torch.Generator().manual_seed(1)
         for some in (x[1::2], tried[::2]):
             some.copy_(torch.randn(some.shape, generator=generator))

@@ -1,1 +1,1 @@
-"""Adapters: the types that all rooms share, and one room for each task."""
+"""Adapters: the types that all subpackages share, and one subpackage for each task."""

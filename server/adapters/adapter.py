@@ -148,7 +148,7 @@ CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
 # Further files of an adapter with its own tokens, and their maximum sizes. No other tokenizer files
-# are read. The tokenizer.json of Gemma 3 has 33 MB.
+# are read. The tokenizer.json of Gemma 3 takes 33 MB.
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
@@ -467,7 +467,7 @@ class AdapterInfo:
         pinned: Never evicted, never unloaded.
         in_flight: Number of requests that hold it.
         last_used_time: Unix seconds of the last request, or None.
-        state: ``DELETING`` refuses new requests.
+        state: While it is ``DELETING``, new requests are refused.
         source: The path that it was loaded from, with the hub's commit; "" if it was uploaded.
     """
 

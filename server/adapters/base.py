@@ -148,8 +148,8 @@ class BaseModel:
         name: The model's name in its config, or the name of its directory. It is compared loosely
             with ``base_model_name_or_path``.
         model_type: The name in the checkpoint's config.
-        digest: SHA-256 over the weights as loaded, on which an adapter was trained. A merge does
-            not change it; ``generation`` identifies the weights served.
+        digest: SHA-256 over the weights as loaded, which adapters are trained on. A merge does not
+            change it; ``generation`` identifies the weights served.
         dtype: Serving dtype of activations and operators.
         modules: The quantised linear modules of the decoder layers, by full path, in layer order,
             and ``lm_head`` after them.
@@ -164,9 +164,9 @@ class BaseModel:
         num_kv_heads: Heads of keys and values per layer.
         head_dim: Width of one head.
         weights: How the weights are stored: for each kind of module, such as ``down_proj``, the
-            number of modules by a word of ``Fidelity.storage``.
+            number of modules by storage format; see ``Fidelity.storage``.
         weights_shown: The same for each kind as readable text, with the quantisation error.
-        generation: The number of the weights, from 1; each merge and each unmerge increases it.
+        generation: The version of the weights, from 1; each merge and each unmerge increases it.
         text_prefix: The prefix of the adapter that is being read, if it was trained on a model of
             text and images (``adapter_checkpoint.text_prefix``).
         beside: A context manager. Inside ``with base.beside():``, a thread's work on the device
@@ -239,7 +239,7 @@ class ChangedBase:
     """The event that the base has new weights.
 
     Attributes:
-        generation: The number of these weights.
+        generation: The version of these weights.
         stale: Keys of adapters that were computed from the previous weights. Copies of their
             operators have to be dropped.
         merged: The uuids and digests of the adapters that are part of these weights.

@@ -109,7 +109,7 @@ ChangeBase = Callable[[Callable[[], ChangedBase]], "Future[None]"]
 
 
 class Edit(Protocol):
-    """See ``server/models/describe.py``."""
+    """The methods of ``BaseEdit`` (``server/models/describe.py``) that a merge uses."""
 
     def put_weight(self, path: str, weight: torch.Tensor) -> torch.Tensor: ...
     def put_bias(self, path: str, change: torch.Tensor) -> None: ...

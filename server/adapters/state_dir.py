@@ -1,4 +1,4 @@
-"""The directory with which the registry survives a restart.
+"""The directory that lets the registry survive a restart.
 
     LOCK                        held by the one server that uses the directory
     base.json                   the base model of the adapters
@@ -119,7 +119,7 @@ def _completed(saved: _G, name: str) -> _G:
     """Restores the name of an upload's source, and shares facts with other adapters."""
     source, facts = saved.source, saved.facts
     if source.is_upload:
-        # Its directory is removed with the adapter.
+        # An upload's directory is removed with the adapter.
         if not source.path.startswith("files/") or ".." in Path(source.path).parts:
             raise ValueError("its files are outside the state directory")
         source = dataclasses.replace(source, adapter=name)

@@ -300,7 +300,7 @@ def most_connections(num_addresses: int) -> int:
     """The maximum number of connections of each listening address; further ones are closed.
 
     All addresses together leave ``RESERVED_DESCRIPTORS`` free. For this, the process's soft limit
-    of descriptors is raised, as far as the hard limit allows.
+    on descriptors is raised, as far as the hard limit allows.
     """
     wanted = num_addresses * MOST_CONNECTIONS + RESERVED_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -381,8 +381,8 @@ class Shares:
     """The limits on the open requests of one party.
 
     Attributes:
-        per_token: Maximum number of requests per token; 0 is no limit.
-        per_peer: Maximum number of requests per client address; 0 is no limit.
+        per_token: Maximum number of requests per token; 0 means no limit.
+        per_peer: Maximum number of requests per client address; 0 means no limit.
         separates_tokens: Whether requests of one token never find cached prefixes of another.
         places: The open requests of all parties.
         messages: The memory of the messages of all parties.
@@ -414,7 +414,7 @@ class Shares:
             tenant: The tenant; empty for the tenant that everybody shares, which may have all.
 
         Raises:
-            QueueFullError: As many run already.
+            QueueFullError: That many transfers are running already.
         """
         of_one = Limit((kind, tenant), most * 3 // 4, "TOO_MANY_CALLS_OF_TOKEN")
         return self.places.hold(Limit(kind, most, "TOO_MANY_CALLS"), *([of_one] if tenant else ()))

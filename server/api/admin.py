@@ -125,8 +125,8 @@ DEFAULT_UNLOAD_SECONDS = 30.0
 MAX_UNLOAD_SECONDS = 3600.0
 # Concurrent uploads. Each may take up to --max-upload-bytes of the disk before it is validated.
 MAX_UPLOADS = 8
-# Threads for calls that may take long, so that they do not delay tokenising or listing. One token
-# may take three quarters of them.
+# Threads for slow calls, so that they do not delay tokenising or listing. One token may take three
+# quarters of the threads.
 _SLOW_CALLS = 32
 # The same for calls that download from a hub, a bucket or a registry.
 _DOWNLOADS = 8

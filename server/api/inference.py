@@ -1,8 +1,8 @@
 """The Inference service, independent of the protocol: it takes and returns messages.
 
 It raises TurretErrors. The code of a protocol (gRPC or HTTP) parses its input into a message,
-begins a ``Call`` and iterates over the result. It does not have to count requests, or to cancel
-those whose caller has gone.
+begins a ``Call`` and iterates over the result. That code does not have to count requests, or to
+cancel those whose caller has gone.
 """
 
 from __future__ import annotations

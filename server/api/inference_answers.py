@@ -73,10 +73,11 @@ async def outputs_of(
 def keep(backend: Backend, call: Call, num_bytes: int) -> None:
     """Count memory of answers that a call collects, until it ends.
 
+    The memory is limited because a client may take any time to read its answer.
+
     Raises:
         BudgetExceededError: The call has collected more than ``--max-queued-bytes``, or the
-            requests and answers of its token take more than ``most_of_answers``. A client may take
-            any time to read its answer.
+            requests and answers of its token take more than ``most_of_answers``.
     """
     if not num_bytes:
         return
@@ -199,7 +200,7 @@ def usage_fields(finish: Finish) -> dict[str, Any]:
 def finish_fields(finish: Finish, stop_token_ids: frozenset[int]) -> dict[str, Any]:
     """``usage_fields`` and why the answer ended.
 
-    The API reports only a stop that the request itself named, so not the model's own end token.
+    The API reports only a stop that the request itself named, not the model's own end token.
     """
     fields = usage_fields(finish) | {"finish_reason": FINISH_REASONS[finish.reason]}
     if isinstance(finish.stop, str):

@@ -208,7 +208,8 @@ def _object(text: str) -> dict[str, Any]:
     return json.loads(text) if text else {}
 
 
-# Tokenising more text than this takes over a millisecond or so, and runs off the event loop.
+# Tokenising more text than this takes more than about a millisecond, so it runs off the event
+# loop.
 _INLINE_CHARS = 4096
 _encoding = FairPool(ThreadPoolExecutor(os.cpu_count() or 1, "turret-encoding"))
 

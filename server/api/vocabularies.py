@@ -108,7 +108,7 @@ class Vocabularies:
         self._made: dict[tuple[TokenizerKey, str], Vocabulary] = {}
         # Reads in progress, so that concurrent requests share one read.
         self._reading: dict[TokenizerKey, asyncio.Future[Tokenizer]] = {}
-        # Reading a tokenizer or a template may take seconds of a child process.
+        # Reading a tokenizer or a template may take a child process several seconds.
         self._readers = FairPool(ThreadPoolExecutor(_READERS, "turret-tokenizers"))
 
     def close(self) -> None:
@@ -137,7 +137,7 @@ class Vocabularies:
 
         Raises:
             AdapterChangedError, AdapterCheckpointError: An adapter's tokenizer has changed.
-            InvalidRequestError: The request may not bring a template, or it is not one.
+            InvalidRequestError: The request may not bring a template, or its template is invalid.
         """
         self._check_trust(chat_template)
         adapter, own = None, ""

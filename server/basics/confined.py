@@ -22,7 +22,7 @@ from turret.server.basics.work import is_out_of_memory
 from turret.server.errors import UnavailableError
 from turret.server.words import Text, say
 
-# Limit of wall-clock time, for jobs that get hardly any processor time.
+# Limit on wall-clock time, for jobs that get hardly any processor time.
 TIMEOUT_SECONDS = 60.0
 _CHILD = Path(__file__).with_name("confined_child.py")
 _READ_BYTES = 1 << 20
@@ -53,9 +53,9 @@ class Confined:
     Args:
         program: File that defines ``answers(job)``, a generator of the answers to a job. It may
             import the standard library and ``packages``.
-        cpu_seconds: Limit of processor time for each job, so that a job's outcome does not depend
+        cpu_seconds: Limit on processor time for each job, so that a job's outcome does not depend
             on the machine's load.
-        max_bytes: Limit of the address space.
+        max_bytes: Limit on the address space.
         max_answer_bytes: Limit on the total size of the answers to a job.
         packages: Installed packages that the program imports.
     """
@@ -111,7 +111,7 @@ class Confined:
 
         Args:
             job: See ``ask``.
-            reason: The error's reason if the process ended in another way.
+            reason: The reason of the error if the process ended without reaching a limit.
 
         Raises:
             ValueError: The program reports an error, or the job reached a limit.

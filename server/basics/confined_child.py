@@ -1,4 +1,4 @@
-"""The program of a confined child process, which answers jobs with untrusted code in them.
+"""The program of a confined child process, which answers jobs that contain untrusted input.
 
 ``confined.py`` runs this file by its path, in an interpreter that cannot import turret and that
 sees only the packages it is given. Jobs come as lines of JSON on standard input. Each answer is a
@@ -25,9 +25,9 @@ def main(program: str, cpu_seconds: str, max_bytes: str, *packages: str) -> None
 
     Args:
         program: Path of the file that defines ``answers``, which yields the answers to a job.
-        cpu_seconds: Limit of processor time for each job. At the limit, SIGPROF ends the process,
+        cpu_seconds: Limit on processor time for each job. At the limit, SIGPROF ends the process,
             even while it is inside a C function.
-        max_bytes: Limit of the address space.
+        max_bytes: Limit on the address space.
         packages: Directories to import packages from.
     """
     # Ctrl-C reaches the whole process group, but the parent decides when its children end.

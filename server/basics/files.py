@@ -93,7 +93,7 @@ def reporting_disk_faults() -> Iterator[None]:
 
 
 def unwritable(path: Path) -> Text | None:
-    """The reason why this user cannot write to or create a directory; None if possible."""
+    """The reason why this user cannot write to or create a directory; None if the user can."""
     if path.exists():
         if not path.is_dir():
             return say("FOLDER_IS_A_FILE")
@@ -146,7 +146,7 @@ def why_lfs_pointer(begin: bytes) -> Text | None:
     """The error for a file that is a Git LFS pointer; None for other files.
 
     Args:
-        begin: The beginning of the file, as long as a pointer or as the whole file.
+        begin: The beginning of the file, at least 8 bytes, or the whole file.
     """
     if not begin.startswith(_LFS_POINTER[: max(8, len(begin))]):
         return None

@@ -33,7 +33,7 @@ def is_private(name: str) -> bool:
 
 
 def no_adapter_name(name: str) -> Text | None:
-    """What is wrong with an adapter's name, or None."""
+    """The reason why a name is invalid for an adapter, or None."""
     if ADAPTER_NAME.fullmatch(name):
         return None
     shown = name if len(name) <= _SHOWN_CHARS else f"{name[:_SHOWN_CHARS]}..."
@@ -106,7 +106,7 @@ class HubId:
             ValueError: The text has neither form.
         """
         match = _ID.fullmatch(text)
-        # A rule of the hub, whose cache separates the parts of a directory name with two dashes.
+        # The hub forbids these: its cache separates parts of a directory name with two dashes.
         if match is None or ".." in text or "--" in text.partition("@")[0]:
             raise ValueError(not_a_hub_id(text))
         return cls(*match.groups())

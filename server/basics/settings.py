@@ -65,7 +65,7 @@ def parse_byte_size(text: str) -> int:
 
 
 def format_byte_size(count: int) -> str:
-    """The shortest exact form, a binary one of two: 268435456 → ``256MiB``, 2·10⁹ → ``2GB``."""
+    """The shortest exact form, the binary one on a tie: 268435456 → ``256MiB``, 2·10⁹ → ``2GB``."""
     exact = [
         f"{count // size}{unit}"
         for unit, size in _SHOWN_UNITS

@@ -22,14 +22,14 @@ _COMPILERS = ("gcc", "clang")
 
 
 def see_only(device: str, environ: MutableMapping[str, str] = os.environ) -> None:
-    """Make ``cuda:N`` the only CUDA device that this process sees; others leave it as it is.
+    """Make ``cuda:N`` the only CUDA device that this process sees; other values change nothing.
 
     Every thread and every library starts with device 0 as its current one, so the serving device
     must be device 0. Call this function before anything asks for devices, as bitsandbytes does when
-    it is imported, because CUDA reads the variable only once.
+    it is imported, because CUDA reads ``CUDA_VISIBLE_DEVICES`` only once.
 
     Raises:
-        InvalidRequestError: The variable lists fewer devices.
+        InvalidRequestError: That variable lists fewer devices.
     """
     if not device.startswith("cuda:"):
         return

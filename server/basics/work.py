@@ -33,7 +33,7 @@ _done = threading.local()
 def compute_on_this_thread() -> None:
     """Make the calling thread compute alone from now on. Other threads are not affected.
 
-    Does nothing if torch was built with another OpenMP runtime or BLAS than the measured one.
+    Does nothing if torch was built with an OpenMP runtime or BLAS other than the measured one.
     """
     if getattr(_done, "value", False):
         return
@@ -78,7 +78,7 @@ def started_pool() -> ThreadPoolExecutor:
     return pool
 
 
-# Reports the progress of long work: a description, the number of finished parts, and that of all.
+# Reports the progress of long work: a description, the number of finished parts, and the total.
 OnProgress = Callable[[str, int, int], None]
 
 

@@ -30,7 +30,7 @@ def script(shell: str) -> str:
 
 
 def verb_of_line() -> str | None:
-    """The verb of the line to complete, which needs its flags; None for a line without a verb."""
+    """The verb of the line to complete, for its flags; None for a line without a verb."""
     words = os.environ.get("COMP_LINE", "").split()
     return words[1] if len(words) > 1 else None
 

@@ -224,7 +224,7 @@ def _layer(origin: str, values: Mapping[str, Any], model: type[Config]) -> Layer
 def unknown_variables(
     environ: Mapping[str, str], model: type[Config] = Config
 ) -> tuple[Violation, ...]:
-    """A note for each ``TURRET_…`` variable that looks like a misspelt one."""
+    """A note for each ``TURRET_…`` variable that looks like a misspelt setting."""
     known = {variable_of(name) for name in settings(model)} | _OTHERS
     # Compare the names without their common prefix.
     endings = [name.removeprefix(PREFIX) for name in known]

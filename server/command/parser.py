@@ -14,7 +14,7 @@ from turret.server.words import say
 EXIT_USAGE = 2
 # Arguments that take a text.
 _TEXT_ARGUMENTS = ("prompt", "texts")
-# Reasons of values that are not numbers.
+# Reasons for rejecting values that are not numbers.
 _NOT_NUMBERS: Mapping[Any, str] = {int: "NOT_A_WHOLE_NUMBER", float: "NOT_A_NUMBER"}
 
 

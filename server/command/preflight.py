@@ -84,7 +84,7 @@ def problems(config: Config, *, may_run: bool = False) -> list[Violation]:
 
 @contextlib.contextmanager
 def _noted(found: list[Violation], field: str) -> Iterator[None]:
-    """Note an error in the block as the fault of a setting."""
+    """Record an error that the block raises as a violation of a setting."""
     try:
         yield
     except TurretError as error:
@@ -197,7 +197,7 @@ def _adapters(
     for name, path in config.preload:
         try:
             if path.startswith(HUB_SCHEME):
-                # The hub is asked for adapters that are not cached.
+                # ``check`` contacts the hub, unless the path names a commit whose files are cached.
                 place = hub.find(path, hub.check(path))
                 if hub.root is not None and place is not None:
                     look(AdapterRoot(hub.root), place, path)

@@ -31,7 +31,7 @@ from turret.server.words import say
 NUM_THREADS = 2
 # Maximum number of constraints that are being compiled or waited for at a time.
 MAX_RUNNING = 64
-# Maximum number of these for one token, which leaves a quarter of the places to others.
+# Maximum number of these for one bearer token, which leaves a quarter of the places to others.
 MAX_RUNNING_OF_TOKEN = 48
 # Much longer than the half second that the slowest constraint within the limits took.
 COMPILE_SECONDS = 20.0
@@ -42,7 +42,7 @@ _FIXED_BYTES = 1 << 20
 # stopped. So a child process first compiles every constraint that is not short.
 _SHORT_CHARS = 256
 _TRIAL_SECONDS = 2.0
-# The stack of the thread that compiles, the process itself, and the compiled form.
+# Memory limit: the stack of the thread that compiles, the process itself, and the compiled form.
 _TRIAL_BYTES = STACK_BYTES + (256 << 20)
 _PROGRAM = Path(__file__).with_name("trial_program.py")
 # Token slices: if every token that matches one of these expressions is allowed, llguidance allows
@@ -73,7 +73,7 @@ class ConstraintCompiler:
     Args:
         tokens: The model's tokenizer. Another thread begins to read it, which takes half a second
             or more.
-        kept: Keeps compiled constraints; None for a separate budget.
+        kept: Keeps compiled constraints; None for a new store with a budget of its own.
     """
 
     def __init__(self, tokens: TokenSource, kept: KeptConstraints | None = None) -> None:
@@ -110,12 +110,12 @@ class ConstraintCompiler:
 
         Args:
             spec: The constraint.
-            tenant: The token that asks for it; empty if all requests share one queue.
+            tenant: The bearer token that asks for it; empty if all requests share one queue.
 
         Raises:
             InvalidRequestError: The constraint cannot be read or met. The error lists the invalid
                 parts.
-            QueueFullError: Too many others are being compiled, in total or for this token.
+            QueueFullError: Too many others are being compiled, in total or for this tenant.
             BudgetExceededError: The compilation took too long.
         """
         key = spec.digest
@@ -155,7 +155,7 @@ class ConstraintCompiler:
     # The methods below run on the compiler's threads.
 
     def _compile_held(self, spec: ConstraintSpec, tenant: bytes) -> Constraint:
-        """A constraint whose measured memory is counted."""
+        """Compile a constraint, and count its measured memory until it is freed."""
         constraint = self._compile(spec)
         self.kept.hold(constraint, tenant, constraint.num_bytes - _FIXED_BYTES)
         return constraint
@@ -178,7 +178,8 @@ class ConstraintCompiler:
 
         measured = self._tried(spec, grammar, native.vocab_size)
         # Counts and repeated terminals can force texts of megabytes, and llguidance holds the
-        # interpreter's lock while it tokenises them. Choices are only as long as they were sent.
+        # interpreter's lock while it tokenises them. So only choices, which are no longer than the
+        # client's message, force tokens.
         constraint = Constraint(
             make, alphabet, _FIXED_BYTES + measured, forces=spec.kind == "choice"
         )

@@ -45,8 +45,8 @@ class ConstraintSpec:
         return hashlib.sha256(whole.encode()).digest()
 
 
-# Finds the places in a JSON schema that llguidance rejects, because its message contains only the
-# keyword.
+# The functions below find the places in a JSON schema that llguidance rejects, because its message
+# contains only the keyword.
 
 # Keywords that hold a schema, a list of schemas, or schemas by name.
 _ONE = frozenset(
@@ -159,9 +159,9 @@ _ANY_OBJECT = '{"type":"object"}'
 _META = re.compile(r"([\\.+*?()|\[\]{}^$#&~/-])")
 # A second grammar in addition to the constraint's own. Its option applies to both.
 _UNFORCED = {"name": "unforced", "lark_grammar": '%llguidance {"no_forcing": true}\nstart: "x"'}
-# Matches a grammar that llguidance reads as Lark; it reads any other as GBNF. This expression and
-# the next one look at blanks of one line only: after each line break, ``\s*`` would look at all
-# the line breaks that follow, while no other thread runs.
+# Matches a grammar that llguidance reads as Lark; it reads any other as GBNF. The leading
+# blanks of this expression and the next one are within one line: with ``\s*``, each line break
+# would scan all that follow it, in quadratic time, while no other thread runs.
 _LARK = re.compile(r"(?m)^[^\S\n]*(?:%llguidance\b|start\s*:)")
 # Matches a rule of a Lark grammar, on one line, whose body is a JSON schema.
 _SCHEMA_RULE = re.compile(r"(?m)^[^\S\n]*(\w+)\s*:\s*%json (\{.*\})\s*$")
@@ -182,7 +182,7 @@ def any_of(texts: Iterable[str]) -> str:
 
 
 def grammar_of(spec: ConstraintSpec) -> str:
-    """The grammar of a constraint. Only its form has been checked.
+    """The grammar of a constraint. llguidance may still reject it.
 
     Raises:
         InvalidRequestError: The constraint cannot be read.

@@ -53,7 +53,7 @@ class Alphabet:
         return token_id < len(self._plain)
 
     def keep_drawable(self, words: Words) -> bool:
-        """Leave in a mask, in place, the tokens that can be drawn.
+        """Remove from a mask, in place, the tokens that cannot be drawn.
 
         Args:
             words: ``[num_words]`` int32, with at least one token.
@@ -309,7 +309,7 @@ MATCHER_BYTES = 64 << 10
 
 
 class Constraint:
-    """Makes matchers, on one thread at a time.
+    """A compiled constraint, which makes matchers. Use it from one thread at a time.
 
     Args:
         make: Compiles the constraint for a value of ``forces``. If the first call succeeds, later
@@ -367,7 +367,7 @@ class Constraint:
 
 MAX_CACHED = 64
 MAX_CACHED_BYTES = 64 << 20
-# Maximum memory of all constraints, with those that are only used by requests that wait or run. One
+# Maximum memory of all constraints, including those that only waiting or running requests use. One
 # bearer token may have half of it.
 MAX_HELD_BYTES = 512 << 20
 

@@ -41,7 +41,7 @@ def _compiled(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _resident_bytes() -> int:
-    # Earlier grammars left free memory, from which this one would be taken.
+    # Return freed memory to the system: a grammar that reused it would seem to take less.
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
     with open("/proc/self/statm") as file:
@@ -50,7 +50,7 @@ def _resident_bytes() -> int:
 
 @functools.lru_cache(maxsize=1)
 def _tokenizer(special: str, ends: str, vocab_size: int) -> LLTokenizer:
-    """A tokenizer of as many tokens, of which only the special ones and 256 others have a text."""
+    """A tokenizer of ``vocab_size`` tokens; only the special ones and 256 others have a text."""
     texts = {int(token): text for token, text in json.loads(special).items()}
     free = (token for token in itertools.count() if token not in texts)
     added = [

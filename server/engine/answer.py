@@ -90,8 +90,7 @@ class AnswerText:
     def take(self) -> str:
         """The text that has become final since the last call.
 
-        If a stop string was found, everything before it (and, with ``include_stop``, the stop
-        string too).
+        If a stop string was found, the text ends before it or, with ``include_stop``, after it.
         """
         self._decode()
         text, self._final = self._final, ""
@@ -155,7 +154,7 @@ class AnswerText:
         return longest
 
 
-# The asyncio end of a request: an async iterator of its outputs.
+# The asyncio side of a request: the count of its memory, and an async iterator of its outputs.
 
 
 class AnswerMemory:

@@ -62,7 +62,7 @@ class Engine:
         runner: Computes steps.
         adapters: Resolves and holds adapters.
         tokenizer: The base's tokenizer.
-        metrics: Counts.
+        metrics: The metrics to update.
         max_model_len: Maximum number of tokens (prompt and output) of one sequence.
         max_queued_requests: Maximum number of waiting requests. Further ones are rejected. One
             tenant may have three quarters of the places.
@@ -135,7 +135,7 @@ class Engine:
         return self._loop.num_waiting
 
     def is_ready(self, sequence: Sequence) -> bool:
-        """Whether a waiting sequence's adapters are resident (the scheduler asks)."""
+        """Whether a waiting sequence's adapters are resident. The scheduler calls this."""
         return self._loop.is_ready(sequence)
 
     async def start(self) -> None:
@@ -366,7 +366,9 @@ class Engine:
         return limit - prompt if wanted is None else wanted
 
     def _choose_frequencies(self, sequence: Sequence, max_tokens: int) -> int:
-        """Decide whether a sequence is long. This cannot change later, because keys stay rotated.
+        """Decide whether a sequence uses the rotary frequencies of long ones (``Arch.long_from``).
+
+        This cannot change later, because cached keys stay rotated.
 
         A sequence without ``max_tokens`` that begins short stays short.
 

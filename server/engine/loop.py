@@ -1,7 +1,7 @@
 """The engine thread's loop: reads commands, ends expired requests, schedules and runs steps.
 
-Everything here belongs to the engine thread. Other threads call it through ``post``. It passes all
-outputs of a step to the event loop in one call of ``send``.
+Everything here belongs to the engine thread. Other threads post commands to it with ``post``. The
+loop passes all outputs of a step to the event loop in one call of ``send``.
 """
 
 from __future__ import annotations
@@ -161,8 +161,8 @@ Outbox = list[tuple[Stream, Output | TurretError]]
 Background = Callable[[Callable[[], None]], None]
 # The share of the time that background work gets while requests run.
 _BACKGROUND_SHARE = 0.15
-# Maximum time that background work can owe to requests. Without it, background work would wait too
-# long after a pause.
+# Maximum time that background work can owe to requests. Without this limit, background work would
+# wait too long after a part that took long.
 _MOST_OWED_SECONDS = 10.0
 
 
@@ -376,7 +376,7 @@ class EngineLoop:
         self._flush()
 
     def is_ready(self, sequence: Sequence) -> bool:
-        """Whether a waiting sequence's adapters are resident (the scheduler asks)."""
+        """Whether a waiting sequence's adapters are resident. The scheduler calls this."""
         return sequence in self._ready
 
     def _read_inbox(self, *, waits: bool = True) -> None:
@@ -577,7 +577,7 @@ class EngineLoop:
         self._guard(answer, lambda: self._await_adapters(answer))
 
     def _make_ready(self, answer: Answer) -> None:
-        """Let a request run whose adapters are in host memory, unless they can never fit."""
+        """Let a request run now that its adapters are in host memory; fail it if they never fit."""
         refusal = self._runner.refusal(answer.sequence)
         if refusal is None:
             self._ready[answer.sequence] = time.monotonic()

@@ -23,7 +23,7 @@ class LoopObserver:
     Args:
         scheduler: The scheduler whose sequences and blocks are counted.
         runner: The runner whose adapter bytes are reported.
-        metrics: Counts.
+        metrics: The metrics to update.
     """
 
     def __init__(self, scheduler: Scheduler, runner: Runner, metrics: Metrics) -> None:
@@ -31,7 +31,8 @@ class LoopObserver:
         self._runner = runner
         self._metrics = metrics
         self._listed_at = 0.0
-        # The number of gaps by duration and adapters. Most requests of a step have the same.
+        # The number of gaps between tokens, by duration and adapters, which most requests of a step
+        # share.
         self._gaps: Counter[tuple[float, tuple[str, ...]]] = Counter()
         blocks = scheduler.blocks
         # The first block is padding.

@@ -130,8 +130,8 @@ class TextIndex:
 # The cost of a row relative to a step. It depends on machine, model and compute path, so it is
 # measured.
 
-# Initial guess of a step's fixed cost, in rows. A decode step reads all weights whatever its rows,
-# and a CPU multiplies some rows in that time.
+# Initial guess of a step's fixed cost, in rows. A decode step reads all weights, however few its
+# rows, and a CPU can compute several rows in that time.
 _FIRST = 7.0
 _LEAST_ROWS, _MOST_ROWS = 0.5, 64.0
 # Weight of a new step in the average, and the spread of rows at which the measurements count as
@@ -218,7 +218,8 @@ class StepPlan:
 
 # Marks the beginning of an answer; no token has this id.
 START = -1
-# Number of tokens of earlier answers that a memory keeps at least, and maximum number of memories.
+# Number of tokens of earlier answers that a memory keeps when it is cut, and maximum number of
+# memories.
 # Together they take a few tens of megabytes, or a hundred if all tokens differ.
 _MAX_TOKENS = 4096
 _MAX_MEMORIES = 128

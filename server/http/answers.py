@@ -1,4 +1,4 @@
-"""Converts the fields that both generation endpoints share, from turret.v1 to OpenAI's JSON."""
+"""Converts the fields that several endpoints share, from turret.v1 to OpenAI's JSON."""
 
 from __future__ import annotations
 

@@ -73,10 +73,10 @@ def _header(query: Mapping[str, str]) -> adapters_pb2.UploadHeader:
 
 
 class _Archive:
-    """Reads a tar archive while it arrives. Only one message of it is in memory at a time.
+    """Reads a tar archive while it arrives. Only one ASGI message of it is in memory at a time.
 
     Args:
-        receive: ASGI's function.
+        receive: ASGI's ``receive`` function.
     """
 
     def __init__(self, receive: Receive) -> None:

@@ -285,7 +285,7 @@ def _set_constraint(body: Generating, message: _Message, names: dict[str, str]) 
 def set_text_format(
     form: TextFormat | None, message: _Message, names: dict[str, str], place: str
 ) -> None:
-    """Set the constraint in ``format`` of ``place``: ``response_format`` without a level."""
+    """Set the constraint in ``place.format``, which is a flat form of ``response_format``."""
     if form is None or form.type == "text":
         return
     if message.WhichOneof("constraint") is not None:

@@ -71,7 +71,7 @@ class Choices:
         exchange.call.message_bytes //= self._count
 
     async def whole(self) -> list[inference_pb2.GenerateResponse]:
-        """All answers, in the order of the requests.
+        """All answers, in the order of the prompts.
 
         Raises:
             TurretError: The error of the first answer that failed; the others are cancelled.
@@ -316,7 +316,7 @@ class Dialect(ABC):
 
     @abstractmethod
     def grow(self, item: Item, text: str, logprobs: Logprobs) -> Event:
-        """The events for more of an item's content."""
+        """The event for more of an item's content."""
 
     @abstractmethod
     def end(self, item: Item, is_cut: bool) -> list[Event]:

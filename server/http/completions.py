@@ -85,7 +85,7 @@ class EventStream(ABC):
         await self._reply.send_event(self._templates[index].event(text))
 
 
-# Limit of a request's answers, over all its prompts. Each costs a task on the event loop.
+# Maximum number of a request's answers, over all its prompts.
 MAX_ANSWERS = MAX_INPUTS
 
 _Prompt = inference_pb2.GenerateRequest

@@ -22,8 +22,8 @@ MAX_BODY_BYTES = 4 << 20
 HEAD_SECONDS = 10.0
 # The same as the hard limit on gRPC metadata.
 MAX_HEAD_BYTES = 16 << 10
-# Headers of one request, and requests that may arrive before the answer to an earlier one. Both
-# take time and memory far beyond their bytes.
+# Maximum number of headers of one request, and of requests that may arrive before the answer to an
+# earlier one. Both take time and memory far beyond their bytes.
 MAX_HEADERS = 128
 MAX_SENT_AHEAD = 8
 # A client that keeps sending after a rejection gets this much time to read the answer, and may

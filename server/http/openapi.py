@@ -78,7 +78,7 @@ def document(routes: Iterable[Route], *, has_tokens: bool) -> dict[str, Any]:
 
 
 def _with_bounds(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema whose bounds have JSON Schema's names, instead of pydantic's (``ge``) in some."""
+    """A schema with JSON Schema's names for bounds, where some of them had pydantic's (``ge``)."""
     return {
         _BOUNDS.get(name, name) if isinstance(value, int | float) else name: value
         for name, value in schema.items()

@@ -145,7 +145,8 @@ _MARKS: dict[ToolForm, tuple[str, ...]] = {
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 _OPENING = re.compile(r"\{[{%]")
 _TOOLS = re.compile(r"\btools\b")
-# Matches a template whose prompt ends inside the block, so that the answer contains only its end.
+# Matches a template whose prompt ends inside the block of reasoning, so that the answer contains
+# only the end of the block.
 _OPENS = re.compile(r"<think>(?:\\n|\n)*+['\"]?\s*+(?:-?[}%]\}|\{%)")
 
 
@@ -269,7 +270,7 @@ def base_template(path: Path) -> OwnTemplate:
         InvalidRequestError: The file is not a template.
         UnavailableError: See ``ChatTemplate.render``.
     """
-    # A name in a settings file arrives with the directory of that file.
+    # A name in a settings file has become a path in the directory of that file.
     if path.name in _BUILT_IN and not path.exists():
         text, end = _BUILT_IN[path.name]
         return OwnTemplate(path.name, {"default": text}, {"eos_token": end})

@@ -1,4 +1,4 @@
-"""Encodes texts in this process, or in one that can be killed if the patterns are not known."""
+"""Encodes texts in this process, or in a child process if the tokenizer's patterns may be slow."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def read_rope(
 
 
 def read_windows(config: Any) -> tuple[int | None, ...]:
-    """Each layer's ``sliding_window``, or that of the layers that ``layer_types`` names."""
+    """The width of each layer's sliding window; None for a layer without one."""
     layers = config.num_hidden_layers
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
@@ -221,7 +221,7 @@ def _olmoe_experts(config: Any) -> Experts:
 
 
 def _qwen3_experts(config: Any) -> Experts | None:
-    """Experts in the layers that the config does not list as having an MLP."""
+    """Experts in every ``decoder_sparse_step``-th layer, except for ``mlp_only_layers``."""
     sparse = [
         layer
         for layer in range(config.num_hidden_layers)
@@ -434,7 +434,7 @@ _SHOWN_CHARS = 200
 
 @contextlib.contextmanager
 def _checked() -> Iterator[None]:
-    """Reports errors of transformers and of a family, of any type, as those of the config."""
+    """Reports any error of transformers or of a family's reader as an invalid config."""
     try:
         yield
     except (TurretError, MemoryError):

@@ -37,7 +37,8 @@ class ModuleKind:
     Attributes:
         module: The kind, as ``kind_of`` names it.
         state: The state of the weights.
-        source: The format in the files if it is another quantised one, such as ``fp4``; else empty.
+        source: The quantised format in the files, such as ``fp4``; empty for plain numbers, and for
+            NF4 that is served as stored.
         count: The number of modules.
         relative_error: ``‖served − stored‖ / ‖stored‖`` over all of them (Frobenius), None if
             turret did not quantise them or if the error is not known.

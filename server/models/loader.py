@@ -39,14 +39,15 @@ from turret.server.words import say
 
 
 def formulations(decoder: Decoder, *, is_head_screened: bool) -> dict[str, str]:
-    """Part → ``native``, or ``torch`` with the calls that keep a row's bits; empty on a GPU.
+    """The implementation of each part; empty on a GPU.
+
+    A value is ``native``, or ``torch`` with the sizes of the calls that keep a row's bits. For a
+    part that has not been tried yet, it is just ``torch``. ``isa`` is the instruction set of the
+    native kernels.
 
     Args:
         decoder: The decoder that computes.
         is_head_screened: Whether greedy tokens are found with a copy of the head.
-
-    ``isa`` is the instruction set of the native kernels. The value for a part that has not been
-            used or tried yet is just ``torch``.
     """
     if decoder.device.type != "cpu":
         return {}
@@ -191,8 +192,8 @@ def load_decoder(
     tensors = CheckpointTensors(source.weights, arch.experts, quantizes_all=source.quantizes_all)
 
     def dense(name: str) -> torch.Tensor:
-        # Files in the cache never change, so that the mapped file itself can serve. Writing to new
-        # memory is what takes longest in loading.
+        # Files in the cache never change, so the mapped file itself can be the tensor's memory.
+        # Copying to new memory is the slowest part of loading.
         stored = tensors.get(name) if source.fidelity is None else tensors.mapped(name)
         return stored.to(dtype=dtype, device=device)
 

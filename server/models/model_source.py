@@ -88,7 +88,7 @@ def dequantize_float8(
     Args:
         codes: ``[out, in]`` float8_e4m3fn.
         scale: A number, or ``[⌈out / rows⌉, ⌈in / columns⌉]``, in any float.
-        block: Rows and columns that share a scale; required if there are several scales.
+        block: Rows and columns that share a scale; None if the weight or each row has one scale.
 
     Returns:
         ``[out, in]`` fp32.
@@ -383,7 +383,7 @@ def _stored_modules(weights: Path) -> dict[str, str]:
     for name in sizes:
         module, state, kind = name.partition(_QUANT_STATE)
         if state and module in found:
-            # Two codes share a byte. More maxima than these belong to smaller blocks.
+            # Two codes share a byte. More maxima than these mean that the blocks are smaller.
             most = -(-2 * sizes[f"{module}{_WEIGHT}"] // BLOCKSIZE)
             is_served = kind == "nf4" and sizes[f"{module}{_WEIGHT}.absmax"] <= most
             found[module] = "as-stored" if is_served else kind
@@ -445,7 +445,7 @@ def _resolve_gguf(
             ends = json.dumps({"eos_token_id": found.eos_token_ids})
             (build / "generation_config.json").write_text(ends)
             quantizing.write(found.tensors, build, name)
-    # The bundled model's file may also be given by its path; it keeps the bundled model's name.
+    # The cached name may differ: the bundled model's file may also have been given by its path.
     return dataclasses.replace(_read_cached(target, target), name=name)
 
 

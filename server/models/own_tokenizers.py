@@ -166,7 +166,7 @@ class OwnTokenizers:
         return tokenizer
 
     def _reduce(self, folder: Path) -> dict[str, int]:
-        """Remove the vocabulary from a ``tokenizer.json``, which must be the same as the base's.
+        """Compare a ``tokenizer.json`` with the base's, then remove the vocabulary from it.
 
         Returns:
             The added tokens with their ids.

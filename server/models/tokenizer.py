@@ -55,7 +55,7 @@ class TokenStream:
 
 
 class SaidStream(TokenStream):
-    """Keeps only the messages meant for the user, for answers in channels.
+    """Decodes an answer in channels (gpt-oss's format); keeps only the messages to the user.
 
     If an answer does not begin with a mark, all of it is text. This is the case under a constraint.
 
@@ -122,8 +122,8 @@ class Tokenizer:
         vocab_size: Upper bound of token ids in the tokenizer and in the model, because a tokenizer
             may have tokens without a row in the model. Not every id below it is a token.
         num_rows: Rows of the model's embedding.
-        longest_token: Number of characters of the longest token. A text has at least its length
-            divided by this number of tokens.
+        longest_token: Number of characters of the longest token. A text of n characters has at
+            least n / ``longest_token`` tokens.
         chat_format: The features of the chat template beyond turns.
         template_variables: The special tokens that chat templates can name, such as ``eos_token``.
     """
@@ -193,8 +193,9 @@ class Tokenizer:
             files: The directory.
             eos_token_ids: End-of-sequence tokens in the model's config.
             model_vocab_size: Rows of the model's embedding.
-            base: The tokenizer to which the directory's added tokens are added. Both share its
-                memory. Only the special tokens are read from the directory's vocabulary and rules.
+            base: The tokenizer to which the directory's added tokens are added; the result shares
+                its memory. Only the special tokens are read from the directory's vocabulary and
+                rules.
 
         Raises:
             InvalidRequestError: The directory has no tokenizer that converts to a fast one.
@@ -231,8 +232,8 @@ class Tokenizer:
             ends |= {number}
         templates = own.templates
         if templates.get("default") == self._templates.get("default"):
-            # If this file exists, transformers saves the other templates in files that turret does
-            # not read.
+            # transformers may have saved the adapter's other templates in files that turret does
+            # not read, so use the base's.
             templates = {**self._templates, **templates}
         content = templates, variables, ends
         if content == (self._templates, self.template_variables, self.eos_token_ids):
@@ -248,9 +249,9 @@ class Tokenizer:
         variables: Mapping[str, str],
         like: ChatTemplate | None = None,
     ) -> None:
-        """Chat templates by name (none without one), and the special tokens that they write.
+        """Set the chat templates, by name, and the special tokens that they write.
 
-        They use the processes of ``like``, or their own.
+        The templates are rendered by the processes of ``like``, or by their own.
         """
         added = self._backend.get_added_tokens_decoder().items()
         special = {token.content: number for number, token in added if token.special}

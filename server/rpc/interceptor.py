@@ -39,7 +39,8 @@ from turret.v1 import adapters_pb2, inference_pb2
 MOST_CALLS = 1 << 14
 # Limit for one connection, which gRPC enforces (``_OPTIONS`` in server.py). Clients learn this
 # limit and wait. At the limit, a call that arrives before an earlier one has ended on the server
-# fails with UNAVAILABLE, so it leaves room for a program that sends all of its prompts at once.
+# fails with UNAVAILABLE, so the limit is high enough for a program that sends all of its prompts at
+# once.
 MOST_CALLS_PER_CONNECTION = 4096
 # Limit for one token, so that its calls do not keep others out.
 MOST_CALLS_PER_TOKEN = MOST_CALLS * 3 // 4
@@ -290,7 +291,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self, services: Services) -> None:
         self._services = services
         self._open_calls = Places()
-        # Calls that still send their message to another server's handler (see ``receiving``).
+        # Calls whose message is still being received for another server's handler (``receiving``).
         self._receiving_calls = Places()
         # Places by service: slow messages to one service must not delay another service.
         self._arrivals: dict[str, Arrivals] = {}
@@ -495,7 +496,7 @@ def _limits(method: str, tenant: bytes) -> Iterator[Limit]:
 
 
 def authorization_of(metadata: Iterable[tuple[str, str | bytes]]) -> str | bytes | None:
-    """The call's only ``authorization``; None if it has several."""
+    """The call's only ``authorization``; None if it has none or several."""
     found = [value for key, value in metadata if key == "authorization"]
     # If there are several headers, a proxy in front may have checked a different one.
     return found[0] if len(found) == 1 else None

@@ -140,7 +140,7 @@ class RpcServer:
     def __init__(self, listen: ListenConfig, security: SecurityConfig, services: Services) -> None:
         most = services.most_connections
         self._options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", most))
-        # Without --training, the server has no such service.
+        # Without --training, the server has no Training service.
         self._tenants = services.tenants
         own = () if self._tenants is None else (TRAINING_SERVICE,)
         self._main = (INFERENCE_SERVICE, *own)
@@ -191,7 +191,7 @@ class RpcServer:
             training_pb2_grpc.add_TrainingServicer_to_server(self._training, server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         _add_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-        # Read them for each listener, because a credentials object works for only one.
+        # Read the files for each listener, because a credentials object works for only one.
         credentials = read_credentials(self._security)
         try:
             if credentials is None:

@@ -45,7 +45,7 @@ class LayerGradients:
         self._lengths = lengths
         ends = itertools.accumulate((sum(each) for each in lengths), initial=0)
         self._rows = [slice(*pair) for pair in itertools.pairwise(ends)]
-        # Steps of requests may have made these in inference mode.
+        # Clone the tensors, because steps of requests may have made them in inference mode.
         self._angles = {
             kind: None if angles is None else (angles[0].clone(), angles[1].clone())
             for kind, angles in decoder.rotations(positions).items()
@@ -137,7 +137,7 @@ class LayerGradients:
 
 
 class NativeLayerGradients(LayerGradients):
-    """The same by compiled kernels, for the rows of all segments at once."""
+    """``LayerGradients`` by compiled kernels, for the rows of all segments at once."""
 
     def add_norm(
         self, total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor
@@ -198,6 +198,6 @@ def _flat(heads: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
 def layer_gradients(
     decoder: Decoder, lengths: Sequence[Sequence[int]], positions: torch.Tensor
 ) -> LayerGradients:
-    """The fastest gradients that support this model on this machine; see ``LayerGradients``."""
+    """The fastest ``LayerGradients`` for this model on this machine."""
     is_native = isinstance(decoder.ops, CpuLayerOps)
     return (NativeLayerGradients if is_native else LayerGradients)(decoder, lengths, positions)

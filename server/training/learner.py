@@ -286,9 +286,9 @@ def new_adapter(
 def _start(
     new: LearnerConfig, modules: Sequence[str], base: BaseModel, generator: torch.Generator | None
 ) -> Iterator[tuple[NewModule, Mapping[str, torch.Tensor]]]:
-    """The tensors of each module by role; without a generator, their shapes.
+    """The tensors of each module by role; without a generator, on the meta device.
 
-    A prompt is that of a module without a name, which has as many inputs as an embedding.
+    A prompt is treated as a module without a name, as wide as an embedding.
     """
     method, _ = served_method(new.method)
     assert method.start is not None

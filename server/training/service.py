@@ -63,7 +63,7 @@ class _Work:
         chunks: The sequences that are computed together, in order.
         leaves: Collect the gradients until all chunks are done.
         num_begun: The number of chunks that have been in a pass.
-        num_queued: The number of tokens in the others.
+        num_queued: The number of tokens in the remaining chunks.
         results: The results so far.
     """
 
@@ -508,7 +508,7 @@ class TrainingService:
 
         Unknown names are ignored.
         """
-        # Requests that still use it belong to a sampler that has ended.
+        # Requests that still use the adapter belong to a sampler that has ended.
         await asyncio.to_thread(self._unload, name)
 
 

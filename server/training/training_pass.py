@@ -306,7 +306,7 @@ class TrainingPass:
 
         Args:
             number: The segment.
-            targets: A token for each token, ``[tokens]`` int64.
+            targets: The token to predict after each token, ``[tokens]`` int64.
             loss: Computes the losses of a range of the segment's tokens from their log
                 probabilities.
             has_grad: Whether to compute the gradient.
@@ -526,7 +526,7 @@ def _add_to(leaves: Sequence[torch.Tensor], grads: Iterable[torch.Tensor | None]
 def largest_pass(
     decoder: Decoder, layout: ProjectionLayout, store: StepStore
 ) -> Callable[[], None]:
-    """A pass of one sequence of the largest length, on the base alone, to measure its memory."""
+    """A function that runs the longest possible sequence on the base alone, to measure memory."""
     length = min(MAX_SEQUENCE_TOKENS, decoder.arch.max_model_len)
     segment = Segment(PassAdapter(), {}, [[0] * length])
 

@@ -128,8 +128,8 @@ TEXTS: dict[str, str] = {
     "TRAINED_FOR_ANOTHER_BASE": "trained for base model {trained!q:.200}, served on"
     " {served!q:.200}: the shapes fit, but the weights may differ",
     "OTHER_WEIGHTS": "trained on base weights with digest {trained}, but served on {served}",
-    "STORED_OTHERWISE": "the server's base and the base that it was trained on keep different"
-    " modules in 16 bits; where they differ, the server has {modules}",
+    "STORED_OTHERWISE": "the server's base and the base that the adapter was trained on keep"
+    " different modules in 16 bits; where they differ, the server has {modules}",
     "OTHER_QUANTIZATION": "trained on {trained!q:.200}, whose weights are stored as {value}, but"
     " served on {served!q:.200}: the weights may differ",
     "BASE_DIFFERS": "adapter {path!q:.200} is rejected by --strict-base: {problem}",

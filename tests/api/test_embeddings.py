@@ -161,7 +161,8 @@ async def test_timing_covers_the_whole_call(monkeypatch: pytest.MonkeyPatch) -> 
     async with harness() as server:
         server.engine.script = slow
         timing = (await server.inference.Embed(texts(*"abc"))).timing
-    # The engine reports 0.25 and 1.75 for each; the last input begins 1.0 after the first.
+    # For each input, the engine reports 0.25 s in the queue and 1.75 s in total. The last input
+    # begins 1 s after the first.
     assert 0.25 <= timing.queue.ToTimedelta().total_seconds() < 1.25
     assert timing.total.ToTimedelta().total_seconds() >= 1.0 + 1.75
 

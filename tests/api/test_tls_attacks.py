@@ -32,7 +32,7 @@ SECONDS = 10.0
 def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``ca`` and ``other`` are authorities.
 
-    The other certificates are signed by one of them or by themselves.
+    The remaining certificates are signed by one of them or self-signed.
     """
     folder = tmp_path_factory.mktemp("attacks")
     for name in ("ca", "other", "alone"):

@@ -97,7 +97,7 @@ def test_the_floor_counts_the_bytes_that_a_step_must_read(bench: Any):
 
 
 def test_random_adapters_of_every_method_load(bench: Any, tmp_path: Path):
-    """Of one rank and in default sizes, they change the logits by enough, and not by too much."""
+    """Adapters of one rank and of default sizes change the logits enough, but not too much."""
     model = save_tiny_model("llama", tmp_path / "model")
     made = bench("common.adapters")
     write = made.Writer(tmp_path, find_base(model))

@@ -177,7 +177,7 @@ def test_a_step_runs_on_a_bare_machine(tmp_path: Path):
 @WITHOUT_GPU
 def test_the_tests_it_names_run_on_a_bare_machine():
     run_bare(TESTS, "--collect-only", *named_tests())
-    # These also run there, on fakes.
+    # The tests of graphs also run on a bare machine, on fakes.
     run_bare(TESTS, "tests/engine/gpu/test_decode_graphs.py")
 
 

@@ -348,7 +348,7 @@ def test_the_descriptor_count_sees_an_open_file(tmp_path: Path) -> None:
         assert process.num_fds() == before + 1
 
 
-# The number of tested operations, of some hundred in a step; the last one is the sampler's.
+# The number of tested operations, out of more than a hundred; the last one is the sampler's.
 NUM_PLACES = 10
 
 

@@ -208,7 +208,7 @@ async def test_a_missing_or_wrong_client_certificate_is_reported(
 
 
 async def test_the_first_of_several_addresses_gives_the_server_name(pem: Path):
-    """With the whole list as its name, no certificate would match, and proxies would reject it."""
+    """If the whole list were the name, no certificate would match, and proxies would reject it."""
     tls = Tls.from_files(
         ca=pem / "here.crt", certificate=pem / "client.crt", key=pem / "client.key"
     )

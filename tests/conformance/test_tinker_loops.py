@@ -32,7 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerUnderTest
 
 
 def run(server: ServerUnderTest, folder: str, loop: str, steps: int) -> dict[str, Any]:
-    """What the program prints."""
+    """Run a loop of the program; returns the results that it prints."""
     path = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH", ""))))
     tokenizer = resolve_model(None, default_cache_dir()).files
     done = subprocess.run(

@@ -287,14 +287,14 @@ async def test_vocabularies_share_one_budget(
 async def test_a_constraint_that_needs_too_much_memory_is_rejected(
     compiler: ConstraintCompiler,
 ) -> None:
-    """It would take 770 MB here."""
+    """Without the limit, the constraint would take 770 MB."""
     for kind, text in (
         ("regex", "a?" * 20_000),
         ("grammar", "start: A\nA: /" + "a?" * 20_000 + "/"),
     ):
         with pytest.raises(InvalidRequestError, check=says("CONSTRAINT_TOO_COMPLEX")):
             await compiler.compile(ConstraintSpec(kind, (text,)))  # type: ignore[arg-type]
-    # The tokens that a grammar names are known where it is tried.
+    # The process that tries a grammar knows the tokens that the grammar names.
     grammar = "start: <eos> | <[0-257]>\n" + "// a comment\n" * 100
     assert isinstance(await compiler.compile(ConstraintSpec("grammar", (grammar,))), Constraint)
 
@@ -306,7 +306,7 @@ async def test_the_memory_of_constraints_in_use_is_limited_and_shared(
     monkeypatch.setattr(constraint_module, "MAX_CACHED", 0)
 
     async def made(number: int, tenant: bytes) -> Constraint:
-        # Each of them takes 48 MB.
+        # Each constraint takes 48 MB.
         spec = ConstraintSpec("regex", ("a?" * 5000 + str(number),))
         return await compiler.compile(spec, tenant)
 

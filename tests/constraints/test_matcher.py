@@ -100,7 +100,7 @@ def test_the_matcher_accepts_exactly_what_its_mask_allows(
                 if taken is None:
                     assert trial.num_tokens == len(answer)
                     assert tokens_of(trial) == whole
-                    # The mask is skipped only if this check is as conclusive.
+                    # If the check is conclusive for this token, the mask forbids the token, too.
                     is_sure = token not in withheld and compiler_is_sure(compiler, token)
                     assert token not in allowed or not is_sure
                     continue
@@ -114,7 +114,8 @@ def test_the_matcher_accepts_exactly_what_its_mask_allows(
             if token == END and matcher._native.is_accepting():
                 break
             answer.append(token)
-    # Only choices accept a forced token in place of another one.
+    # Only choices accept a forced token in place of another one, so this grammar may accept few
+    # tokens.
     assert num_taken > 10 or text == "start: (<call> | /some/)+"
 
 

@@ -137,7 +137,8 @@ async def test_a_stop_token_is_allowed_before_min_tokens_if_nothing_else_is(mode
     wanted = stop(max_tokens=20, min_tokens=6, stop_token_ids=frozenset({b}))
     async with EngineHarness.start(model) as harness:
         answer = await harness.run(constrained(constraint, stop=wanted))
-        # After a, only b is allowed, and then c, so that b does not stop too early.
+        # After "a", only "b" is allowed. Then "c" is drawn, because another "b" would stop the
+        # answer too early.
         assert answer.text == "abc"
 
 

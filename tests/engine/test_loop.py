@@ -68,7 +68,7 @@ class Driven:
 
     Attributes:
         ended: The ended requests, in order.
-        events: The number of each request's tokens that an output holds, as they are handed out.
+        events: A request's name and the number of its tokens, for each output, in order.
         errors: The errors of requests that did not finish.
         num_schedules: The number of calls of the scheduler.
     """
@@ -303,7 +303,7 @@ def test_a_ready_request_does_not_wait_for_one_of_its_mix_that_is_not(make: Regi
 
 
 def test_the_thread_sleeps_while_nothing_can_be_computed(make: Registries) -> None:
-    """The thread sleeps for any reason; here, the ready request fits alongside no other."""
+    """The reason does not matter; here, the adapters of the ready request do not fit."""
     registry = make(2, load="a")
     fits = threading.Event()
     driven = Driven(registry, fits=lambda _s, _r: fits.is_set())
@@ -322,7 +322,7 @@ def test_the_thread_sleeps_while_nothing_can_be_computed(make: Registries) -> No
 
 
 def test_only_requests_count_as_waiting(make: Registries) -> None:
-    """Otherwise, a server would reject requests because adapters arrive or others are cancelled."""
+    """Otherwise, a server would reject requests because of arriving adapters or cancellations."""
     driven = Driven(make(2, load="a"))
     for _ in range(5):
         driven.loop.post(lambda: None)
@@ -362,7 +362,7 @@ class BrokenText(AnswerText):
 def test_a_fault_in_one_request_ends_only_that_request(
     make: Registries, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    """After any fault in a single request, the others continue, and nothing of it remains."""
+    """After any fault in a request, the others continue, and nothing of that request remains."""
     registry = make(2, load="ab")
     driven = Driven(registry)
     driven.ask("polite", "a", max_tokens=20)

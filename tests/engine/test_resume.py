@@ -66,7 +66,7 @@ async def stepwise(root: Path) -> AsyncIterator[EngineHarness]:
 
 
 async def check_all_cuts(engine: EngineHarness, stepwise: EngineHarness, request: Request) -> None:
-    """The request, interrupted after each of its tokens, all concurrently."""
+    """Check that the request can be resumed after each of its tokens, all concurrently."""
     whole = await engine.run(request)
     assert len(whole.token_ids) > 3
     cuts = range(1, len(whole.token_ids))

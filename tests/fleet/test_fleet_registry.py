@@ -223,7 +223,7 @@ def test_a_kept_generation_stays_while_it_is_in_the_base() -> None:
     submit(m.Merge(members=(member,), precision="BF16", time=1.0))
     assert disk.base.merge is not None
     assert disk.base.merge.members == (member,)
-    # Only the alias keeps the first generation.
+    # Apart from the base, only the alias keeps the first generation.
     submit(m.DeleteAlias(name="prod"))
     kept = [each.generation for each in generations_of(disk.names["a"])]
     assert kept == [3, 1, 2]

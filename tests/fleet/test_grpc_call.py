@@ -1,4 +1,4 @@
-"""A call from Ray Serve is answered like one of turret's own listener."""
+"""A call from Ray Serve is answered like one from turret's own listener."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ METHOD = "/turret.v1.Inference/GenerateStream"
 
 
 class Inner:
-    """The used parts of Serve's context."""
+    """The parts of Serve's context that a call uses."""
 
     def __init__(self, *metadata: tuple[str, str]) -> None:
         self.metadata = [("x-request-id", "mine"), *metadata]

@@ -105,7 +105,7 @@ async def main():
     api._proc.kill()
     await asyncio.sleep(0.1)
     assert len(started) == 2 and api._proc is started[1], started
-    # A reload ends the old one before the new one is known.
+    # A reload ends the old process before the new one is known.
     async def reload():
         api._proc = await api._start_and_wait_for_haproxy("-sf")
 
@@ -297,7 +297,7 @@ class StubRay(types.ModuleType):
         made: All actors that were created here, in order.
         killed: The killed actors.
         before_make: Runs when an actor is created, before its name is checked.
-        silent: The failure of actors that are created here.
+        silent: The error that newly created actors raise instead of answering, or None.
     """
 
     def __init__(self) -> None:
@@ -445,7 +445,7 @@ def test_a_command_takes_over_the_fleet_once_the_registry_is_back(
     assert new.is_own
     assert not old.look()
     assert not old.is_own
-    # Once it owns the fleet, it behaves like any other owner.
+    # Once the new command owns the fleet, it behaves like any other owner.
     later = module.Ownership()
     later.take()
     assert not new.look()

@@ -123,7 +123,7 @@ def test_generations_are_kept_and_rolled_back_everywhere(keeping: Fleet, root: P
         second.registry.rollback("a")
     assert second.registry.rollback("a", 3).generation == 3
     assert first.registry.replace("a", "a").generation == 4
-    # The registry's successor and a later replica know the same.
+    # The registry's successor and a later replica know the same generations.
     keeping.stop_registry()
     keeping.start_registry(is_first=False)
     until(lambda: _is_back(keeping))

@@ -76,7 +76,7 @@ def test_the_fleet_listens_only_on_configured_hosts_and_loopback(fleet: ServingF
 def test_a_killed_ingress_process_is_restarted(
     fleet: ServingFleet, name: str, seconds: float
 ) -> None:
-    """Requests fail for at most this number of seconds."""
+    """Requests fail for at most ``seconds`` after the process is killed."""
 
     def get() -> int:
         with urllib.request.urlopen(f"http://{fleet.http_address}/health", timeout=10) as answer:
@@ -165,7 +165,7 @@ def test_error_details_arrive_complete(fleet: ServingFleet) -> None:
 
 
 def test_large_messages_are_rejected_before_they_are_in_memory(fleet: ServingFleet) -> None:
-    """A handler would have read the messages, and answered with details."""
+    """If a handler had read the messages, the errors would have details."""
     message = b"\x0a\x80\x80\x80\x20" + b"x" * (64 << 20)
     for method in ("turret.v1.Inference/Generate", "grpc.health.v1.Health/Check"):
         with grpc.insecure_channel(
@@ -395,7 +395,7 @@ def test_a_mix_stays_on_one_replica(fleet: ServingFleet) -> None:
         for _ in range(3):
             for name in names:
                 client.generate("Once", adapters=[name], max_tokens=1)
-        # The adapter is on one replica, regardless of routing.
+        # One request puts ``once`` on one replica, regardless of routing.
         client.generate("Once", adapters=["once"], max_tokens=1)
         # The usage of the other replica is known up to three seconds later.
         end = time.monotonic() + 10.0
@@ -403,7 +403,7 @@ def test_a_mix_stays_on_one_replica(fleet: ServingFleet) -> None:
             assert time.monotonic() < end
             time.sleep(0.2)
         time.sleep(4.0)
-        # On both replicas, it would take twice the memory.
+        # An adapter on both replicas would take twice the memory.
         one = client.adapters.get("once").bytes_host
         assert {client.adapters.get(name).bytes_host for name in names} == {one}
         rows = status_rows(fleet.status())

@@ -121,7 +121,7 @@ def test_a_machine_that_goes_silent_costs_its_streams_ten_seconds(fleet: JoinedF
 
 
 def lose_a_machine(fleet: JoinedFleet, client: TurretClient) -> None:
-    """Its streams continue elsewhere with the next token, and other requests are answered."""
+    """Silence a machine; its streams continue elsewhere, and other requests are answered."""
     names = ["", *NAMES] * 2
     wanted = {
         name: client.generate(

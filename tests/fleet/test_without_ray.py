@@ -250,7 +250,7 @@ def test_only_the_ingress_listens_on_the_fleets_host(
         "    bind :1\n    bind 127.0.0.1:2\n    bind 127.0.0.1:3 proto h2\n  bind *:4\n"
     )
     shown = f"[{host}]" if ":" in host else host
-    # Serve may start it again without writing a new configuration.
+    # Serve may start HAProxy again without writing a new configuration.
     for _ in range(2):
         subprocess.run([ingress.haproxy_path(tmp_path), "-f", written], check=True)
         assert written.read_text() == (
@@ -367,7 +367,7 @@ def test_a_replica_answers_every_call_of_the_api() -> None:
 
     files = (inference_pb2, adapters_pb2, health_pb2)
     services = [s for file in files for s in file.DESCRIPTOR.services_by_name.values()]
-    # A streaming method yields, by which Serve distinguishes the two kinds.
+    # Serve treats a method as streaming if it yields.
     for method in (method for service in services for method in service.methods):
         yields = inspect.isasyncgenfunction(getattr(Replica, method.name))
         assert yields is method.server_streaming, method.full_name

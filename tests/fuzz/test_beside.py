@@ -26,7 +26,8 @@ from servers.server_under_test import ServerUnderTest, start_server
 
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
-# Fuzzers also compute: more of them would measure the rest of two processors instead of the server.
+# Fuzzers also use the processors: with more of them, the test would measure what they leave over
+# instead of the server.
 NUM_FUZZERS = 2
 LEAST_RATE = 0.5
 MOST_SECONDS = 1.0

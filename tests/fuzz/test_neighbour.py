@@ -26,7 +26,8 @@ from turret.v1 import tinker_pb2
 
 JSON = {"content-type": "application/json"}
 LASTING_MIB = 100
-# The number of first messages, which cause lasting allocations: arenas, caches, a parsing thread.
+# The number of first messages that are not measured, because they cause lasting allocations
+# (arenas, caches, a parsing thread).
 NUM_FIRST = 10
 MOST_SECONDS, STRICT_SECONDS = 2.0, 0.5
 # The number of attempts, because a message may be slow by chance.

@@ -322,7 +322,7 @@ async def test_a_client_that_disconnects_leaves_nothing_behind(http: HttpHarness
 
 
 def choices_of(inference: Any, count: int, num_choices: int) -> Choices:
-    """This number of answers, with this number for each prompt."""
+    """``count`` answers, ``num_choices`` of them to each prompt."""
     call = SimpleNamespace(message_bytes=0, party=Party(Shares()))
     services = SimpleNamespace(inference=inference)
     exchange: Any = SimpleNamespace(call=call, services=services)

@@ -37,7 +37,7 @@ def save(folder: Path, name: str, seed: int = 1) -> Any:
 
 
 def with_template(folder: Path, template: str | None, **changes: Any) -> None:
-    """Save the base's tokenizer with a chat template alongside an adapter, like TRL."""
+    """Save the base's tokenizer with a chat template alongside an adapter, as TRL does."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     for name, token in changes.items():
@@ -457,7 +457,7 @@ async def test_a_request_may_bring_a_template_only_if_that_is_allowed(
         broken["chat_template"] = "x" * ((1 << 18) + 1)
         refused = await trusting.http.refused("/tokenize", broken)
         assert refused.param == "chat_template"
-        # All templates of conversations share their processes: a client may send thousands.
+        # A client may send thousands of templates, so all of them share the same processes.
         before = len(psutil.Process().children())
         await asyncio.gather(
             *(

@@ -91,7 +91,7 @@ async def test_a_stream_waits_for_a_client_that_does_not_read_but_a_shutdown_doe
     while num_made != before or not num_made:
         before = num_made
         await asyncio.sleep(0.2)
-    # No more than the sockets of both sides hold.
+    # No more is computed than the sockets of both sides hold.
     assert num_made < 400
     await reader.readexactly(4 << 20)
     await asyncio.sleep(0.1)

@@ -216,7 +216,7 @@ async def test_trailers_do_not_count_as_headers() -> None:
 
 
 def sizes_of(patch: pytest.MonkeyPatch, name: str) -> list[int]:
-    """The sizes of what a method of connections is called with from now on."""
+    """The sizes of the data that a method of ``Connection`` receives from now on."""
     sizes: list[int] = []
     method = getattr(Connection, name)
 
@@ -309,7 +309,7 @@ async def test_few_requests_may_be_sent_ahead(http: HttpHarness) -> None:
     assert answer.count(b"HTTP/1.1 200 OK") == 1 + MAX_SENT_AHEAD
     assert answer.count(b"connection: close") == 1
     assert b"data: [DONE]" in answer
-    # In turn, a connection may have any number of requests.
+    # A connection may have any number of requests that are sent one after the other.
     reader, writer = await http.opened()
     for _ in range(2 * MAX_SENT_AHEAD):
         writer.write(ASK)
@@ -336,14 +336,14 @@ async def test_a_request_may_have_few_headers(http: HttpHarness) -> None:
 
 
 async def test_bodies_that_never_end_take_a_bounded_amount_of_memory() -> None:
-    """One token has half of it; short bodies are accepted even when nothing is left."""
+    """A bearer token may use half of the memory; short bodies are accepted even when it is full."""
     tokens = tokens_of("alice", "bob")
     messages = MessageMemory(2 << 20)
     shares = Shares(separates_tokens=True, messages=messages)
     async with http_harness(tokens=tokens, shares=shares) as server:
 
         async def begun(name: str, size: int) -> bytes | None:
-            """The status of a request that lacks its last byte; None if it waits for that."""
+            """The status of a request that lacks its last byte; None if the server waits for it."""
             reader, writer = await server.opened()
             bearer = f"authorization: Bearer {name}\r\n"
             writer.write(posted(COMPLETIONS, b" " * (size + 1), more=bearer)[:-1])

@@ -73,7 +73,7 @@ def registry(hub: FakeHub, tmp_path: Path) -> Iterator[_Make]:
 def refused(
     registry: AdapterRegistry, path: str, kind: type[TurretError], reason: str, **params: Any
 ) -> None:
-    """Check that a load fails for a reason, which the error or one of its parts has."""
+    """Check that a load fails with a reason, in the error itself or in one of its parts."""
     with pytest.raises(kind, check=says(reason, **params)):
         registry.load("a", path)
     assert registry.list() == []

@@ -1,4 +1,4 @@
-"""``s3://`` and ``oci://``: adapters in real servers of other makers, fetched by their clients."""
+"""``s3://`` and ``oci://``: adapters on real third-party servers, fetched with s3fs and oras."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ oras_provider = pytest.importorskip("oras.provider")
 s3fs = pytest.importorskip("s3fs")
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-# Where clouds serve a machine's metadata and credentials.
+# The address at which clouds serve a machine's metadata and credentials.
 METADATA = "http://169.254.169.254"
 _Make = Callable[..., AdapterRegistry]
 
@@ -268,7 +268,7 @@ def test_a_prefix_matches_only_whole_names() -> None:
 
 
 class _Registry(http.server.BaseHTTPRequestHandler):
-    """A hostile registry: the repository's name is what it does."""
+    """A hostile registry, whose behaviour depends on the name of the repository."""
 
     protocol_version = "HTTP/1.1"
     is_over = threading.Event()
@@ -436,6 +436,6 @@ def test_an_internal_registry_gives_no_access_to_other_internal_addresses(
 
 def test_layers_and_sizes_of_a_manifest(registry: _Make, hostile: str) -> None:
     served = registry(hostile)
-    # Its files are not those of the digest, but its manifest is read.
+    # The manifest is read although it arrives in pieces; the files do not match its digests.
     refused(served, f"{hostile}/pieces/x:v1", HubUnavailableError, "REMOTE_DAMAGED")
     refused(served, f"{hostile}/negative/x:v1", HubUnavailableError, "REMOTE_NOT_REACHED")

@@ -1,9 +1,9 @@
 """The operations between products, in Triton, in C and in torch, compared with float64.
 
-Each of these faults was planted once, in Triton or in C, and failed tests: a mean over the padded
-width, a residual that is not stored, up replaced by gate, only the first block of columns, a sine
-of the other sign, a skipped key norm, values written a row further, an eps 1000 times too large,
-truncation to bf16, an unbounded exponential.
+Each of these faults was planted once, in Triton or in C, and made tests fail: a mean over the
+padded width, a residual that is not stored, up replaced by gate, only the first block of columns, a
+sine of the other sign, a skipped key norm, values written one row too far, an eps 1000 times too
+large, truncation to bf16, an unbounded exponential.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """``nf4_matmul``: the reference compared with bitsandbytes, and Triton with the reference.
 
-Planted faults, and the number of tests that each of them fails (tried by hand):
+Planted faults, and the number of tests that fail for each of them (tried by hand):
 
 - high nibble read as the low one: 21
 - odd columns of x replaced by the even ones: 21

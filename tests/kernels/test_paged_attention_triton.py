@@ -1,6 +1,6 @@
 """Triton's ``paged_attention``, compared with float64 and the torch path.
 
-Planted faults, and the number of tests that each of them fails (tried by hand):
+Planted faults, and the number of tests that fail for each of them (tried by hand):
 
 - a query sees one position ahead: 13
 - window one too wide: 4
@@ -75,14 +75,14 @@ class Step:
         return table
 
     def poison_padding(self) -> None:
-        """Put NaN into the padding at the beginning of a sequence, which must not be read."""
+        """Put NaN into the padding at the beginning of every sequence; it must not be read."""
         for span in self.spans:
             for position in range(span.num_padding):
                 block = span.blocks[position // BLOCK]
                 self.k[block, position % BLOCK] = self.v[block, position % BLOCK] = float("nan")
 
     def sinks(self) -> torch.Tensor:
-        """From a negligible sink to a dominating one."""
+        """One sink per query head, from negligible to dominant."""
         return torch.linspace(-20, 6, self.q.shape[1], device=DEVICE)
 
     def attend(

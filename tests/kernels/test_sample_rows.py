@@ -1,6 +1,6 @@
 """Triton's ``sample_rows``, compared with a sorted float64 reference over all uniform numbers.
 
-Planted faults, and the number of tests that each of them fails (tried by hand):
+Planted faults, and the number of tests that fail for each of them (tried by hand):
 
 - tokens exactly at the limit left out: 3
 - ties not cut: 4
@@ -13,8 +13,8 @@ Planted faults, and the number of tests that each of them fails (tried by hand):
 - min-p left out: 3
 - one tie too few for top-p: 4
 
-Treating NaN as near fails no test, because the bits of a positive NaN are larger than those of
-infinity.
+If NaN is not treated as infinitely far away, no test fails, because the bits of a positive NaN are
+larger than those of infinity.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def test_equal_tokens_below_the_likeliest_are_cut_too():
     logits[50], logits[[10, 30, 70, 80]] = 3.0, 2.5
     found = set(swept(logits.to(DEVICE), top_k=3))
     assert found == {50, 10, 30}
-    # 50 has a mass of 1 and each of the other four 0.61, of 3.43 in total.
+    # Token 50 has a mass of 1 and each of the other four 0.61, out of 3.43 in total.
     assert set(swept(logits.to(DEVICE), top_k=5, top_p=0.6)) == {50, 10, 30}
 
 

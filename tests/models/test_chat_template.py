@@ -142,7 +142,7 @@ def test_a_hostile_template_ends_and_the_next_one_renders(
     chats = ChatTemplate("", {})
     before = os.times()
     for template in templates:
-        # Make the template hostile, as a message might.
+        # A message may make a template hostile; here, the template itself is replaced.
         monkeypatch.setattr(chats, "_templates", {"default": template})
         with pytest.raises(ValueError, check=lambda error: str(error) != "") as refused:
             chats.render(TURNS, (), True)

@@ -1,6 +1,6 @@
 """All layers in one native call: the bits of the kernels called one by one, for every family.
 
-Faults planted in ``layers.c``, and how many of the 16 tests of families each one failed: the bias
+Faults planted in ``layers.c``, and how many of the 16 tests of families failed for each: the bias
 added twice to adapted rows (2), or not to base rows alongside adapted ones (2), the norm after
 attention left out (5), the residual scale left out (2), the norm of queries used for keys (4), the
 first layer's window (4) or frequencies (3) used in every layer. The test of operators fails if
@@ -85,7 +85,7 @@ async def test_one_call_gives_the_bits_of_many(architecture: str, tmp_path: Path
         assert any(adapters is not None for adapters in calls)
 
 
-# At least one method per operator. Steps of the other methods are not one call.
+# At least one method per operator. Steps with the other methods may take several calls.
 METHODS = ["lora", "dora", "loha", "lokr", "shira", "road", "c3a", "beft", "randlora"]
 METHODS += ["ln_tuning", "oft", "boft"]
 OTHER_METHODS = ["ia3", "hira"]

@@ -118,7 +118,7 @@ async def test_every_method_in_one_batch_equals_peft(architecture: str, tmp_path
 
 
 async def test_a_longrope_request_keeps_its_frequencies(tmp_path: Path) -> None:
-    """The prompt and ``max_tokens`` determine them; the two kinds share no blocks."""
+    """The prompt and ``max_tokens`` determine the frequencies; the two kinds share no blocks."""
     prompt = prompt_of(50)
     short, long = make_request(prompt, max_tokens=14), make_request(prompt, max_tokens=15)
     unbounded = replace(short, request_id="u", stop=StopConditions(ignore_eos=True))
@@ -129,7 +129,7 @@ async def test_a_longrope_request_keeps_its_frequencies(tmp_path: Path) -> None:
     assert answers[0][14].bits == answers[1][14].bits
     assert answers[0][15].bits == answers[1][15].bits
     assert answers[0][15].logprobs[0] != answers[0][14].logprobs[0]
-    # Without max_tokens, it begins as short, and ends at the switch.
+    # Without max_tokens, a request begins with the short frequencies, and ends at the switch.
     assert answers[0][None].bits == answers[0][14].bits
     assert answers[0][None].finish.reason == FinishReason.LENGTH
 

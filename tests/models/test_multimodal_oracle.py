@@ -1,7 +1,7 @@
-"""The text part of multimodal models, compared with transformers and PEFT on the whole.
+"""The text part of multimodal models, compared with transformers and PEFT on the whole model.
 
-Adapters are trained on the whole model, so their keys have its names, from which PEFT's older names
-are derived. Updates of the vision tower are rejected.
+Adapters are trained on the whole model, so their keys have its names; copies have the older names
+of PEFT. Updates of the vision tower are rejected.
 """
 
 from __future__ import annotations

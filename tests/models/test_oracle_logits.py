@@ -162,7 +162,7 @@ async def assert_equals_oracle(
 
 
 def moves(oracle: Any, other: Any) -> float:
-    """The distance of two models, so that tests detect an adapter without an effect."""
+    """The distance between two models, so that tests detect an adapter without an effect."""
     prompt = prompts()[-1]
     return float((prompt_logprobs(oracle, prompt) - prompt_logprobs(other, prompt)).abs().mean())
 

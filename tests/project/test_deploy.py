@@ -263,7 +263,7 @@ def test_the_gateway_routes_every_inference_path() -> None:
     paths = [route.path for route in ROUTES if route.service == INFERENCE]
     assert len(paths) >= 11
     assert [each for each in paths if not each.startswith(tuple(led))] == []
-    # Envoy can ask for gRPC's health where the server speaks HTTP/2 alone.
+    # Envoy can use gRPC health checks where the server speaks only HTTP/2.
     checks = {
         target["kind"]: policy["spec"]["healthCheck"]["active"]["type"]
         for policy in documents(path)
@@ -457,7 +457,7 @@ def test_image_is_built_from_a_pinned_digest():
 def test_image_warms_the_cache_that_the_server_reads(tmp_path: Path):
     """The build step that prepares the bundled model runs unchanged in a separate home.
 
-    It runs with the packages of the image, which are those without an extra.
+    It runs with the packages of the image, which has no extras.
     """
     found = re.findall(r'^RUN python -c "(.+?)"$', DOCKERFILE.read_text(), re.MULTILINE | re.DOTALL)
     assert len(found) == 1

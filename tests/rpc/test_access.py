@@ -319,7 +319,7 @@ def shown(address: str, own: Path | None = None) -> str:
 
 
 def put(source: Path, target: Path) -> None:
-    """Replace a file at once, like a renewal."""
+    """Replace a file atomically, as a renewal does."""
     shutil.copy(source, f"{target}.new")
     os.replace(f"{target}.new", target)
 
@@ -364,7 +364,7 @@ async def test_mtls(door: str, certificates: Path, tmp_path: Path) -> None:
             with pytest.raises((ConnectionError, ssl.SSLError)):
                 await asyncio.to_thread(shown, address, refused)
         assert await asyncio.to_thread(shown, address, own)
-        # With another authority, only clients that it signed are accepted.
+        # With another authority, only clients whose certificates it signed are accepted.
         put(stranger, roots)
         with pytest.raises((ConnectionError, ssl.SSLError)):
             await asyncio.to_thread(shown, address, own)

@@ -55,7 +55,7 @@ TIME_OUTS = {"a": "99999999H", "b": "2600000H", "c": "99999999S"}
 
 
 def test_timeouts_of_thousands_of_years_are_accepted(model: Path, tmp_path: Path) -> None:
-    """After the restart, adapters are only on disk, so the engine waits with the deadline."""
+    """Adapters are only on disk after the restart, so the engine waits for them with a timeout."""
     flags = ("--model", str(model), "--state-dir", str(tmp_path / "state"))
     for seed, name in enumerate(TIME_OUTS):
         write_adapter(tmp_path / "adapters", arch_of(model), AdapterSpec(name, rank=4), seed)
@@ -203,7 +203,7 @@ def test_requests_that_wait_take_a_bounded_amount_of_memory(tmp_path: Path) -> N
         codes = [future.code() for future in calls]
         assert codes.count(grpc.StatusCode.OK) == 4
         assert codes.count(grpc.StatusCode.RESOURCE_EXHAUSTED) == 36
-        # Ended requests hold nothing any more.
+        # Ended requests no longer hold memory.
         for _ in range(10):
             call(_padded(LARGE, 2), timeout=60)
 

@@ -51,7 +51,7 @@ async def http_server() -> AsyncIterator[str]:
 
 
 async def is_kept(reader: asyncio.StreamReader) -> bool:
-    """Whether a connection is still open after sent bytes; a gRPC server sends settings."""
+    """Whether a connection stays open; skips what the server sends, such as gRPC's settings."""
     try:
         async with asyncio.timeout(0.5):
             while await reader.read(1000):

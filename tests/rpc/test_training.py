@@ -246,7 +246,7 @@ async def test_waiting_passes_take_no_more_memory_than_their_bytes(tmp_path: Pat
             await stub.DeleteModel(pb.DeleteModelRequest(model_id=model.model_id))
             tables.may_run.set()
             await asyncio.gather(*calls, return_exceptions=True)
-        # The first calls take memory that later ones use again, or return to the system.
+        # The first calls allocate memory that later ones reuse or return to the system.
         assert grown[2] - max(grown[1], 0) < 3 * 300 * message.ByteSize() + (8 << 20)
 
 
@@ -337,7 +337,7 @@ async def _compare(server: Harness, tinker: Tenant) -> None:
         for name in ("adapter_model.safetensors", "optimizer.safetensors")
     ]
     assert files[:2] == files[2:]
-    # Each protocol continues from what the other has saved, and knows nothing of its models.
+    # Each protocol continues from what the other has saved, but does not know the other's models.
     await stub.LoadCheckpoint(
         pb.LoadCheckpointRequest(model_id=model.model_id, path=path, optimizer=True)
     )

@@ -50,8 +50,8 @@ HOST_BYTES, DEVICE_BYTES = 420 * KIB, 300 * KIB
 # Large blocks are returned to the system when they are freed, so that RSS shows the held memory.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
 MAX_GROWTH_BYTES = 16 * MIB
-# For about a minute, memory grows, because the library keeps a compiled product for every new shape
-# (about half a megabyte each, the last 1,024).
+# For about a minute, memory grows, because the library keeps the compiled products of the last
+# 1,024 shapes (about half a megabyte each).
 LONG_SECONDS = 240.0
 
 
@@ -119,7 +119,7 @@ async def content_names(client: AsyncTurretClient) -> dict[str, str]:
 def what_answered(
     record: Record, contents: Mapping[str, str]
 ) -> list[tuple[Shape, Mix, Answer, str]]:
-    """Every answer with known weights, by the checkpoints of these weights."""
+    """Every answer with known weights, with the checkpoints of its adapters as its mix."""
     found = []
     for ended in record.ended:
         answer = ended.answer
@@ -139,7 +139,7 @@ def what_answered(
 
 
 async def replay(folder: Path, root: Path, asked: set[tuple[Shape, Mix]]) -> dict[Any, Bits]:
-    """Send each of these alone to a fresh server."""
+    """Send each of the asked requests alone to a fresh server."""
     (folder / "adapters").symlink_to(root)
     answers: dict[Any, Bits] = {}
     with start(folder) as server:

@@ -172,7 +172,7 @@ async def test_every_method_in_one_batch_as_on_plain_torch(adapters: Path) -> No
             bound = MAX_DIFFERENCE * max(1.0, abs(theirs.logprob))
             assert abs(mine.logprob - theirs.logprob) <= bound, mix
     assert len({answer.token_ids for answer in expected}) == len(MIXES), "adapters without effect"
-    # Some of them have no kernels; test_beside_projections.py tests captured steps.
+    # Some of these methods have no kernels; test_beside_projections.py tests captured steps.
     assert capture.num_captures == 0
 
 

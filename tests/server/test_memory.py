@@ -1,4 +1,4 @@
-"""Memory that answers hold counts towards a limit, and cycles that requests leave are collected."""
+"""Memory held by answers counts towards a limit, and cycles that requests leave are collected."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from turret.server.metrics import Metrics
 from turret.v1 import inference_pb2
 
 PROMPT = [60 + place % 20 for place in range(100)]
-# Together they take about 2.5 MiB, each a third of a MiB.
+# The results of the eight prompts take about 2.5 MiB, a third of a MiB each.
 LARGE = {"prompt": [PROMPT] * 8, "max_tokens": 0, "echo": True, "logprobs": 20}
 SAMPLED = {"prompt": PROMPT[:2], "n": 16, "max_tokens": 40, "logprobs": 20, "ignore_eos": True}
 
@@ -50,7 +50,7 @@ async def test_the_results_that_a_call_collects_are_bounded(
         for each in (LARGE, echoed, SAMPLED):
             assert await post(**each) == 429
             assert memory.held == 0
-        # Some of them fit, and a streamed answer is not collected.
+        # Smaller results fit, and a streamed answer is not collected.
         assert await post(**LARGE | {"prompt": PROMPT}) == 200
         assert await post(**LARGE | {"logprobs": 0}) == 200
         assert await post(**SAMPLED, stream=True) == 200

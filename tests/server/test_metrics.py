@@ -334,7 +334,7 @@ def test_an_endpoint_picker_reads_turrets_counts() -> None:
     for name, tier in (("sql", "device"), ("json", "host"), ("base", "device"), ("late", "device")):
         metrics.adapter_registered(name, tier)
     metrics.adapter_registered("cold")
-    # Leaves a series of value 0.
+    # This leaves a series of value 0.
     metrics.adapter_residency("json", "device")
     metrics.adapter_residency("json", "host")
     assert extract(scraped(metrics)) == Endpoint(

@@ -193,7 +193,7 @@ def test_operations_have_the_names_of_the_semantic_conventions(
     names = {key: collector.span(key).name for key in ("chat", "score")}
     assert names == {"chat": f"chat {base}", "score": f"score {base}"}
     assert collector.span("Embed", "rpc.method").name == f"embeddings {base}"
-    # Other calls have none.
+    # Other calls have no span.
     assert not any("GetModel" in str(span) for span in collector.spans)
 
 
@@ -281,7 +281,7 @@ def test_the_last_spans_are_sent_and_a_dead_collector_delays_nothing(tmp_path: P
             assert not collector.spans
         collector.span("last")
         assert collector.histograms["gen_ai.server.time_to_first_token"][0].count == 1
-    # This one accepts connections, and never answers.
+    # This collector accepts connections, but never answers.
     with socket.create_server(("127.0.0.1", 0)) as silent:
         environment["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://127.0.0.1:{silent.getsockname()[1]}"
         environment["OTEL_BSP_SCHEDULE_DELAY"] = "20"
@@ -292,7 +292,7 @@ def test_the_last_spans_are_sent_and_a_dead_collector_delays_nothing(tmp_path: P
             server.process.send_signal(signal.SIGTERM)
             start = time.monotonic()
             assert server.process.wait(60) == 0
-            # Two seconds for the last spans, whereas the exporter would wait for ten.
+            # The server waits two seconds for the last spans; the exporter would wait for ten.
             assert time.monotonic() - start < 8
 
 

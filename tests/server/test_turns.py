@@ -60,7 +60,7 @@ async def test_running_jobs_of_one_tenant_leave_threads_for_others() -> None:
         assert not ran
     finally:
         is_open.set()
-    # The jobs that no thread was free for run as well.
+    # The jobs for which no thread was free also run.
     await asyncio.gather(*asked, return_exceptions=True)
     for _ in range(3000):
         if len(ran) == len(asked):

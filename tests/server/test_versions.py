@@ -209,7 +209,7 @@ def test_a_canary_gets_its_share_and_metrics_show_it(
     for (name, generation), count in found.items():
         labels = {"alias": "prod", "adapter": name, "generation": str(generation), "code": "OK"}
         assert server.metric("turret_alias_requests_total", **labels) == count
-    # All choices of one HTTP request are of one target, as are all inputs of a call.
+    # All choices of one HTTP request use one target, as do all inputs of a call.
     body = {"model": "prod", "prompt": PROMPT, "max_tokens": 2, "n": 4}
     for _ in range(8):
         assert len(http(server, "/v1/completions", body)["adapters_used"]) == 1

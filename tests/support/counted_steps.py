@@ -2,7 +2,7 @@
 
 Triton's launches are not executed. The replay of a captured step does nothing, so the counts during
 a replay are the host's work for every step. Launches are counted during the capture, where every
-operation on device tensors is one, except for views and empty tensors.
+operation on device tensors is a launch, except for views and empty tensors.
 """
 
 from __future__ import annotations

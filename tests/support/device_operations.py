@@ -22,7 +22,7 @@ class Counting(TorchDispatchMode):
 
     Attributes:
         launches: Names of the operations that launch a kernel.
-        copies: Copies from the host.
+        copies: The number of copies from the host.
         memory: Names of the operations that allocate device memory.
         waits: Names of the operations that read from the device.
     """

@@ -1,13 +1,13 @@
 """CUDA's order of events without a GPU: streams that are as late as possible, and graphs.
 
 Like torch, it has 32 streams per priority and assigns them in turn. A capturing stream rejects
-waits on both sides, and work of other threads; such a call invalidates the capture.
+waits in both directions, and work of other threads; such a call invalidates the capture.
 
 A stream runs nothing until something waits for it. So a buffer that is overwritten before the wait
 for its copy, or read too early, always has wrong values here. Copies with ``non_blocking=True`` are
 put on the current stream; ``launch`` puts other work there. Memory pools and cuBLAS workspaces of
-graphs follow torch 2.11, or later versions. The memory of a workspace that was freed can be used
-until its pool is gone; without a pool, it cannot.
+graphs follow torch 2.11 or, on request, later versions. The memory of a workspace that was freed
+can be used until its pool is gone; without a pool, it cannot.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class FakeStream:
         self.capturing: _Graph | None = None
 
     def refuse(self) -> None:
-        """Raise, and spoil the capture, if the stream captures."""
+        """Raise, and spoil the capture, if the stream is capturing."""
         if self.capturing is not None:
             self.capturing.is_spoiled = True
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
@@ -199,7 +199,7 @@ class FakeCuda:
         return self.handed_out[-1]
 
     def _synchronize(self) -> None:
-        """Wait for every stream, of which none may capture."""
+        """Wait for every stream, none of which may be capturing."""
         for stream in [self.default, *self.handed_out]:
             stream.synchronize()
 

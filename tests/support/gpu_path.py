@@ -37,9 +37,9 @@ COARSE = Tuning(
 
 @contextlib.contextmanager
 def coarse_tiles() -> Iterator[None]:
-    """Make kernels in the interpreter take ``COARSE``."""
+    """Make kernels in the interpreter use ``COARSE``."""
     with patch.object(tuning_module, "_INTERPRETER", COARSE):
-        # Clear the caches by device.
+        # Clear the cache, which has an entry per device.
         tuning_module.tuning.cache_clear()
         yield
     tuning_module.tuning.cache_clear()
@@ -63,7 +63,7 @@ class FakeCapture:
 
     Attributes:
         num_captures: The number of captured bodies.
-        num_replays: The number of replays, without the one right after each capture.
+        num_replays: The number of replays, not counting the one right after each capture.
     """
 
     def __init__(self) -> None:

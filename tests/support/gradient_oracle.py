@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 class Base:
-    """A tiny model as it is served, on the gpu path or on a CPU's."""
+    """A tiny model as it is served, on the gpu path or on a path for CPUs."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Base:
         )
 
     def run(self, work: Sequence[tuple[Learner, list[list[int]]]]) -> list[float]:
-        """Each learner's mean loss; its gradients go to its parameters."""
+        """Return each learner's mean loss, and set the gradients of its parameters."""
         segments = [Segment(learner.served, learner.leaves, texts) for learner, texts in work]
         losses = []
         with torch.no_grad():

@@ -24,7 +24,7 @@ def adapt_interpreter() -> None:
     if interpreter is None:
         return
     _sum_products_in_fp64(interpreter)
-    # The interpreter checks integer overflows, but ignores the result outside of debugging.
+    # The interpreter checks for integer overflows, but ignores the result outside of debugging.
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     _search_language_once(interpreter)
@@ -77,7 +77,7 @@ def _search_language_once(interpreter: Any) -> None:
 
 
 def _launch_one_at_a_time(interpreter: Any) -> None:
-    """Let threads wait for each other, since a launch replaces parts of ``triton.language``."""
+    """Make threads wait for each other, since a launch replaces parts of ``triton.language``."""
     executor, lock = interpreter.GridExecutor, threading.RLock()
     launch = executor.__call__
 

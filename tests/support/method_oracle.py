@@ -22,7 +22,7 @@ from turret.server.adapters.adapter import AdapterRef
 # Tolerance of a log probability; relative if its size is larger than 1.
 TOLERANCE = 1e-4
 MAX_TOKENS = 8
-# Prompts longer than a step, shorter than the limit of a short chunk, and of one token.
+# A prompt longer than a step, one shorter than the limit of a short chunk, and one of one token.
 LENGTHS = (37, 6, 1)
 
 

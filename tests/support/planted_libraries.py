@@ -1,7 +1,7 @@
 """Fake libraries with products that violate the guarantee of equal bits, each in a different way.
 
-``plant`` replaces torch's products by one of them. Affected rows are summed in another order, as by
-another kernel of a real library. Rows of ``F.linear`` are multiplied one by one, so that this
+``plant`` replaces torch's products with one of them. Affected rows are summed in another order, as
+by another kernel of a real library. Rows of ``F.linear`` are multiplied one by one, so that this
 machine's own library adds no other violations.
 """
 

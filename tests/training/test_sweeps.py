@@ -174,7 +174,7 @@ def test_hopeless_variants_are_stopped_early(tiny_llama: Path, tmp_path: Path) -
 
     rates = "optimizer.learning_rate=1e-6,1e-2,1e-5,3e-3,1e-7"
     results = swept("early", rates)
-    # Of five variants, two are trained on after 2 steps, and one of them after 6.
+    # Two of the five variants continue after 2 steps, and one of these continues after 6.
     assert [result.steps for result in results] == [2, 18, 2, 6, 2]
     assert results[1].validation_loss == min(result.validation_loss for result in results)
     names = ["step-00000002", "step-00000006"]

@@ -130,7 +130,7 @@ def test_tokens_after_an_omitted_one_are_not_compared(folder: Path) -> None:
 
 
 class _Wavering:
-    """A server whose answers depend on the company, or on what had the name before."""
+    """A server whose answers change with load, or if another adapter had the name before."""
 
     def __init__(self) -> None:
         self.is_busy = False

@@ -93,7 +93,7 @@ def convert(m: Module) -> MadeLora:
     """Convert the update of one module.
 
     Raises:
-        RunError: The base is not the file's base, or gives clusters of other sizes.
+        RunError: The base is not the one used in training, or gives clusters of other sizes.
     """
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning

@@ -49,7 +49,7 @@ def convert(
 ) -> tuple[str, list[str]]:
     """Write a LoRA that is equivalent to the adapter, or the parts of an X-LoRA.
 
-    Call ``check_conversion`` before, which needs no torch.
+    Call ``check_conversion`` first; it needs no torch.
 
     Args:
         adapter: A directory in the form that PEFT writes.

@@ -42,8 +42,8 @@ CONVERTED: Mapping[str, ConvertibleKind] = {
     "PSOFT": ConvertibleKind(
         psoft.format_of,
         psoft.convert,
-        "which of two opposite singular vectors comes out is up to the linear algebra library: this"
-        " is the adapter as PEFT loads it with the torch installed here, on this device",
+        "the signs of singular vectors depend on the linear algebra library; this is the adapter as"
+        " PEFT loads it with the torch installed here, on this device",
     ),
 }
 # The values of ``peft_type`` that can be converted.
@@ -92,7 +92,7 @@ def check_plain_base(model: Path) -> Mapping[str, Any]:
         The content of ``config.json``.
 
     Raises:
-        InvalidRequestError: The directory is a GGUF file, a quantised model, or not a model.
+        InvalidRequestError: ``model`` is a GGUF file, a quantised model, or not a model.
     """
     if model.suffix == SUFFIX:
         raise InvalidRequestError.of("--base", say("BASE_IS_GGUF", path=model))

@@ -141,8 +141,8 @@ class ReflectedLinear(hra.HRALinear):
 def reflect(x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """``R x`` with ``R = Π (I − 2 v_i v_iᵀ)``, ``v_i`` the columns of ``u`` at length 1.
 
-    As ``I − V T Vᵀ``, where ``T⁻¹`` is the upper triangle of ``Vᵀ V`` with halves on its diagonal
-    (the compact WY form: Schreiber, Van Loan 1989; Joffrain et al. 2006).
+    Computed as ``I − V T Vᵀ``, where ``T⁻¹`` is the upper triangle of ``Vᵀ V`` with halves on its
+    diagonal (the compact WY form: Schreiber, Van Loan 1989; Joffrain et al. 2006).
 
     Args:
         x: ``[..., in]``, any float dtype.

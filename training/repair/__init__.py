@@ -1,1 +1,1 @@
-"""``turret model repair``: an adapter that approximates what quantisation took from a model."""
+"""``turret model repair``: an adapter that approximates a model's quantisation error."""

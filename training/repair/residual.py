@@ -93,7 +93,7 @@ def repair(
         tensors[f"{path}.lora_A.weight"] = (right * values.sqrt()).T / scale
         tensors[f"{path}{_B}"] = left * values.sqrt()
         before = residual.square().sum()
-        # At full rank, nothing is left, and rounding may make it negative.
+        # At full rank, the remaining error is 0, and rounding may make it negative.
         after = (before - values.square().sum()).clamp_min(0)
         squares += torch.stack((weight.square().sum(), before, after)).double()
     ranks = {
@@ -113,8 +113,8 @@ def repair(
 def _largest(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The parts of the singular value decomposition with the largest singular values.
 
-    A randomised decomposition is faster than a whole one. In modules of SmolLM2, the squares of its
-    32 values add up to 98% or more of those of the largest singular values.
+    A randomised decomposition is faster than a whole one. In modules of SmolLM2, the sum of the
+    squares of its 32 values is at least 98% of that of the 32 largest singular values.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -18,7 +18,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the verb."""
     parser = subparsers.add_parser(
         "repair",
-        help="make an adapter that corrects a part of a model's quantisation error",
+        help="make an adapter that corrects part of a model's quantisation error",
         description="Make a LoRA that approximates the difference between the weights in a model's"
         " files and the quantised ones. In a mix, it brings the base closer to the files.",
     )

@@ -62,7 +62,7 @@ def describe_run(resolved: Resolved, num_parameters: int) -> dict[str, Any]:
 
 
 def describe_base(source: ModelSource, is_full: bool = False) -> dict[str, Any]:
-    """What identifies the weights on which an adapter was made.
+    """The name, the digest and the formats of the weights on which an adapter was made.
 
     Args:
         source: The quantised model.

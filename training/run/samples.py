@@ -16,8 +16,9 @@ _MOST_TOKENS = 64
 
 # Called before each answer with the numbers of finished and of all answers.
 Progress: TypeAlias = Callable[[int, int], None]
-# The tokens of a greedy answer to a prompt of an example: at most as many as the third argument,
-# with the end of text if it came. The last argument is whether the adapter answers.
+# Returns the tokens of a greedy answer to a prompt of an example: at most as many as the third
+# argument, and with the end-of-text token if the model generated it. The last argument is whether
+# the adapter answers.
 AnswerPrompt: TypeAlias = Callable[[Sequence[int], Encoded, int, bool], list[int]]
 
 

@@ -336,7 +336,7 @@ def check_inputs(config: TrainConfig, folder: Path) -> None:
 
 
 def check_bases(configs: Sequence[TrainConfig], folder: Path) -> None:
-    """Reject bases that are unusable, at all or with a method; queries the hub if needed.
+    """Reject bases that are not supported, or do not fit the method; queries the hub if needed.
 
     Args:
         configs: See :func:`check_inputs`.

@@ -22,7 +22,7 @@ _LISTED = {
     for key, info in fields_of(kind).items()
     if is_listed(info)
 }
-# A name is a directory, and the default name of the adapter in it.
+# A variant's name is that of its directory, and the default name of the adapter in it.
 _NO_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 _MAX_NAME_CHARS = 40
 

@@ -46,8 +46,8 @@ class Verdict:
     Attributes:
         name: The adapter's name on the server.
         tokens: The number of compared tokens.
-        same: The number of tokens that PEFT in fp32 would choose too. A token counts if rounding
-            explains why the other one was chosen.
+        same: The number of tokens that PEFT in fp32 would choose too. Another token also counts if
+            rounding explains why the server chose it.
         error: The mean difference between the server's log probabilities and PEFT's in fp32.
         rounding: The same for PEFT in bf16 on the same base.
         without_effect: Kinds of modules whose keys had no effect; ``*`` means the whole adapter.
@@ -77,7 +77,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """An answer with its tokens: ``ids`` are those of its tokens that have a log probability."""
+    """An answer to a prompt; ``ids`` are its first tokens, those that can be compared."""
 
     prompt: list[int]
     ids: list[int]
@@ -188,7 +188,7 @@ def reload(
     alone: Mapping[str, Sequence[Continuation]],
     verdicts: Mapping[str, Verdict],
 ) -> None:
-    """Serve all adapters one after another under the same name, which must not mix them up."""
+    """Serve all adapters one after another under one name; the server must not mix them up."""
     # Repeat the first adapter at the end, so that even a single adapter is loaded twice.
     for name in (*adapters, *list(adapters)[:1]):
         try:

@@ -39,7 +39,7 @@ def logprobs_of(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> tor
 
 
 class Adapted:
-    """A base model with an adapter, of which groups of tensors can be left out.
+    """A base model with an adapter; groups of the adapter's tensors can be left out.
 
     Attributes:
         model: The model; its forward pass uses the adapter.
@@ -62,7 +62,7 @@ class Adapted:
         set_peft_model_state_dict(self.model, dict(state))
 
     def groups(self) -> dict[str, list[str]]:
-        """The keys of the file by kind of module, such as ``q_proj``, if there is more than one."""
+        """The file's keys by kind of module, such as ``q_proj``; empty if there is only one."""
         prefix = getattr(self.model.base_model, "prefix", None)
         found: dict[str, list[str]] = {}
         for key in sorted(self._file.keys() & self._fresh.keys()):

@@ -23,9 +23,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     parser = subparsers.add_parser(
         "verify",
         help=text,
-        description="Check that a server's answers with adapters match those of PEFT, over OpenAI's"
-        " API. The server must have loaded them. Exit code 1 means that at least one answer is"
-        " wrong.",
+        description="Check over OpenAI's API that a server's answers with adapters match those of"
+        " PEFT. The server must already have loaded the adapters. Exit code 1 means that at least"
+        " one answer is wrong.",
     )
     parser.add_argument(
         "adapters",

@@ -269,7 +269,7 @@ INLINE void attend_rows(const Plan *plan, const Heads *h, const Chunk *chunk, in
             gather_group(scores + t - low, scores_stride, vectors, queries, &v, wide, acc);
             continue;
         }
-        /* Each row sees other values of this slice. */
+        /* The rows see different values of this slice. */
         for (int64_t i = 0; i < chunk->rows; i++) {
             int64_t from = low_of(plan, span, chunk->number + i), skip = from > t ? from - t : 0;
             Slice own = {v.at, v.at, v.stride, least(stop, first_end + i) - t - skip};
@@ -302,7 +302,7 @@ KERNEL static void attend_some(const Plan *plan, const Heads *h, const Chunk *ch
 typedef struct {
     const Plan *plan;
     const Heads *heads;
-    int64_t total, pieces; /* number of keys to read, and of the pieces that it is divided into */
+    int64_t total, pieces; /* number of keys to read, and number of pieces of the work */
 } Job;
 
 /* Number of keys that rows [number, number + rows) of a span see without a window. */

@@ -12,8 +12,8 @@
 #define KEYS TILE_ROWS /* of one tile */
 #define SPLIT 2        /* number of bf16 numbers whose sum is a query */
 
-/* Numbers of the tiles for keys and queries. Tiles 0 to 3 are the scores of 64 keys. They are macros, because
- * the number of a tile is part of the instruction. */
+/* Numbers of the tiles for keys and queries. Tiles 0 to 3 are the scores of 64 keys. The numbers
+ * are macros, because the number of a tile is part of the instruction. */
 #define KEYS_0 4
 #define KEYS_1 5
 #define HIGH 6

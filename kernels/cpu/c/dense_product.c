@@ -81,8 +81,8 @@ static void multiply_chunk(const void *job, int64_t thread, int64_t chunk) {
         multiply_rows(p, row, row + ROW_BLOCK < p->rows ? row + ROW_BLOCK : p->rows, low, high);
 }
 
-/* x: [rows, in], with rows x_stride apart; w: [out, in]; y: [rows, out], with rows y_stride apart. scratch: for
- * as many numbers as x has, with the rows rounded up to a multiple of 16. */
+/* x: [rows, in], with rows x_stride apart; w: [out, in]; y: [rows, out], with rows y_stride apart. scratch: room
+ * for as many floats as x has numbers, with the rows rounded up to a multiple of 16. */
 EXPORT void turret_dense_product(const bf16 *x, int64_t x_stride, int64_t rows, const bf16 *w, bf16 *y,
                                  int64_t y_stride, int64_t out_features, int64_t in_features,
                                  int64_t num_threads, float *scratch) {

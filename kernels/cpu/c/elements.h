@@ -1,5 +1,5 @@
 /* The type of activations and of the KV cache. It is bf16 by default. A file that defines ELEMENT_F32 and
- * includes another C file compiles that for fp32; the exported names then end in _f32. */
+ * includes another C file compiles the latter for fp32; the exported names then end in _f32. */
 #ifndef TURRET_ELEMENTS_H
 #define TURRET_ELEMENTS_H
 

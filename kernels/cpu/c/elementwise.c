@@ -110,8 +110,8 @@ EXPORT void EXPORTED(turret_gelu_mul)(const element *gate_up, element *out, int6
     in_repeatable_pieces(gated_piece, &gated, 2 * rows, rows * width > SMALL ? threads : 1);
 }
 
-/* (up + 1) * gate * sigmoid(alpha * gate), with gates capped at the limit and ups clamped to it; gates
- * and ups alternate. NaN stays NaN. */
+/* (up + 1) * gate * sigmoid(alpha * gate), with gates capped at the limit and ups clamped to [-limit, limit];
+ * gates and ups alternate. NaN stays NaN. */
 INLINE f32x16 clamped_swiglu(f32x16 first, f32x16 second, float alpha, float limit) {
     f32x16 gate = PICK(first, second, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     f32x16 up = PICK(first, second, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);

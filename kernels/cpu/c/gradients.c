@@ -111,7 +111,7 @@ typedef struct {
 
 #define QUERIES 32 /* positions of queries whose scores are in memory at once */
 #define TILE 4     /* rows of a product whose sums stay in registers */
-#define SIDE (WIDTH == 16 ? 4 : 2) /* their vectors */
+#define SIDE (WIDTH == 16 ? 4 : 2) /* vectors of each of these rows */
 #define MAX_HEAD_DIM 256
 
 /* A matrix: its element (i, j) is at i * row + j * column. */
@@ -153,7 +153,7 @@ KERNEL static void add_matrix_product(Matrix x, const float *w, int64_t w_row, i
     }
 }
 
-/* Applies a row's rotary positions to a head (see `rotate` in elementwise.c), or takes them back (sign -1). */
+/* Applies a row's rotary positions to a head (see `rotate` in elementwise.c), or undoes them (sign -1). */
 INLINE void turn_head(const Attention *a, int64_t row, float sign, float *x) {
     if (!a->cos) return;
     const float *cos = a->cos + row * a->pairs, *sin = a->sin + row * a->pairs;
@@ -180,8 +180,9 @@ INLINE float *out_head(const Attention *a, int64_t row, int64_t head) {
     return a->out + (row * (a->heads + 2 * a->kv_heads) + head) * a->dim;
 }
 
-/* Turns a query's scores for the positions [first, end) into its shares, and the gradient of the shares into that
- * of the scores before the cap. Both become 0 elsewhere in [low, high). `slopes` is for as many numbers. */
+/* Turns a query's scores for the positions [first, end) into its shares (attention weights), and the gradient of
+ * the shares into that of the scores before the cap. Both become 0 elsewhere in [low, high). `slopes` is scratch
+ * memory of the same length. */
 INLINE void softmax_gradient(const Attention *a, int64_t head, float *scores, float *grads, float *slopes, int64_t low,
                              int64_t high, int64_t first, int64_t end) {
     float cap = (float)a->softcap, most = a->sinks ? a->sinks[head] : -INFINITY, sum = 0;
@@ -220,7 +221,7 @@ typedef struct {
     float *slopes;                        /* [positions] */
 } Memory;
 
-/* The number of floats that `Memory` needs; kernels/cpu/gradients.py computes the same. */
+/* Divides scratch memory into the arrays of `Memory`; kernels/cpu/gradients.py computes how many floats they need. */
 INLINE Memory divide(float *at, int64_t positions, int64_t dim, int64_t queries) {
     Memory m;
     float **parts[] = {&m.keys, &m.of_keys, &m.of_values, &m.turned_keys, &m.turned_values};

@@ -14,7 +14,7 @@ typedef struct {
     const bf16 *narrow;
     float *sums; /* [rows, 2]: the largest logit, and the logarithm of the sum of e^(logit - largest) */
     float *out;  /* log probabilities, or null */
-    bf16 *grads; /* in the place of `narrow` */
+    bf16 *grads; /* in the memory of `narrow` */
     const int64_t *targets;
     const float *slopes;
     int64_t width;
@@ -51,7 +51,7 @@ KERNEL static void sum_row(const void *job, int64_t thread, int64_t row) {
     for (int64_t i = first + whole; i < first + l->width; i++) l->out[i] = (l->wide[i] - most) - rest;
 }
 
-/* x, out: [rows, width]; sums: for [rows, 2]. */
+/* x, out: [rows, width]; sums: room for [rows, 2]. */
 EXPORT void turret_log_softmax(const float *x, float *out, float *sums, int64_t rows, int64_t width, int64_t threads) {
     Logits job = {.wide = x, .out = out, .sums = sums, .width = width};
     in_pieces(sum_row, &job, rows, rows * width > SMALL ? threads : 1);
@@ -79,8 +79,8 @@ KERNEL static void gradient_row(const void *job, int64_t thread, int64_t row) {
     l->grads[target] = to_bf16(slope - share * slope);
 }
 
-/* Replaces logits by the gradient of the sum of the rows' slopes times their targets' log probabilities: one at the
- * target, minus the probabilities. */
+/* Replaces logits by the gradient of the sum of the rows' slopes times their targets' log probabilities. For a row,
+ * that is its slope times the difference between the target's one-hot vector and the probabilities. */
 EXPORT void turret_logit_gradients(bf16 *x, float *sums, const int64_t *targets, const float *slopes,
                                    int64_t rows, int64_t width, int64_t threads) {
     Logits job = {.narrow = x, .grads = x, .sums = sums, .targets = targets, .slopes = slopes, .width = width};

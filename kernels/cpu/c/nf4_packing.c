@@ -53,7 +53,7 @@ KERNEL static void quantize_piece(const void *job, int64_t thread, int64_t piece
     (void)thread;
     for (int64_t b = n->blocks * piece / n->pieces; b < n->blocks * (piece + 1) / n->pieces; b++) {
         const float *x = n->x + b * BLOCK;
-        uint32_t magnitudes[BLOCK], top = 0; /* the bits of magnitudes have the order of the numbers */
+        uint32_t magnitudes[BLOCK], top = 0; /* the bits of magnitudes are ordered like the numbers */
         memcpy(magnitudes, x, sizeof magnitudes);
         for (int i = 0; i < BLOCK; i++) {
             uint32_t magnitude = magnitudes[i] & 0x7fffffffu;
@@ -71,7 +71,7 @@ KERNEL static void quantize_piece(const void *job, int64_t thread, int64_t piece
     }
 }
 
-/* Gives the codes and maxima of bitsandbytes. */
+/* Computes the same codes and maxima as bitsandbytes. */
 EXPORT void turret_nf4_quantize(const float *x, const float *midpoints, uint8_t *codes, float *absmax,
                                 int64_t blocks, int64_t num_threads) {
     Numbers job = {x, midpoints, codes, absmax, blocks, least(blocks, num_threads * PIECES_EACH)};

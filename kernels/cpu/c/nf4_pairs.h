@@ -1,4 +1,4 @@
-/* The product by VDPBF16PS, with the bits of bitsandbytes' fused product: pairs are added in the order of the
+/* The product by VDPBF16PS, with the same bits as bitsandbytes' fused product: pairs are added in the order of the
  * inputs. bitsandbytes looks the codes up again for every four rows; this kernel looks them up once for many.
  * Included by nf4_product.c.
  */
@@ -18,7 +18,7 @@ typedef struct {
     Lines ahead;
 } Block;
 
-/* KEPT does not prefetch: testing for it makes a product of many rows 1 % slower. */
+/* KEPT prefetches no factors (ahead.h): testing for them makes a product of many rows 1% slower. */
 enum Codes { LOOK_UP, LOOK_UP_AND_KEEP, KEPT_AND_AHEAD, KEPT };
 
 INLINE __m512bh pair_of(const bf16 *x) {
@@ -46,7 +46,7 @@ INLINE void add_block(const int rows, const enum Codes codes, const Block *block
             look_up(packed, values, w);
             if (k % 2 == 0) __builtin_prefetch(packed + DISTANCE);
         }
-        /* One at a time, because the weight's own reads would wait behind many. */
+        /* Prefetch one line at a time, because the weight's own reads would wait behind many. */
         if (codes != KEPT && k < block->ahead.count)
             __builtin_prefetch(block->ahead.start + k * LINE, 0, 2); /* to L2 */
         if (codes == LOOK_UP_AND_KEEP) kept[0] = w[0], kept[1] = w[1];
@@ -90,7 +90,7 @@ static void multiply_tile(const Product *p, int64_t tile, int64_t first, int64_t
     /* Groups differ by at most one row, because the few sums of a small group would wait for each other. */
     int64_t groups = (rows + GROUP - 1) / GROUP;
     memset(sums, 0, sizeof(float) * rows * TILE_OUT);
-    /* Each row's results go to another page. Stores that miss the cache would delay the next tile. */
+    /* Each row's results go to a different page. Stores that miss the cache would delay the next tile. */
     for (int64_t r = 0; r < rows; r++) __builtin_prefetch(p->y + (first + r) * p->out_features + tile * TILE_OUT, 1);
     for (int64_t low = 0; low < p->in_features; low += BLOCK) {
         int64_t stop = rows / groups;

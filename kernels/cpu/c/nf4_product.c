@@ -73,7 +73,7 @@ static const uint16_t VALUES[32] = TWICE(
 typedef fvec Pair[2][SIDES];
 
 #if WIDTH == 16
-/* Looks them up. A lane of w has the weights of both inputs for one output. */
+/* Looks up the weights of a pair of inputs. A lane of w has the weights of both inputs for one output. */
 INLINE void look_up(const uint8_t *packed, __m512i values, __m512i *w) {
     __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)packed));
     w[0] = _mm512_permutexvar_epi16(words, values);

@@ -6,7 +6,7 @@
  * only once.
  */
 #define ROW_BLOCK 128 /* most rows for which codes are looked up once */
-#define HALVES (BLOCK / TILE_INPUTS) /* halves of a block: 2 for NF4; an MXFP4 block is a single one */
+#define HALVES (BLOCK / TILE_INPUTS) /* a block's groups of TILE_INPUTS: 2 for NF4, 1 for MXFP4 */
 
 /* Numbers of the tiles: sums for either half of the outputs, x for either half of the inputs, then the weights.
  * They are macros, not an enum, because the number of a tile is part of the instruction. */
@@ -22,7 +22,7 @@
 typedef __m512i Weights[2 * HALVES][TILE_ROWS]; /* [outputs / 16, inputs / 32] */
 
 INLINE void begin_products(int64_t rows) {
-    /* An expert that no row chose has no rows, and a tile cannot have 0 rows. */
+    /* A tile cannot have 0 rows, even if there are none to multiply. */
     TileShapes shapes = tile_shapes(W_00, rows ? least(rows, TILE_ROWS) : 1);
     tiles_begin(&shapes);
 }

@@ -8,7 +8,7 @@
 INLINE void begin_products(int64_t rows) { (void)rows; }
 INLINE void end_products(void) {}
 
-/* A block's inputs of some rows in fp32. */
+/* Writes a block's inputs of some rows to `wide`, in fp32. */
 INLINE void widen_rows(const bf16 *x, int64_t x_stride, int64_t rows, float *wide) {
     for (int64_t r = 0; r < rows; r++, x += x_stride, wide += BLOCK)
         for (int i = 0; i < BLOCK; i += WIDTH) *(fvec_at *)(wide + i) = fvec_bf16(x + i);

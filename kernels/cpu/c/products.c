@@ -113,7 +113,7 @@ EXPORT void turret_dots(const Product *p) { in_parts(p, 0); }
 /* w: [batches, inner, columns]. */
 EXPORT void turret_columns(const Product *p) { in_parts(p, 1); }
 
-#define TOGETHER 96 /* low-rank updates, each of two products at a time */
+#define TOGETHER 96 /* low-rank updates of one batch; each takes two products at a time */
 
 /* Independent products. `ends` has the number of parts of each product and of those before it. */
 typedef struct {
@@ -147,9 +147,9 @@ typedef struct {
     const float *grad; /* [rows, out] */
     float *of_a, *of_b; /* like a and b */
     float *of_x;       /* [rows, in]; the gradient is added */
-    float *z, *of_z;   /* for [rank, rows] each */
+    float *z, *of_z;   /* room for [rank, rows] each */
     int64_t rows, rank, in, out, x_row, grad_row, kind;
-    int64_t turn; /* updates of one turn have different rows; those of turn 0 are added to of_x first */
+    int64_t turn; /* updates of one turn have disjoint rows; those of turn 0 are added to of_x first */
 } Update;
 
 static void find_gradients(const Update *updates, int64_t count, int64_t threads) {

@@ -1,10 +1,10 @@
 /* Finds which outputs of a bf16 weight may be the largest of a row, from an 8-bit copy of the weight, which
  * has half of the bytes.
  *
- * A weight is approximated by a code of at most 127 times its output's scale. The errors of an output's weights
+ * A weight is approximated by its output's scale times a code of at most 127. The errors of an output's weights
  * change the output by at most |x| |errors| (Cauchy and Schwarz), about 0.01 of |x| |w|. If an output is below
- * another one by more than both bounds, it cannot be the largest. The caller computes the few remaining outputs
- * from the weight itself, so it finds the largest of all, for any input.
+ * another one by more than the sum of both bounds, it cannot be the largest. The caller computes the few
+ * remaining outputs from the weight itself, so it finds the largest of all, for any input.
  *
  * Sums are of integers and therefore exact. The bounds include the rounding errors of floats, here and in the
  * product with the weight itself.

@@ -204,7 +204,7 @@ static void leave_piece(int number) {
 static __attribute__((noinline)) int64_t compute_repeatable(uint64_t number, int64_t threads, Work *work,
                                                             const void *job, int64_t thread) {
     Worker *const worker = own;
-    sigsetjmp(worker->before, 0); /* leave_piece goes on from here */
+    sigsetjmp(worker->before, 0); /* leave_piece jumps to this point */
     for (int64_t i = 0; i < threads; i++) {
         Share *share = &team.shares[(thread + i) % threads];
         for (int64_t piece; (piece = claim(share, number)) >= 0;) {
@@ -274,7 +274,7 @@ static void *serve(void *argument) {
     own = &team.worker[thread];
     own->id = (pid_t)syscall(SYS_gettid);
     pthread_getcpuclockid(pthread_self(), &own->clock);
-    /* Take only this signal and those of faults, so that leave_piece never leaves another handler. */
+    /* Accept only leave_signal and the signals of faults, so that leave_piece never leaves another handler. */
     static const int taken[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, SIGSYS};
     sigset_t blocked;
     sigfillset(&blocked);

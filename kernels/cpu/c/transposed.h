@@ -2,8 +2,8 @@
  *
  * A piece of work is a panel of 32 inputs. The weights of some outputs are written into the cache as numbers, once for
  * all rows. Both factors are rounded to bf16. With instructions for bf16, outputs are added in pairs, and the sums of even
- * inputs lie before those of odd inputs until the last outputs are added. The order of a sum does not depend on the
- * number of rows. The including file defines Source and write_weights.
+ * inputs are stored before those of odd inputs until the last outputs are added. The order of a sum does not depend
+ * on the number of rows. The including file defines Source and write_weights.
  */
 #ifndef TURRET_TRANSPOSED_H
 #define TURRET_TRANSPOSED_H
@@ -14,11 +14,11 @@
 #define PANEL 32 /* inputs */
 
 #if HAS_AVX512_BF16
-typedef __m512i Numbers[2]; /* of two outputs: those of 16 even inputs, then those of 16 odd inputs */
+typedef __m512i Numbers[2]; /* weights of two outputs: those of 16 even inputs, then of 16 odd inputs */
 #define OUTPUTS 2           /* of Numbers */
 #define PANEL_ROWS 8        /* rows whose sums stay in registers */
 #else
-typedef float Numbers[PANEL]; /* of one output */
+typedef float Numbers[PANEL]; /* weights of one output */
 #define OUTPUTS 1
 #define PANEL_ROWS (WIDTH == 16 ? 12 : 6)
 #endif
@@ -191,8 +191,8 @@ static void multiply_transposed_panel(const void *job, int64_t thread, int64_t p
     }
 }
 
-/* grad: [rows, out] fp32, or bf16 if it is rounded. dx: [rows, in], where in is a multiple of PANEL. scratch: for [rows,
- * out rounded up to a multiple of 32] bf16. */
+/* grad: [rows, out] fp32, or bf16 if it is rounded. dx: [rows, in], where in is a multiple of PANEL. scratch: room for
+ * [rows, out rounded up to a multiple of 32] bf16. */
 INLINE void multiply_transposed(const Source *source, const void *grad, int64_t is_rounded, int64_t rows, float *dx,
                                 int64_t out_features, int64_t in_features, int64_t num_threads, bf16 *scratch) {
     int64_t stride = (out_features + MULTIPLE - 1) / MULTIPLE * MULTIPLE;

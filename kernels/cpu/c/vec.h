@@ -41,7 +41,7 @@ typedef uint16_t bf16;
 #else
 #define WIDTH 4
 #endif
-#define PARTS (LANES / WIDTH) /* registers of sixteen lanes */
+#define PARTS (LANES / WIDTH) /* registers that hold sixteen lanes together */
 
 typedef float fvec __attribute__((vector_size(4 * WIDTH), may_alias));
 typedef float fvec_at __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias)); /* in memory, at any float */
@@ -96,7 +96,7 @@ INLINE void store_bf16(bf16 *p, f32x16 value) {
 
 INLINE fvec fvec_f32(const float *p) { return *(const fvec_at *)p; }
 
-/* s + a b, rounded once where the instruction set can. */
+/* s + a b, rounded only once where the instruction set has fused multiply-adds. */
 INLINE fvec add_product(fvec s, fvec a, fvec b) {
 #if WIDTH == 16
     return (fvec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)s);
@@ -182,7 +182,7 @@ INLINE float sum_lanes(f32x16 v) {
 #endif
 
 /* Lane i of the result is the sum of the lanes of v[i]: neighbours are added until one is left. Each addition
- * joins two registers to one. */
+ * joins two registers into one. */
 INLINE f32x16 sum_each(const f32x16 v[LANES]) {
     fvec s[PARTS][LANES];
     for (int p = 0; p < PARTS; p++)
@@ -228,7 +228,7 @@ INLINE void transpose(fvec v[WIDTH]) {
 #undef EXCHANGE
 }
 
-/* The larger of each two lanes; b if one is NaN. */
+/* The larger of each pair of lanes; b if one is NaN. */
 INLINE f32x16 max_vec(f32x16 a, f32x16 b) {
 #if WIDTH == 16 /* GCC 12 does not find this instruction */
     return (f32x16)_mm512_max_ps((__m512)a, (__m512)b);

@@ -174,7 +174,7 @@ class AdaptersServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReplaceAdapter(self, request, context):
-        """Replaces a registered adapter's weights by a new generation. Requests that were received before
+        """Replaces a registered adapter's weights by a new generation. Requests already received
         finish on their generation. Later requests get the new generation, unless they name another one
         that is kept (`--keep-generations`). A pinned adapter stays pinned.
 
@@ -190,7 +190,7 @@ class AdaptersServicer(object):
 
     def RollbackAdapter(self, request, context):
         """Makes a kept generation current again, with the number that it had. Its files are read first,
-        unless its weights are in memory. Requests that were received before finish on their
+        unless its weights are in memory. Requests already received finish on their
         generation. The generation that was current is kept. A pinned adapter stays pinned.
 
         Idempotent if `generation` is set. Returns NOT_FOUND if the name is not registered or the
@@ -250,7 +250,7 @@ class AdaptersServicer(object):
     def SetAlias(self, request, context):
         """Makes a name stand for one or several generations of adapters. Each later request that names the
         alias gets one target, chosen at random by weight; `adapters_used` reports which. Requests that
-        were received before keep theirs. While an alias names a generation, it is kept even if it is
+        were received earlier keep theirs. While an alias names a generation, it is kept even if it is
         replaced, and its adapter cannot be unloaded.
 
         Idempotent if every target has a generation. Returns INVALID_ARGUMENT if the name is an adapter's
@@ -262,7 +262,7 @@ class AdaptersServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAlias(self, request, context):
-        """Frees the name of an alias. Requests that were received before finish. Returns NOT_FOUND if
+        """Frees the name of an alias. Requests already received still finish. Returns NOT_FOUND if
         there is no such alias.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -332,7 +332,8 @@ class AdaptersServicer(object):
     def ExportAdapter(self, request, context):
         """Streams an adapter's files in PEFT's layout. The first message is the header, the others are
         chunks of the files that it announces, byte for byte as they were loaded. Returns NOT_FOUND if the
-        name or the generation is not registered, FAILED_PRECONDITION if the files have changed since.
+        name or the generation is not registered, FAILED_PRECONDITION if the files have changed since
+        then.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -148,9 +148,9 @@ class InferenceServicer(object):
     def Embed(self, request, context):
         """Turns each input into a vector: the final hidden states of its tokens, pooled. Returns the errors
         of `Generate`; all inputs of a call succeed or fail together. Every input counts as a separate
-        request against `--max-requests-per-token` and `--max-requests-per-peer`. The response may have
-        32 MiB. If your client's limit for received messages is 4 MiB, the default of gRPC, call
-        `EmbedStream` instead.
+        request against `--max-requests-per-token` and `--max-requests-per-peer`. The response may be
+        as large as 32 MiB. If your client's limit for received messages is 4 MiB, the default of gRPC,
+        call `EmbedStream` instead.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -41,7 +41,7 @@ class TrainingStub(object):
     - UNAUTHENTICATED: the token is missing or unknown.
     - PERMISSION_DENIED: the token lacks the role `training`.
     - NOT_FOUND: a model or a checkpoint does not exist, or belongs to another token.
-    - RESOURCE_EXHAUSTED: too many calls for the model wait.
+    - RESOURCE_EXHAUSTED: too many calls for the model are waiting.
     - UNAVAILABLE: the server is starting or draining, or the model was deleted during the call.
     - UNIMPLEMENTED: the server was started without `--training`.
     - DEADLINE_EXCEEDED, CANCELLED: the caller's deadline passed, or the caller disconnected.
@@ -126,7 +126,7 @@ class TrainingServicer(object):
     - UNAUTHENTICATED: the token is missing or unknown.
     - PERMISSION_DENIED: the token lacks the role `training`.
     - NOT_FOUND: a model or a checkpoint does not exist, or belongs to another token.
-    - RESOURCE_EXHAUSTED: too many calls for the model wait.
+    - RESOURCE_EXHAUSTED: too many calls for the model are waiting.
     - UNAVAILABLE: the server is starting or draining, or the model was deleted during the call.
     - UNIMPLEMENTED: the server was started without `--training`.
     - DEADLINE_EXCEEDED, CANCELLED: the caller's deadline passed, or the caller disconnected.
@@ -219,7 +219,7 @@ class TrainingServicer(object):
 
     def PublishModel(self, request, context):
         """Registers a model's current weights as an adapter for `Inference`: the next generation of the same
-        name. The adapter is in no list, and is removed together with the model.
+        name. The adapter is not listed, and is removed together with the model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -307,7 +307,7 @@ class Training(object):
     - UNAUTHENTICATED: the token is missing or unknown.
     - PERMISSION_DENIED: the token lacks the role `training`.
     - NOT_FOUND: a model or a checkpoint does not exist, or belongs to another token.
-    - RESOURCE_EXHAUSTED: too many calls for the model wait.
+    - RESOURCE_EXHAUSTED: too many calls for the model are waiting.
     - UNAVAILABLE: the server is starting or draining, or the model was deleted during the call.
     - UNIMPLEMENTED: the server was started without `--training`.
     - DEADLINE_EXCEEDED, CANCELLED: the caller's deadline passed, or the caller disconnected.

@@ -72,7 +72,7 @@ class Findings:
     def check_shape(
         self, name: str, tensor: HasShape, *shapes: tuple[int, ...], of_base: bool = True
     ) -> bool:
-        """Whether the tensor has one of the shapes; else a mismatch, or a fault."""
+        """Whether the tensor has one of the shapes; if not, adds a mismatch or a fault."""
         if tuple(tensor.shape) in shapes:
             return True
         wanted = " or ".join(str(list(shape)) for shape in shapes)

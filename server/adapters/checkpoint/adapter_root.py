@@ -166,8 +166,8 @@ class AdapterDirectory:
     def adapter_below(self, file: str) -> str | None:
         """The path of a directory below this one that has ``file``, if there is one.
 
-        A deeper level counts only if no level above has one. Of several on one level, the
-        last counts, in the order of the numbers in their names. Links are not followed.
+        A deeper level counts only if no level above has one. If a level has several, the last one
+        counts, in the order of the numbers in their names. Links are not followed.
         """
         found: list[PurePosixPath] = []
         walk = os.fwalk(".", dir_fd=self._descriptor)

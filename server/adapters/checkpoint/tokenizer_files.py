@@ -1,8 +1,8 @@
 """The tokenizer and the chat template in an adapter's directory.
 
 Adapters with tokens that the base lacks have their own tokenizer, whose files are read as bytes and
-not interpreted here. Only files with known names are opened, up to their maximum size. Of the
-config, only keys that describe texts and tokens are kept, because others name files, classes and
+not interpreted here. Only files with known names are opened, up to their maximum size. Only those
+keys of the config that describe texts and tokens are kept, because others name files, classes and
 code. A chat template is read for any adapter, from the places where transformers looks for it.
 """
 
@@ -50,7 +50,7 @@ _SAID = frozenset(
     )
 )
 _CODE = ("auto_map", "custom_code")
-# The templates that turret uses, with their names in older tokenizers.
+# The templates that turret uses, by their names in older tokenizers.
 _TEMPLATES = ("default", "tool_use")
 
 

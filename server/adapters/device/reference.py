@@ -260,7 +260,7 @@ class Reference(Part):
 
         Args:
             members: Mixes of its rows.
-            num_decode: On the gpu path, the number of first rows that decode.
+            num_decode: On the gpu path, the number of leading rows that decode.
         """
         if not self._held:
             return None
@@ -309,7 +309,7 @@ class ReferenceStore(StepStore):
         layout: Shape of the base.
         dtype: Serving dtype.
         device: The device of the model.
-        max_bytes: Budget of what is in the store.
+        max_bytes: Budget of the adapters in the store.
         on_moved: Called with every adapter that enters or leaves.
     """
 

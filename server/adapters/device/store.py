@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 # The kernels that replace an operator's ``add``.
 #
 # Add a kernel only if a measurement justifies it. ``bench/results/history.md`` has the measurements
-# of the CPU path; pairs and dense updates have no kernels of their own yet. On the GPU path nothing
-# has been measured, so kernels serve the operators that most checkpoints consist of. Everything
-# else uses ``add``, for the rows of one mix at a time (``reference.py``); on the GPU path, a step
-# that needs ``add`` is not captured.
+# of the CPU path; pairs and dense updates have none of their own yet. On the GPU path nothing has
+# been measured, so kernels serve the operators that most checkpoints consist of. Everything else
+# uses ``add``, for the rows of one mix at a time (``reference.py``); on the GPU path, a step that
+# needs ``add`` is not captured.
 
 
 class Kernel(NamedTuple):
@@ -191,7 +191,7 @@ class StepMembers:
     """The adapters that the rows of a step use.
 
     Attributes:
-        short: The mix of each short row.
+        short: The mix of each row of the short segments, which are the step's first rows.
         long: First row, end row and mix of each long segment.
         given: For adapters with a ``TokenRouter``, the scalings of every row of the step,
             ``[rows, modules, components]`` fp32, with any values in rows without the adapter.
@@ -363,7 +363,7 @@ class AdapterStore:
         on_moved: Called with every adapter that enters or leaves.
 
     Attributes:
-        budgets: Bytes of each kind of memory that adapters take.
+        budgets: The number of bytes of each kind of memory that adapters may take.
     """
 
     def __init__(

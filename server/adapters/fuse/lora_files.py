@@ -111,7 +111,7 @@ def lora_config(
         ranks: The ranks by path of the module, not empty.
         base: The base of the modules.
         base_model: The base's name for the config.
-        has_bias: Whether every module has a bias behind B.
+        has_bias: Whether every module has a bias for B.
     """
     usual = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {name: rank for name, rank in ranks.items() if rank != usual}

@@ -32,7 +32,7 @@ class Method(FileFormat):
     lower: Callable[[Reading], Lowered]
 
     def inspect(self, reading: Reading) -> None:
-        """See ``Format.inspect``."""
+        """See ``FileFormat.inspect``."""
         self.check(reading)
 
 
@@ -55,7 +55,7 @@ class LinearMethod(LinearFormat):
     start: Start | None = None
 
     def lower(self, reading: Reading) -> Lowered:
-        """Makes the operators of an adapter that ``read`` has checked on the base as served.
+        """Makes the operators of an adapter that ``read`` has checked against the base as served.
 
         Raises:
             AdapterCheckpointError: The values of tensors are inconsistent. The error lists all of

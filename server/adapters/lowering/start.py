@@ -60,7 +60,7 @@ def _nothing(rank: int, targets: Sequence[str]) -> Mapping[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """How the training of a method starts.
+    """The start of training for a method.
 
     Attributes:
         tensors: Makes the tensors of a module, by role.

@@ -4,7 +4,7 @@ A method is one file that assigns ``METHOD``. Its declaration names the values o
 config keys that it reads (each with a check), the keys that it ignores (each with the reason) and
 the tensors with their shapes. The declaration determines which adapters are served, every
 rejection, the check of a header before the weights are read, and the tables in docs/adapters.md.
-The only function, ``operators``, turns the tensors of a module into operators.
+Its function ``operators`` turns the tensors of a module into operators.
 
 ``torch`` is imported here at its first use, so that the declarations do not need it.
 """
@@ -127,7 +127,7 @@ def drawn_places(m: Module, count: int) -> torch.Tensor:
 
 
 def _place_drawer(adapter: Reading) -> Callable[[int, int], torch.Tensor]:
-    """Draws positions of a module's entries as PEFT does.
+    """Makes the function that draws positions of a module's entries as PEFT does.
 
     Returns:
         ``(count, size)`` → the first ``size`` of a permutation of ``count`` positions, int64. The

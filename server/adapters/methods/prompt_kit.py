@@ -58,7 +58,7 @@ class SoftTokens(FileFormat):
     Attributes:
         more_tensors: The shapes of tensors other than the prompt.
         prompt: Makes the prompt of a task from the tensors.
-        start: How a server trains it from scratch; None if it cannot.
+        start: How a server trains the method from scratch; None if the server cannot.
     """
 
     more_tensors: Shapes = _no_more
@@ -81,7 +81,7 @@ class SoftTokens(FileFormat):
         return ("num_virtual_tokens", "token_dim", *self.required)
 
     def inspect(self, reading: Reading) -> None:
-        """See ``Format.inspect``."""
+        """See ``FileFormat.inspect``."""
         config, findings = reading.config, reading.findings
         for name, served in self._sizes_of(reading.base).items():
             value = config.get(name)

@@ -20,7 +20,7 @@ from turret.server.adapters.operators.operator import BaseRows, Operator, Served
 
 @dataclass(frozen=True)
 class Circulant(Operator):
-    """See the module.
+    """Adds a block-circulant update; see the formula above.
 
     Attributes:
         kernel: ``[out / b, in / b, b]``, serving dtype, contiguous, the scaling folded in.

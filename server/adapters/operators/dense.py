@@ -13,7 +13,7 @@ from turret.server.adapters.operators.operator import BaseRows, Operator, Served
 
 @dataclass(frozen=True, slots=True)
 class Dense(Operator):
-    """See the module.
+    """Adds the product with ``weight``, which is the ``D`` of the formula above.
 
     Attributes:
         weight: ``[out_features, in_features]``, serving dtype, contiguous, the scaling folded in.

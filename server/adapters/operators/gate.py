@@ -32,7 +32,7 @@ class PrototypeScore(Tensors):
     """``α = softmax over top_k of |prototypes x| / temperature`` (Arrow, arXiv 2405.11157).
 
     Attributes:
-        prototypes: ``[K, in_features]``, fp32, contiguous, because a rounded score could choose
+        prototypes: ``[K, in_features]``, contiguous; fp32, because a rounded score could choose
             other components near a tie.
         top_k: Components that share a token's weight.
         temperature: Divisor of the scores, above 0.

@@ -20,7 +20,7 @@ _ROWS_PER_BLOCK = 1024
 
 @dataclass(frozen=True, slots=True)
 class Hadamard(Operator):
-    """See the module; the scaling is folded into ``w1a``.
+    """Adds the update of the formula above; the scaling is folded into ``w1a``.
 
     Attributes:
         w1a: ``[out_features, rank]``, serving dtype, contiguous; so are all four.

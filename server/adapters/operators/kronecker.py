@@ -16,7 +16,7 @@ from turret.server.adapters.operators.operator import BaseRows, Operator, Served
 
 @dataclass(frozen=True, slots=True)
 class Kronecker(Operator):
-    """See the module.
+    """Adds the update of the formula above.
 
     Attributes:
         w1: ``[out_l, in_m]``, serving dtype, the scaling folded in.

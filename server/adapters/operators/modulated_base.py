@@ -18,7 +18,7 @@ _ROWS_PER_BLOCK = 1024
 
 @dataclass(frozen=True, slots=True)
 class ModulatedBase(Operator):
-    """See the module; summed in the order of the ranks.
+    """Adds the update of the formula above, summed in the order of the ranks.
 
     Attributes:
         a: ``[rank, in_features]``, serving dtype, contiguous.

@@ -1,7 +1,8 @@
 """The base class of operators: the formula in plain torch, the dense form and the cost.
 
 An operator is one file in this package. With ``add`` alone it is served on every path, in layers
-and in the head; a kernel that replaces ``add`` on some path is entered in ``device/store.py``.
+and in the head. A kernel that replaces ``add`` on some path is entered in ``KERNELS`` in
+``server/adapters/device/store.py``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class BaseRows:
 
     Args:
         x: The rows' input, ``[rows, in]``.
-        product: The bias-free base, ``[n, in]`` → ``[n, out]``; a row's bits are its own.
+        product: The bias-free base, ``[n, in]`` → ``[n, out]``. A row's bits do not depend on the
+            other rows.
         result: The base's product with ``x``, if it is known already.
         gain: The gain of the same adapter's module, ``[out]`` fp32, or None (1).
         given: The rows' scalings from a first pass, ``[rows, modules, components]`` fp32, for
@@ -76,7 +78,7 @@ class ServedWeight:
 
 
 class Tensors:
-    """A frozen dataclass whose fields are tensors, tuples of tensors, such objects, or others."""
+    """Superclass of frozen dataclasses with tensors in fields, tuples or other ``Tensors``."""
 
     __slots__ = ()
 
@@ -134,7 +136,7 @@ class Operator(Tensors):
 
     @property
     def multiply_adds(self) -> int:
-        """Products per token: one for each number, unless an operator's formula needs others."""
+        """Products per token: one for each number, unless the formula needs more or fewer."""
         return sum(part.numel() for part in self.tensors() if part.is_floating_point())
 
     def rounded(self, dtype: torch.dtype) -> Self:

@@ -15,7 +15,7 @@ from turret.server.adapters.operators.operator import BaseRows, Operator, Served
 
 @dataclass(frozen=True, slots=True)
 class PairRotation(Operator):
-    """See the module.
+    """Adds the update of the formula above.
 
     Attributes:
         sine: ``[out_features]``, fp32, signs included.

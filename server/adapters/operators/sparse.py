@@ -33,7 +33,7 @@ class Jagged:
 
 @dataclass(frozen=True)
 class Sparse(Operator):
-    """See the module; ``S`` comes as compressed rows.
+    """Adds the update of the formula above; ``S`` is stored as compressed rows.
 
     Attributes:
         values: ``[entries]``, serving dtype, the scaling folded in.

@@ -51,13 +51,13 @@ class VocabularyRows(Tensors):
         return change.masked_fill_(~is_there.unsqueeze(1), 0.0)
 
     def add(self, y: torch.Tensor, x: torch.Tensor, base: torch.Tensor, weight: float) -> None:
-        """``y += weight · (v_t x − h_t x)`` for the head's other rows ``v``.
+        """``y += weight · (v_t x − h_t x)`` for the rows ``v`` that replace the head's ``h``.
 
         Args:
             y: ``[rows, vocab]`` fp32.
             x: Final hidden states, ``[rows, hidden]``.
             base: The base's logits of them, ``[rows, vocab]``.
-            weight: The adapter's in the mix.
+            weight: The adapter's weight in the mix.
         """
         # A whole matrix has the shape of the base's, which was probed at startup.
         found = row_linear(x, self.values).float()
@@ -116,7 +116,7 @@ class VocabularyOperators(Tensors):
         embedding: Rows of the embedding, or None.
         low_rank: Low-rank update of the embedding, or None.
         head: Rows of the output head, or None; with tied embeddings it may be ``embedding``.
-        added: Rows behind the base's, or None.
+        added: Rows after the base's, or None.
     """
 
     embedding: VocabularyRows | None = None

@@ -130,7 +130,7 @@ def _head(config: Mapping[str, Any], count: int, findings: Findings) -> Head:
 
 
 def _labels(config: Mapping[str, Any], count: int, findings: Findings) -> tuple[str, ...]:
-    """One label per number: from ``id2label`` or ``label2id``, otherwise ``LABEL_0`` and so on."""
+    """One label per output: from ``id2label`` or ``label2id``, otherwise ``LABEL_0`` and so on."""
     plain = tuple(f"LABEL_{index}" for index in range(count))
     by_id, by_label = config.get("id2label"), config.get("label2id")
     if by_label is not None:

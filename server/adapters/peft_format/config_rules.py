@@ -19,7 +19,7 @@ from turret.server.adapters.operators.vocabulary import EMBEDDING, HEAD
 from turret.server.basics.names import closest
 from turret.server.words import Text, say
 
-# Returns what is wrong with a value, or None.
+# Returns the reason why a value is invalid, or None.
 Check = Callable[[Any], Text | None]
 
 
@@ -115,7 +115,7 @@ def _is_task(value: Any) -> Text | None:
 
 COMMON_RULES: Rules = {
     "peft_type": Used(is_text),
-    # Models with a head and without one are accepted; ``take_classifier`` handles SEQ_CLS before.
+    # Models with a head and without one are accepted; ``take_classifier`` handles SEQ_CLS earlier.
     "task_type": Used(_is_task),
     "base_model_name_or_path": Used(optional(is_text)),
     "revision": Irrelevant("commit of the base; turret compares the base's name and shapes"),

@@ -125,7 +125,7 @@ def take_experts(
 ) -> tuple[AdapterCheckpoint, Mapping[str, ExpertLowRank] | None, tuple[int, ...]]:
     """Splits a checkpoint; problems are in the findings.
 
-    ``is_lora`` is whether the checkpoint's method may adapt experts.
+    ``is_lora`` means that the checkpoint's method may adapt experts.
 
     Returns:
         The rest, for the method; the updates by path of the parameter, or None; and their

@@ -421,7 +421,7 @@ class LinearFormat(FileFormat):
     def _fits(self, owner: Module | Reading, role: str, spec: Tensor, found: Any) -> bool:
         """Reports a wrong shape.
 
-        If only the rank differs, the tensor's becomes the module's rank.
+        If only the rank differs, the rank of the tensor becomes the module's.
         """
         # An earlier tensor may have changed the rank, and so the wanted shapes.
         shapes, wanted, shape = spec.wanted(owner), spec.sizes(owner), tuple(found.shape)

@@ -1,4 +1,4 @@
-"""An adapter for linear modules while it is being read, and each of its modules.
+"""An adapter while it is being read, and each of its linear modules.
 
 A method's checks use names, shapes and dtypes, which the entries of a header have as well. Its
 function from tensors to operators gets everything from a ``Module``.
@@ -250,7 +250,7 @@ class Module:
     def decomposed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The singular value decomposition of the base's weight as served, fp32 like PEFT's.
 
-        The results are on the base's device, unless that has too little memory for it.
+        The results are on the base's device, or on the CPU if that device has too little memory.
         """
         rows = self.rows()
         weight = rows[0 : rows.shape[0]].float()

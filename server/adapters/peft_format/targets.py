@@ -1,6 +1,6 @@
 """PEFT's rules for which modules an adapter changes, and with which rank and alpha.
 
-Written to agree with PEFT 0.21 (``tuners_utils.check_target_module_exists``,
+These functions agree with PEFT 0.21 (``tuners_utils.check_target_module_exists``,
 ``_maybe_include_all_linear_layers``, ``utils.other.get_pattern_key``), including its corner cases:
 an exact name in ``target_modules`` skips ``layers_to_transform``, and the first matching pattern
 wins.
@@ -198,7 +198,7 @@ def _is_string_list(value: Any) -> bool:
 
 
 def is_module_selector(value: Any) -> Text | None:
-    """A non-empty list of names, or one regular expression."""
+    """Accepts a non-empty list of names, or one regular expression."""
     if (isinstance(value, str) and value) or (_is_string_list(value) and value):
         return None
     return invalid(value, "a non-empty list of module names or a regular expression")
@@ -218,7 +218,7 @@ def is_layer_indexes(value: Any) -> Text | None:
 
 
 def is_pattern_of(check: Check) -> Check:
-    """Checks a ``{regular expression: value}`` object (null counts as empty)."""
+    """Makes a check for a ``{regular expression: value}`` object (null counts as empty)."""
 
     def check_pattern(value: Any) -> Text | None:
         if value is None:
@@ -319,7 +319,7 @@ def resolve_targets(
         linear_names: Linear modules.
         other_names: Modules that exist but are not linear.
         findings: Receives bad patterns and contradictory keys.
-        text_prefix: The checkpoint's prefix, because the config uses the names from the training.
+        text_prefix: The checkpoint's prefix, because the config uses the names from training.
 
     Returns:
         The targets, by the base's names; meaningless if a fault was added.

@@ -440,7 +440,7 @@ def _low_rank(
         shapes = (hidden,), (1, hidden), (hidden, 1)
         if not findings.check_shape(magnitude_name, magnitude, *shapes):
             return None, changes
-        # An embedding is transposed: its columns are what rows are in a linear module's weight.
+        # An embedding is transposed: its columns correspond to a linear module's rows.
         gain = dora_gain(magnitude, a, b[1], scaling, base.vocabulary.embedding.cpu().T)
         scaled = scaled * gain.to(wide)[:, None]
     result = EmbeddingLowRank(

@@ -258,8 +258,8 @@ class AdapterRegistry:
     def change_base(self, base: BaseModel) -> ChangedBase:
         """Uses another base for later reads. Call it between two steps.
 
-        Adapters that were computed from the old base, such as DoRA's gains, are computed again.
-        Those that are neither held nor pinned are computed again when they are next requested.
+        Operators that were computed from the old base, such as DoRA's gains, are computed again:
+        at once if the adapter is held or pinned, otherwise when it is next requested.
         """
         self._loader.base = base
         stale = self._leases.change_base(base.generation)
@@ -307,9 +307,8 @@ class AdapterRegistry:
         """Reads an adapter and registers it. Blocks, so do not call it on the engine thread.
 
         ``path`` is below the adapter root, ``hub:org/name[@revision]``, or remote (``s3://…`` or
-        ``oci://…``). The same content under
-        the same name is accepted again, and changes at most the pin and the source.
-        ``chat_template`` is used instead of the one in the files.
+        ``oci://…``). The same content under the same name is accepted again, and changes at most
+        the pin and the source. ``chat_template`` is used instead of the one in the files.
 
         Raises:
             InvalidRequestError: The name is malformed, the base's or an alias's.

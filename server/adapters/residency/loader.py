@@ -175,7 +175,7 @@ class AdapterLoader:
         return Source(self._hub.fetch(path), task=task) if source.is_hub else source
 
     def read(self, source: Source) -> AdapterCheckpoint:
-        """Reads and hashes; see ``read_checkpoint`` for the errors."""
+        """Reads and hashes an adapter; see ``read_checkpoint`` for the errors."""
         compute_on_this_thread()
         if source.is_hub:
             # This downloads nothing unless the cache was emptied.

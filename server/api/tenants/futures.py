@@ -25,7 +25,7 @@ FETCHED_SECONDS = 60.0
 # Limits on one owner's results. The oldest finished ones are evicted first.
 MAX_FUTURES = 4096
 MAX_RESULT_BYTES = 64 << 20
-# Limits on commands that wait: per model, and of their bodies per owner.
+# Limits on waiting commands per model, and on the bytes of their bodies per owner.
 MAX_COMMANDS = 1024
 MAX_WAITING_BYTES = 64 << 20
 # A command that is still missing after this time will not arrive: clients retry for five minutes.

@@ -62,7 +62,7 @@ class TenantModel:
         log: The commands.
         learner: The number of the adapter; None until it has begun.
         used: The Unix time of the last command.
-        inflight: The name of the adapter that follows its weights; empty if it has none.
+        inflight: The name under which its weights are registered for sampling; empty if none.
     """
 
     model_id: str
@@ -200,7 +200,7 @@ class Sessions:
         return session
 
     def models(self, owner: str, *, is_numbered: bool | None = None) -> list[TenantModel]:
-        """All models of an owner, or those of one kind of sessions (see ``Session``)."""
+        """All models of an owner, or those of one kind of session (see ``Session``)."""
         return [
             model
             for session in self._all.values()
@@ -481,7 +481,7 @@ class Tenants:
             yield
 
     async def read(self, tenant: bytes, read: Callable[[], _T]) -> _T:
-        """The result of reading a message, which may take long, off the event loop."""
+        """The result of reading a message off the event loop, because it may take a long time."""
         return await self._reading.run(tenant, read)
 
     # Commands, which run when it is their turn.

@@ -1,4 +1,4 @@
-"""The queue: orders tenants by places, then mixes by service, then parties in turn. No torch.
+"""Orders tenants by running items, then mixes by service, then parties in turn. No torch.
 
 Each group has a virtual token counter (VTC, arXiv 2401.00588). A group is one mix of adapters; the
 base alone is a group, too. Every token computed for a group advances its counter, and the waiting
@@ -66,7 +66,7 @@ class _Line(Generic[T]):
         return len(self._items)
 
     def first(self, ready: Callable[[T], bool], places: Callable[[T], int]) -> T | None:
-        """The first ready item among those whose tenants run the fewest."""
+        """The first ready item among those whose tenants run the fewest items."""
         best, fewest, seen = None, math.inf, set[Hashable]()
         # Look past the head, because a ready request may hold memory for which the head waits.
         for _, item in self._items:
@@ -186,7 +186,7 @@ class FairQueue(Generic[T]):
             self._forget(item.group)
 
     def charge(self, group: Hashable, num_tokens: int) -> None:
-        """Record tokens computed for a busy group; right after it, a negative number undoes it."""
+        """Record tokens computed for a busy group; a negative number undoes the last charge."""
         if group in self._served:
             self._served[group] += num_tokens
             self._fair_share += num_tokens / len(self._served)

@@ -13,10 +13,10 @@ On compute paths where a row of a prompt costs as much as a decode row, prompts 
 decoding too much. If at least four times as many sequences of some tenant decode as read their
 prompts, a step takes only as many prompt tokens as double its time, but at least 16. On a GPU,
 where a step with a prompt has a high fixed cost, this limit is a constant. If more tenants read
-prompts than have so many decoding sequences, the limit is multiplied by the ratio of these numbers
-of tenants, so that they share the time. Attention makes a row more expensive the longer its context
-is. So while other sequences decode, prompt tokens may cost at most twice as much as the same number
-of tokens without attention.
+prompts than have such a majority of decoding sequences, the limit is multiplied by the ratio of
+these numbers of tenants, so that they share the time. Attention makes a row more expensive the
+longer its context is. So while other sequences decode, prompt tokens may cost at most twice as much
+as the same number of tokens without attention.
 
 Prompts of several tenants share the tokens of a step, and leave some to the next sequence in line.
 
@@ -24,7 +24,7 @@ Fairness also applies to running places, not only admissions. The sequence that 
 once it has waited for ``preempt_after_seconds``, takes the place of the latest sequence of the
 tenant with the most places, if that makes their places more equal. Otherwise it takes the place of
 the latest sequence of the most served mix, if that mix was served more and holds more places.
-By the same rule, a sequence that waits for memory for its adapters takes that of a mix.
+By the same rule, a sequence that waits for memory for its adapters takes the memory of another mix.
 Callers pass the current time.
 """
 
@@ -222,8 +222,8 @@ class LengthForecast:
 _SPARE_SHARE = 0.05
 # Smallest prompt chunk: smaller ones cost more per token than they save the decoding rows.
 _LEAST_CHUNK = 16
-# Decoding sequences per prompt of a tenant from which chunks are limited; with fewer, limiting the
-# chunk would delay a burst of the tenant's prompts by more than its decoding rows gain.
+# Chunks are limited if a tenant has at least this many decoding sequences per prompt. With fewer, a
+# limit would delay a burst of the tenant's prompts by more than its decoding rows gain.
 _MAJORITY = 4
 
 
@@ -231,7 +231,8 @@ class Scheduler:
     """Waiting and running sequences, and the blocks they hold.
 
     Attributes:
-        base_generation: Counts the base weights; part of every KV key. Set by ``change_base``.
+        base_generation: The generation of the base weights, which is part of every KV key. Set by
+            ``change_base``.
         max_num_seqs: See below.
         is_draining: While True, running sequences (including preempted ones) run to their end and
             no others are admitted.
@@ -277,7 +278,8 @@ class Scheduler:
         self._cost = cost
         self._most_beside = max_num_batched_tokens if most_beside is None else most_beside
         self._attention_span = attention_span
-        # The rows that prompts may still take in a step, if none of them had a context.
+        # The rows that prompts may still take in a step. A row with a long context counts as
+        # several.
         self._room = math.inf
         self.max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -379,7 +381,7 @@ class Scheduler:
         Args:
             wanting: The mixes that wait for memory.
             since: When the adapters of each sequence that holds memory arrived there.
-            now: When, in seconds.
+            now: The current time, in seconds.
 
         Returns:
             The sequence that gets the memory, and those that yield; None if none must yield.
@@ -449,7 +451,7 @@ class Scheduler:
 
         Args:
             step: The step.
-            now: When, in seconds.
+            now: The current time, in seconds.
             is_too_large: Whether a smaller step would help.
 
         Returns:
@@ -522,7 +524,7 @@ class Scheduler:
         return min(self._num_tokens, num_decodes + beside)
 
     def _shares(self, prompts: list[Sequence], left: int) -> dict[bytes, int]:
-        """The most tokens of running prompts in the next step, by tenant.
+        """The maximum number of tokens of running prompts in the next step, by tenant.
 
         Tenants share what decoding rows leave of a step, including the tenant of the next sequence
         in line. Otherwise, that sequence would wait until a long prompt has been read. Without

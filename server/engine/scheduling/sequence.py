@@ -190,7 +190,7 @@ class Sequence:
 
     @property
     def tenant(self) -> bytes:
-        """The key of the tenant, with which it shares running places; empty if there is none."""
+        """The key of the tenant; tenants share the running places. Empty if there is none."""
         return self.request.tenant
 
     @property

@@ -56,7 +56,7 @@ class Placed(NamedTuple):
 
 @dataclass(slots=True)
 class OwnValues:
-    """Numbers of rows, and their embeddings on the host, piece by piece."""
+    """The indices of some rows, and the rows' embeddings on the host, piece by piece."""
 
     rows: list[int] = field(default_factory=list)
     values: list[torch.Tensor] = field(default_factory=list)
@@ -199,7 +199,7 @@ def changed_rows(
     device: torch.device,
     part: Literal["embedding", "head"],
 ) -> list[VocabularyGroup]:
-    """Groups rows by the changes that their mixes make to the embedding or the head.
+    """Group rows by the changes that their mixes make to the embedding or the head.
 
     Args:
         rows: Sequences and their rows. The store holds the adapters of their mixes.
@@ -283,7 +283,7 @@ def own_logits(row: torch.Tensor, sequence: Sequence, added: torch.Tensor | None
 
 
 def scalings(router: TokenRouter, states: torch.Tensor) -> torch.Tensor:
-    """``α`` of every row and module.
+    """The scalings ``α`` of a router's components, for every row and module.
 
     Args:
         router: On the device of the states.
@@ -527,5 +527,5 @@ def members_of(sequence: Sequence) -> Members:
 
 
 def runs_of(rows: Rows) -> list[tuple[int, int, Members]]:
-    """Runs of rows: first, end, and their mix."""
+    """Runs of rows, one for each sequence: first row, end, and mix."""
     return [(its.start, its.stop, members_of(sequence)) for sequence, its in rows]

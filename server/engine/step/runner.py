@@ -128,7 +128,7 @@ class Executor(ABC, Generic[_D, _S]):
         added = added_logits(rows, hidden, self._decoder, self.store)
         return own_logits(logits, sequence, added.get(sequence))
 
-    # Executors that have nothing to do override none of these.
+    # Executors override the methods below only if they have something to do there.
 
     def look_ahead(self) -> None:
         """Do useful work while the host waits for the step's results, if it waits."""

@@ -415,7 +415,7 @@ class Sampler:
     """Keeps each running sequence's random numbers and what changes its logits. One thread only.
 
     Args:
-        stop_token_ids: The model's end tokens, not drawn while under ``min_tokens``.
+        stop_token_ids: The model's end tokens, which are not drawn before ``min_tokens``.
 
     Attributes:
         takes_late_masks: Whether ``draw`` itself requests the masks that it needs.

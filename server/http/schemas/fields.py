@@ -31,7 +31,7 @@ UINT32 = (1 << 32) - 1
 MAX_TOKEN_IDS = 1 << 20
 MAX_PROMPTS = 2048
 # Limits on the comparison of unknown fields, which would otherwise take long. No client sends so
-# many unknown fields, or names as long.
+# many unknown fields, or such long names.
 _MOST_UNKNOWN, _MOST_CHARS = 32, 40
 # At most one letter in five may differ: "stops" means "stop", but "top_a" does not mean "top_k".
 _LEAST_RATIO = 0.8
@@ -264,7 +264,7 @@ def _meant(model: type[Body], name: str) -> str:
 
 
 def slip_of(name: str, choices: Iterable[str]) -> str:
-    """The choice of which a name is probably a misspelling, or ""."""
+    """The choice that a client probably misspelt as ``name``, or ""."""
     meant = closest(name, choices)
     if meant is None:
         return ""
@@ -277,7 +277,7 @@ def slip_of(name: str, choices: Iterable[str]) -> str:
 
 
 def _plain(name: str) -> str:
-    """The name without capitals and underscores, as naming styles differ."""
+    """The name in lower case, without ``_`` and ``-``, because naming styles differ."""
     return name.lower().replace("_", "").replace("-", "")
 
 

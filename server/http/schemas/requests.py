@@ -49,7 +49,7 @@ _CONSTRAINT = "A constraint that the answer must match. A request can have one."
 
 
 def names_with(main: str, top_n: str = "", chat: str = "") -> dict[str, str]:
-    """A request's names for the fields of turret.v1, whose groups it has in itself.
+    """A request's names for fields of turret.v1; fields of groups are at the request's top level.
 
     Args:
         main: The field with the prompt, the conversation or the inputs.

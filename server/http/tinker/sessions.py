@@ -41,7 +41,7 @@ class TinkerState:
         return self.tenants.owner(exchange.call.party)
 
     def session(self, exchange: Exchange, session_id: str) -> Session:
-        """A session of the client, which counts as a sign of life.
+        """A session of the client. The call counts as a sign of life for it.
 
         Raises:
             HttpRefusal: The session has ended, or belongs to another client.

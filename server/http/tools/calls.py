@@ -142,7 +142,7 @@ def kinds_of(schema: Any, root: Any) -> frozenset[str]:
     left = [schema]
     while left:
         one = left.pop()
-        # References and alternatives can form circles.
+        # References and alternatives can form cycles.
         if any(one is each for each in followed):
             continue
         if len(followed) == MAX_ALTERNATIVES:

@@ -201,7 +201,7 @@ class AdaptedExperts:
 
 @dataclass(slots=True, kw_only=True)
 class ExpertMixture:
-    """The weights of a mixture.
+    """The weights of a mixture of experts in one layer.
 
     Attributes:
         router: Maps ``[rows, hidden]`` to scores, ``[rows, experts]``; not quantised.

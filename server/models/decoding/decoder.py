@@ -305,8 +305,8 @@ class Decoder:
 # AMX's tiles need at least this many outputs. Each output is computed separately, but with fewer
 # outputs the order of its sum differs.
 _LEAST_OUTPUTS = 16
-# A cap can make distinct logits equal: logits that differ by less than _CAP_SLACK times the cap,
-# which includes rounding errors, and logits beyond _CAP_REACH times the cap.
+# A softcap can make distinct logits equal: logits that differ by less than _CAP_SLACK times the cap
+# (with a margin for rounding errors), and logits beyond _CAP_REACH times the cap.
 _CAP_SLACK, _CAP_REACH = 1e-3, 4.0
 
 

@@ -49,7 +49,7 @@ def check_cache_dir() -> None:
     """Reject a cache directory that contains no weights and is not writable.
 
     Raises:
-        InvalidRequestError: Neither is the case. The error explains how to choose another one.
+        InvalidRequestError: The directory is rejected. The error explains how to choose another.
     """
     folder = default_cache_dir()
     problem = unwritable(folder)

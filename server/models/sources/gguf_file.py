@@ -73,7 +73,7 @@ def read_rope_parameters(
         said: The file's keys below the architecture.
         theta: The default for files without this number.
         head_dim: Features of a head.
-        tensors: The file's, by name.
+        tensors: The file's tensors by name.
 
     Raises:
         InvalidRequestError: The positions are scaled in an unsupported way.
@@ -295,7 +295,7 @@ _NUMBERS = ("f32", "f16", "bf16")
 
 
 class GgufTensors:
-    """Iterates over name and float32 values of each weight. Only one is in memory at a time.
+    """Iterates over the weights as (name, float32 values). Only one is in memory at a time.
 
     Args:
         path: The path for messages.
@@ -428,7 +428,7 @@ def _unpermuted(name: str, values: torch.Tensor, config: Any) -> torch.Tensor:
 
 # The tokenizer of a GGUF file, with its chat template.
 
-# Key for the pre-tokenizer, the rules that split a text before merging, by llama.cpp's names.
+# Key for llama.cpp's name of the pre-tokenizer: the rules that split a text before merging.
 _PRE = "tokenizer.ggml.pre"
 # Pre-tokenizers that put a BOS before every text if the file does not specify it (llama.cpp's
 # rule).
@@ -494,7 +494,7 @@ class GgufModel:
         config: A transformers config.
         tokenizer: The tokenizer, with the file's chat template.
         eos_token_ids: All tokens that end an answer.
-        tensors: Name and float32 values of each weight, as Hugging Face's checkpoints have them.
+        tensors: The weights, by their names in Hugging Face's checkpoints.
     """
 
     config: Any

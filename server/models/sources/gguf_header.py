@@ -105,9 +105,10 @@ def refuse(path: Path, reason: str, **params: object) -> InvalidRequestError:
 
 
 def _own_keys(path: Path) -> tuple[str, dict[str, Any]]:
-    """The architecture of a file, and the texts and numbers of its keys without that prefix.
+    """The architecture of a file, and the texts and numbers whose keys begin with it.
 
-    Only keys before the vocabulary are read. Both are empty if the file is not GGUF.
+    The keys are returned without that prefix. Only keys before the vocabulary are read. Both
+    results are empty if the file is not GGUF.
     """
     said: dict[str, Any] = {}
     with path.open("rb") as file:

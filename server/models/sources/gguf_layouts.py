@@ -74,12 +74,13 @@ class GgufLayout:
         rotates_part: Whether ``rope.dimension_count`` may be less than a head.
         window: Whether all layers have a window, or some of them, according to ``layer_types``; or
             ``never``, if ``layer_types`` must state that none has one.
-        full_every: For ``some`` without a key: one in this many layers has no window.
+        full_every: If ``window`` is ``some`` and the file has no key for the pattern: one in this
+            many layers has no window.
         ropes_by_kind: Whether layers with a window have their own rotary frequencies.
-        swa_theta: The default of their ``rope_theta``; None for that of the other layers.
+        swa_theta: The default ``rope_theta`` of layers with a window; None for that of the others.
         theta: The default of ``rope_theta``.
-        wide_layers: Scores are scaled by a head's width, but in the model with this many layers by
-            hidden / heads (``query_pre_attn_scalar``); None if there is no such field.
+        wide_layers: The number of layers of the model that scales scores by hidden / heads instead
+            of a head's width (``query_pre_attn_scalar``); None if there is no such field.
         tokenizer: ``auto`` for transformers' class for the model; ``fast`` for its general class,
             if the former does not support GGUF files of this architecture.
     """

@@ -153,7 +153,7 @@ def has_tokenizer(names: Iterable[str]) -> bool:
 
 
 def is_4bit(config: dict[str, Any]) -> bool:
-    """Whether a ``config.json`` is of a bitsandbytes 4-bit checkpoint, which is used unchanged."""
+    """Whether a config belongs to a bitsandbytes 4-bit checkpoint, which is used unchanged."""
     quantization = config.get("quantization_config")
     return (
         quantization is not None
@@ -173,7 +173,7 @@ def model_name(model: Path, config: dict[str, Any]) -> str:
 
 
 def scale_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns of an FP8 weight that share a scale; None if the whole weight shares one.
+    """Rows and columns of an FP8 weight that share a scale; None if the config has no block size.
 
     Raises:
         InvalidRequestError: ``weight_block_size`` is not two positive numbers.
@@ -307,7 +307,7 @@ def _refuse(why: str) -> InvalidRequestError:
 
 # A base model on the Hugging Face hub: whether it can be served, and its files in the cache.
 #
-# Only safetensors, configs and the tokenizer are downloaded, but never code.
+# Only safetensors, configs and tokenizers are downloaded, never code.
 
 
 # Configs, tokenizers and chat templates, at the top of the repository.

@@ -50,7 +50,7 @@ class BaseLinear(Protocol):
         ...
 
     def transposed_product(self, grad: torch.Tensor) -> torch.Tensor:
-        """``grad · W`` for gradients; each row's bits depend on it alone.
+        """``grad · W`` for gradients; the bits of a row depend on that row alone.
 
         Args:
             grad: ``[rows, sum(widths)]`` fp32.

@@ -35,7 +35,7 @@ from turret.server.models.weights.nf4_cpu import (
     quantize,
 )
 
-# ``bitsandbytes.functional``, imported in a tenth of its time.
+# ``bitsandbytes.functional``, imported in a tenth of the usual time.
 #
 # bitsandbytes imports torch's compiler, which takes seconds of processor time and 70 MiB. At
 # import, it passes a few functions to ``torch.compile``. These are for devices without bitsandbytes

@@ -90,8 +90,8 @@ def nf4_product(
     Args:
         x: ``[rows, in]`` bf16.
         packed: ``[out, in / 2]`` uint8.
-        absmax: ``[in / 64, out]`` bf16. If there are more, they are the scales of MXFP4, which
-            needs the compiled kernel.
+        absmax: ``[in / 64, out]`` bf16; or the scales of MXFP4, ``[in / 32, out]``, which need the
+            compiled kernel.
         shape: ``(out, in)``.
         ahead: The memory to prefetch meanwhile.
 

@@ -15,14 +15,14 @@ from turret.server.models.weights.nf4 import BLOCKSIZE, Nf4Weight, PackedLinear,
 from turret.server.models.weights.nf4_cpu import nf4_expert_products
 from turret.server.words import say
 
-# Splits tensors in which a checkpoint stores all experts.
+# Stacks: tensors in which a checkpoint stores all experts of a layer. They are split into parts.
 #
 # A stack is ``experts.gate_up_proj`` ``[experts, in, out]``, or MXFP4 in its place::
 #
 # experts.gate_up_proj_blocks   [experts, out, in / 32, 16] uint8
 # experts.gate_up_proj_scales   [experts, out, in / 32]     uint8
 #
-# and ``experts.gate_up_proj_bias`` ``[experts, out]`` in either case. Its parts are named as in a
+# and ``experts.gate_up_proj_bias`` ``[experts, out]`` in either case. The parts are named as in a
 # checkpoint whose experts are modules: ``experts.gate_up_projs.7.weight`` ``[out, in]``.
 
 
@@ -56,13 +56,13 @@ _CODES, _EXPONENTS, _BIAS = "_blocks", "_scales", "_bias"
 
 
 class ExpertStacks:
-    """The stacks of a checkpoint.
+    """The stacks of a checkpoint: tensors in which it stores all experts of a layer.
 
     Args:
         modules: The path of a stack's parts by the stack's path in a layer; ``{}`` stands for the
             expert.
         count: Experts of a stack.
-        names: The checkpoint's tensors.
+        names: The names of the checkpoint's tensors.
 
     Attributes:
         names: The names of the stacks.
@@ -207,7 +207,8 @@ class Nf4Experts:
         Args:
             x: ``[rows, in]``, or ``[pairs, in]``.
             routing: The pairs.
-            rows: The row of ``x`` that each pair reads, ``[pairs]`` int64; None for its own.
+            rows: The row of ``x`` that each pair reads, ``[pairs]`` int64; None if ``x`` has one
+                row per pair.
 
         Returns:
             ``[pairs, out]``, dtype of ``x``.

@@ -132,7 +132,7 @@ class Nf4Product:
     def with_epilogue(
         self, x: torch.Tensor, epilogue: Epilogue, bias: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """The epilogue's result of decoding rows; None if that takes more launches."""
+        """The epilogue's result for decoding rows; None if no kernel fuses it with the product."""
         weight, step = self._weight, tuning(x.device).nf4_pass_rows
         if not (isinstance(weight, Nf4Matrix) and step and epilogue.ends_product(bias, x.device)):
             return None

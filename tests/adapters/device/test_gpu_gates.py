@@ -41,7 +41,7 @@ OTHER = AdapterOperators({"model.layers.0.q": ModuleOperators()})
 class Base:
     """A base with known results for the step's rows.
 
-    For other inputs, a slice returns the first columns.
+    For other inputs, a slice returns the first columns of the input.
     """
 
     takes_own_inputs = False
@@ -130,7 +130,7 @@ def test_rows_match_the_formula(dtype: torch.dtype, bound: float) -> None:
 
 
 def test_a_row_has_the_bits_that_it_has_alone() -> None:
-    """Three fusions, and two routers and an adapter with given gates, by their operator."""
+    """The mixes are of three fusions, two routers and an adapter with gates from a first pass."""
     torch.manual_seed(4)
     store = store_of(torch.float16, adapters_of(gates_of(torch.float16)))
     x = torch.randn(NUM_ROWS, INNER).to(DEVICE, torch.float16)
@@ -173,7 +173,7 @@ def neighbours(dtype: torch.dtype) -> dict[str, Resident]:
 
 
 def test_a_reused_slot_gives_the_same_results() -> None:
-    """Its slots and ranks held gains, biases or gates before."""
+    """The slots and ranks of the adapters held other adapters' factors, gains and biases before."""
     torch.manual_seed(6)
     adapters = adapters_of(gates_of(torch.float32))
     x, y = torch.randn(5, INNER, device=DEVICE), torch.randn(5, WIDTH, device=DEVICE)

@@ -349,7 +349,7 @@ KINDS: dict[str, Make] = {
     "gate": made.gate(6, 16),
     "circulant": made.circulant(16),
     "dense": made.dense,
-    # A rank takes a launch of the base here, and time in the interpreter.
+    # Each rank takes a launch of the base, which is slow in the interpreter.
     "modulated": made.modulated(1),
     "input_blocks": made.blocks(4),
     "pairs": made.pairs(8),
@@ -420,8 +420,8 @@ def test_pairs_of_operators_add_up_as_documented(
     adapters = residents(projection, dtype)
     chosen = mixes(adapters)
     if kind is GpuStore and request.node.get_closest_marker("long") is None:
-        # In the interpreter, a slice of a mix takes a tenth of a second, so each projection has
-        # only some.
+        # In the interpreter, a slice of a mix takes a tenth of a second, so each projection tests
+        # only some of the mixes.
         chosen = chosen[OUTS.index(outs) :: 6]
     # On the GPU path, single rows are computed like segments.
     short = [] if kind is GpuStore else chosen

@@ -193,7 +193,7 @@ def test_only_one_module_is_dense_at_a_time(
     monkeypatch.setattr(fused_module, "_zeros", watched)
     fusions.fuse(dict.fromkeys(DENSE, 1.0), how="ties_svd", density=0.5)
     assert len({name for name, _ in made}) == 14
-    # The sum, and one member's update at a time.
+    # At most two dense matrices exist: the sum, and the update of one member.
     assert most == 2
 
 
@@ -511,7 +511,7 @@ def test_the_default_rank_is_the_largest_as_in_peft(loras: Fusions) -> None:
 
 
 def test_peft_ignores_the_combination_of_a_single_adapter(loras: Fusions) -> None:
-    """In PEFT, every name then means ``linear``; here, it keeps its meaning."""
+    """For one adapter, PEFT treats every combination as ``linear``; here, it keeps its meaning."""
     exact = loras.exact({"a": 0.5})
     cases: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ("svd", {"rank": 2}, {"svd_rank": 2}),

@@ -224,7 +224,7 @@ def test_a_full_disk_changes_nothing(
 def test_a_replacement_with_a_failed_disk_write_keeps_its_files(
     start: Start, make: Registries, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The registration names the new files already, and cannot be written back."""
+    """The registration already names the new files, and cannot be written back."""
     registry = start()
     registry.upload("up", stage_directory(registry, make.root / "a"))
     staged = stage_directory(registry, make.root / "b")
@@ -259,7 +259,7 @@ def test_an_alias_that_cannot_be_saved_keeps_its_previous_target(
 
 
 def _full_after(patch: pytest.MonkeyPatch, folder: str, *, once: bool = False) -> None:
-    """Replace a file of a folder, and then report a full disk."""
+    """Make the disk full as soon as a file in this folder has been replaced."""
     original = files.sync_directory
 
     def full(path: Path) -> None:
@@ -444,7 +444,7 @@ def test_invalid_registrations_are_rejected(start: Start, tmp_path: Path, change
         SavedRegistration.from_json(json.dumps(fields).encode())
 
 
-# The name in messages of an adapter whose files are in the server's own directory.
+# How messages name an adapter whose files are in the server's own directory.
 
 
 def test_messages_name_an_upload_but_not_its_path(make: Registries, tmp_path: Path) -> None:

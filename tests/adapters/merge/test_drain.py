@@ -31,7 +31,7 @@ async def server(root: Path) -> AsyncIterator[EngineHarness]:
 
 
 class Stream:
-    """A request that runs until it is released; its stream is read in the background."""
+    """A request whose answer is read in the background; ``begun`` is set at its first token."""
 
     def __init__(self, server: EngineHarness, *adapters: str, tokens: int = 40) -> None:
         self.begun = asyncio.Event()

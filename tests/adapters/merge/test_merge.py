@@ -73,9 +73,9 @@ def merged_model(adapter: Path, base: Any) -> Any:
 async def test_the_merged_base_answers_as_the_adapter(
     server: EngineHarness, root: Path, name: str
 ) -> None:
-    """Alone, the answers are exactly those of PEFT's merged model.
+    """Without an adapter, the merged base answers exactly as PEFT's merged model.
 
-    With an adapter, those of PEFT with the adapter on that model.
+    With an adapter, it answers as PEFT does with the adapter on that model.
     """
     oracle = merged_model(root / name, twin(ARCHITECTURE).model)
     with_adapter = await score(server, name)
@@ -165,7 +165,8 @@ async def test_no_request_applies_a_merged_adapter_twice(root: Path) -> None:
         await asyncio.to_thread(server.registry.replace, "lora", "other")
         with pytest.raises(AdapterMergedError):
             await score(server, "lora")
-        # The same weights under another registration, and other weights under this one.
+        # The same weights are rejected under another name; a new registration of this name with
+        # other weights is accepted.
         await asyncio.to_thread(server.registry.load, "again", "lora")
         with pytest.raises(AdapterMergedError):
             await score(server, "again")

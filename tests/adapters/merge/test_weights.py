@@ -39,7 +39,7 @@ SOME = ["q_proj", "v_proj", "down_proj"]
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter of each method on all modules, and ``some`` on a few."""
+    """An adapter of each method, and the LoRA ``some``, which adapts only a few modules."""
     folder = tmp_path_factory.mktemp("adapters")
     for seed, method in enumerate(METHODS):
         config = make_config(method, **({"init_weights": "bat"} if method == "miss" else {}))
@@ -160,7 +160,7 @@ def decoder_of(server: EngineHarness) -> Any:
 
 
 def snapshot(server: EngineHarness) -> list[Any]:
-    """Copies of all weights of linear layers, as bytes."""
+    """Copies of all tensors of the linear layers."""
     found = []
     for layer in decoder_of(server).layers:
         for group in ("qkv", "o", "gate_up", "down"):

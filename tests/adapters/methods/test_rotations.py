@@ -18,7 +18,7 @@ from turret.server.adapters.operators.input_blocks import InputBlocks
 Q = "model.layers.0.self_attn.q_proj"
 KEY = f"base_model.model.{Q}"
 WIDTH, SIZE = 64, 8
-# Python converts no text with so many digits to a number.
+# Python does not convert text with this many digits to a number.
 _NO_VERSION = "9" * 5000 + ".0"
 
 

@@ -110,7 +110,7 @@ async def test_the_first_pass_of_an_xlora_shares_blocks_with_the_base(tmp_path: 
     prompt = prompt_of(70, 5)
     async with serve(base, tmp_path, adapters=[*COMPONENTS, *oracles]) as harness:
         plain = await harness.run(make_request(prompt, max_tokens=3))
-        # Its own keys and values are not computed yet.
+        # The X-LoRA's own keys and values are not computed yet.
         first = await harness.run(make_request(prompt, "deep", max_tokens=3))
         assert first.finish.usage.cached_tokens == 0
         again = await harness.run(make_request(prompt, max_tokens=3))
@@ -151,7 +151,7 @@ async def test_mixes_are_sums_of_changes(tmp_path: Path) -> None:
 
 
 async def test_an_xlora_at_weight_0_is_the_base(tmp_path: Path) -> None:
-    """In every step, its rows get scalings that no adapter reads."""
+    """In every step, the rows of the X-LoRA get scalings that no adapter reads."""
     base = twin("llama")
     save_all(base.model, tmp_path, "deep")
     prompt, off = prompt_of(20, 4), AdapterRef(name="deep", weight=0.0)
@@ -355,7 +355,7 @@ def test_layers_that_peft_does_not_save_are_restored(root: Path) -> None:
 
 @pytest.fixture
 def reasons(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The reasons of the sentences from a conversion, in order."""
+    """The reasons of the messages that a conversion produces, in order."""
     found: list[str] = []
 
     def record(reason: str, **params: Any) -> Text:

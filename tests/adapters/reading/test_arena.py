@@ -155,7 +155,7 @@ def test_unchanged_files_are_hashed_once(tmp_path: Path, hashed: list[int]) -> N
     assert len(hashed) == count
     assert again.digest == first.digest == read(tmp_path / "a", None).digest
     assert torch.equal(again.tensors["a"], first.tensors["a"])
-    os.link(tmp_path / "a" / TENSORS, tmp_path / "link")  # moves the time of its last change
+    os.link(tmp_path / "a" / TENSORS, tmp_path / "link")  # updates the file's time of change
     assert read(tmp_path / "a", known).digest == first.digest
     assert len(hashed) > count
 

@@ -189,7 +189,7 @@ def test_bad_tokenizers_are_named(
 
 
 def test_file_paths_in_a_tokenizer_config_are_ignored(loader_of: Any, tmp_path: Path) -> None:
-    """Otherwise, transformers would open ``tokenizer_file`` and others at any path."""
+    """Otherwise, transformers would open any path in ``tokenizer_file`` or a similar key."""
     other = tmp_path / "other.json"
     other.write_text("{}")
     folder = grown(tmp_path)

@@ -21,7 +21,7 @@ TRAINER = (
     *("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "trainer_state.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "README.md"),
 )
-# The keys of PEFT's config, set or not, by version.
+# The keys of PEFT's config, whether they are set or not.
 PEFT_KEYS: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "alpha_pattern": {},

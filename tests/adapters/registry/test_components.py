@@ -94,7 +94,7 @@ def test_a_fusion_is_a_registered_adapter(open_registry: Any) -> None:
     assert record.facts.target_modules == ("down_proj", "q_proj", "v_proj")
     assert record.residency == "host"
     assert record.facts.warnings == ()
-    # Its own tensors and copies of the components' factors, padded.
+    # The fusion holds its own tensors and padded copies of the components' factors.
     assert record.bytes_host > open_registry("ab").get("a").bytes_host
 
 

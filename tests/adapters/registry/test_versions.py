@@ -143,7 +143,7 @@ def test_generation_numbers_kept_only_by_an_alias_are_not_reused(
     registry.set_alias("old", refs("x"))
     registry.replace("x", "b")
     registry.rollback("x")
-    # The generation with the highest number stays, although neither a setting nor an alias asks.
+    # The generation with the highest number stays, although no setting or alias keeps it.
     assert versions(registry) == (1, (2,))
     registry.delete_alias("old")
     assert versions(registry) == (1, (2,))
@@ -174,7 +174,7 @@ def test_a_restart_keeps_generations_and_their_files(
     until(lambda: not (tmp_path / "state" / "files" / f"{uuid}.1").exists())
     assert versions(registry) == (2, (3, 4))
     registry.close()
-    # A restart that keeps fewer drops the others at the next replacement, not before.
+    # After a restart with a lower limit, the next replacement drops the surplus generations.
     registry = start(keep=1)
     assert versions(registry) == (2, (3, 4))
     assert registry.get("x").pinned

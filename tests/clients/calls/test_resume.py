@@ -34,7 +34,8 @@ from turret.clients.words import say
 from turret.v1 import inference_pb2, inference_pb2_grpc
 
 ADAPTERS = ("json", "sql")
-# After the connection's handshake, and before the last of several answers.
+# The range of bytes after which a connection breaks: after its handshake, and before the last of
+# several answers.
 AFTER_BYTES = (800, 6000)
 NUM_CLIENTS, NUM_EACH = 10, 6
 
@@ -205,7 +206,7 @@ class _Failure(grpc.RpcError):
 @pytest.mark.parametrize(
     ("code", "details", "kind"),
     [
-        # HAProxy, Envoy, gRPC itself.
+        # Errors caused by HAProxy, Envoy and gRPC itself, in this order.
         (grpc.StatusCode.CANCELLED, "RST_STREAM", UnavailableError),
         (grpc.StatusCode.INTERNAL, "Received RST_STREAM with error code 2", UnavailableError),
         (grpc.StatusCode.UNKNOWN, "Stream removed", UnavailableError),

@@ -172,7 +172,7 @@ def test_a_closed_stream_is_not_retried(server: tuple[Moody, str]) -> None:
 
 
 def test_a_change_is_retried_only_if_the_server_did_nothing(server: tuple[Moody, str]) -> None:
-    """A merge that reached no server is not repeated, because gRPC cannot tell whether it ran."""
+    """A merge whose connection broke is not retried, because the server may have run it."""
     servicer, address = server
     servicer.error = None
     with TurretClient(address) as client:

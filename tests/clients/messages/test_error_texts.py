@@ -41,7 +41,7 @@ LONG = "a" * 5_000_000
 
 
 def refusal(found: dict[str, str]) -> TurretRpcError:
-    """The error of a server with these violations."""
+    """A server's error with these violations."""
     said = "; ".join(f"{field}: {why}" for field, why in found.items())
     bad = [{"field": field, "description": why} for field, why in found.items()]
     status = status_pb2.Status(code=grpc.StatusCode.INVALID_ARGUMENT.value[0], message=said)

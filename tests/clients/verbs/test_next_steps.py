@@ -328,6 +328,6 @@ def test_a_second_interrupt_ends_a_call_at_once(verb: str, monkeypatch: pytest.M
         assert cli.main([verb], catches_interrupts=True) == 130
     finally:
         signal.signal(signal.SIGINT, before)
-    # A conversation continues after the first interrupt, and a training prints how to continue.
+    # A conversation continues after the first interrupt, and a training run prints how to continue.
     goes_on = verb in ("chat", "train")
     assert after == [signal.default_int_handler if goes_on else signal.SIG_DFL]

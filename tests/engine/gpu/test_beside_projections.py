@@ -124,7 +124,7 @@ async def test_operators_without_a_kernel_run_beside_the_others(root: Path) -> N
 async def test_captured_steps_survive_changes_of_adapters(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Adapters are evicted, unloaded, and replaced by others in their place or name."""
+    """Adapters are evicted, unloaded, and replaced by others in their place or under their name."""
     for name in ("tokens", "both"):
         shutil.copytree(root / name, tmp_path / name)
     requests = [asked((name, 1.0), seed=2) for name in ("tokens", "both")]

@@ -239,7 +239,7 @@ def test_a_failed_capture_leaves_the_stream_unchanged(caplog: pytest.LogCaptureF
     ],
 )
 def test_graphs_are_dropped_when_memory_runs_out_and_captured_again(error: RuntimeError):
-    """An attempt delays everybody's step, so there is none for a while."""
+    """An attempt to capture delays everybody's step, so none is made for a while."""
 
     class Full(FakeCapture):
         fails, num_failures = False, 0

@@ -237,7 +237,7 @@ def test_an_adapter_that_does_not_fit_keeps_the_graphs_of_others(cuda: FakeCuda)
 
 
 def test_memory_is_freed_after_a_failed_capture(cuda: FakeCuda):
-    """With torch 2.11, this leaves the allocator unable to free its reserve."""
+    """With torch 2.11, a failed capture leaves the allocator unable to free its reserve."""
     executor, _ = _executor(cuda)
     stream, graph = torch.cuda.Stream(CPU), torch.cuda.CUDAGraph()
     with pytest.raises(ValueError, match="failed"), torch.cuda.graph(graph, stream=stream):

@@ -162,8 +162,8 @@ def test_newcomers_do_not_starve_a_group_that_is_ahead() -> None:
     for i in range(300):
         queue.push(Item(f"newcomer {i}"))
         served.append(serve_one(queue).group)
-    # Newcomers alone use the whole capacity, so more of them wait in every round, and its share
-    # shrinks.
+    # Newcomers alone use the whole capacity, so more of them wait in every round, and the share of
+    # "popular" shrinks.
     assert served.count("popular") >= 10
     assert served[-50:].count("popular") >= 1
 
@@ -201,7 +201,7 @@ def test_newcomers_do_not_starve_a_party_of_their_group() -> None:
     for number in range(100):
         queue.push(Item("base", party=f"newcomer {number}"))
         served.append(serve_one(queue).party)
-    # Two others wait in each round, and one more for each time that it is served.
+    # Two others wait in each round, and one more for each time that "bulk" is served.
     assert served.count("bulk") >= 10
 
 

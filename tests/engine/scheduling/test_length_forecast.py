@@ -82,7 +82,7 @@ def test_the_peak_matches_a_simulation_of_every_step(spans: list[tuple[int, int]
         sum(tokens + step for tokens, left in lengths if left >= step)
         for step in range(max(left for _, left in spans) + 1)
     ]
-    # The count is without blocks, and thus without their unused parts.
+    # This count ignores blocks, and thus their unused parts.
     assert forecast.peak_tokens(sequences, 0) == max(held)
     rounded = forecast.peak_tokens(sequences, 16)
     assert max(held) + 8 <= rounded <= max(held) + 8 * len(spans)

@@ -191,7 +191,7 @@ def test_a_mix_that_fills_the_cache_yields_blocks() -> None:
 
 
 def taken(clock: Clock, waiting: Sequence, since: float = 0.0) -> list[Sequence]:
-    """The requests that give up memory to a waiting one; all others hold theirs since a time."""
+    """The requests that give up memory to a waiting one; all have held theirs from ``since`` on."""
     scheduler = clock.scheduler
     holding = [s for s in (*scheduler.waiting, *scheduler.running) if s is not waiting]
     found = scheduler.yield_memory({waiting.mix}, dict.fromkeys(holding, since), clock.now)
@@ -218,7 +218,7 @@ def test_the_memory_of_another_tenants_mix_is_taken_after_the_waiting_time() -> 
         clock.step()
     # An adapter that just arrived is not taken.
     assert taken(clock, waiting, since=clock.now) == []
-    # Memory that does not run costs nothing to take.
+    # The memory of a request that does not run costs nothing to take.
     idle = next(s for s in holding if s.state is SequenceState.WAITING)
     assert taken(clock, waiting) == [idle]
     assert len(clock.scheduler.running) == 2
@@ -255,7 +255,7 @@ def test_memory_is_taken_only_if_that_helps() -> None:
 def test_before_a_change_of_the_base_only_requests_that_have_not_begun_yield_memory() -> None:
     clock, (first, second, third), waiting = short_of_memory("new", b"polite")
     clock.scheduler.is_draining = True
-    # Neither has the waiting one begun.
+    # The waiting request has not begun either.
     assert taken(clock, waiting) == []
     waiting.num_preemptions = 1
     assert taken(clock, waiting) == [third]
@@ -302,13 +302,13 @@ def test_a_long_prompt_of_one_tenant_delays_no_other_tenants_answer() -> None:
     clock.step()
     short = clock.ask("base", SHORT, b"other")
     clock.run_until_ended([short], (SHORT + 1) * STEP_SECONDS)
-    # Two long prompts share each step, and a tenant does not delay its own prompts more.
+    # Two long prompts share each step, so the second takes about twice as long as alone.
     second = clock.ask("base", 1, b"other", prompt_tokens=1600)
     began = clock.now
     clock.run_until_ended([second], 60 * STEP_SECONDS)
     assert clock.now - began > 45 * STEP_SECONDS
     clock.run_until_ended([long], 100 * STEP_SECONDS)
-    # Nothing of the steps is lost while nobody else waits.
+    # No part of a step is wasted while nobody else waits.
     assert clock.now < (100 + SHORT + 26 + 5) * STEP_SECONDS
 
 

@@ -30,7 +30,7 @@ def prompt_tokens(step: Step) -> int:
 
 
 def decoding(scheduler: Scheduler, count: int) -> None:
-    """This number of sequences that have begun to answer."""
+    """Add this number of sequences, and run a step in which they begin to answer."""
     for number in range(count):
         scheduler.add(sequence_of([1000 + number, 2, 3], "", 1000))
     run(scheduler)
@@ -66,7 +66,7 @@ def test_each_chunk_of_a_prompt_costs_at_most_one_more_step(
         # A burst takes a whole step, but only if all of its prompts find a place.
         (15, [51] * 4, 64, StepCost(), 204),
         (15, [51] * 4, 16, StepCost(), 22),
-        # Nothing decodes alongside it, or its rows are cheap.
+        # Nothing decodes alongside the prompt, or the rows of prompts are cheap.
         (0, [400], 64, StepCost(), 400),
         (15, [400], 64, None, 400),
     ],
@@ -133,7 +133,7 @@ def test_a_long_context_makes_chunks_smaller_beside_a_sequence_that_decodes(
             (item.num_new, before[item.sequence]) for item in step.scheduled if item.num_new > 1
         ]
         assert step.scheduled[0].num_new == 1
-        # With the attention to its context, a step takes as long as two of short contexts.
+        # With attention to the context, a step takes at most as long as two with short contexts.
         assert sum(new * (1 + start / span) for new, start in chunks) <= 2 * budget
     assert num_steps <= num_prompts * 2 * size / budget + 1
 

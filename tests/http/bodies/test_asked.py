@@ -26,7 +26,7 @@ JSON = {"content-type": "application/json"}
 
 
 async def asked(server: HttpHarness, path: str = COMPLETIONS, **body: Any) -> Request:
-    """The engine's request for an answered request."""
+    """Send a request, which must be answered; returns the engine's request."""
     answer = await server.post(path, VALID[path] | body)
     assert answer.status_code == 200, answer.text
     return server.engine.requests[-1]

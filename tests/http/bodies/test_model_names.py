@@ -16,7 +16,7 @@ JSON = {"content-type": "application/json"}
 
 
 async def asked(server: HttpHarness, **body: Any) -> Request:
-    """The engine's request for an answered conversation."""
+    """Send a conversation, which must be answered; returns the engine's request."""
     answer = await server.post(CHAT, {"messages": TURNS, **body})
     assert answer.status_code == 200, answer.text
     return server.engine.requests[-1]

@@ -88,7 +88,7 @@ def scripted(*texts: str) -> Callable[[Request], AsyncIterator[Output]]:
 
 
 def ask(tab: Browser, prompt: str) -> list[str]:
-    """Ask all three; returns their answers."""
+    """Send a prompt in all three panes; returns their answers."""
     tab.find("#prompt").send_keys(prompt, Keys.ENTER)
     tab.until(lambda: "answered" in (tab.find("#said").get_attribute("textContent") or ""), "ends")
     return [element.text for element in tab.all(".pane .text")]
@@ -277,7 +277,7 @@ async def test_an_administrator_loads_pins_and_unloads(
             tab.find("#load-name").send_keys("sql", Keys.ENTER)
             tab.until(lambda: names(tab) == ["sql"], "the adapter")
             assert tab.text("#adapters-rows td:nth-of-type(4)") == "100 B"
-            # The format is that of the command.
+            # Sizes have the format of the ``turret`` command.
             ask = "import('/console/dom.js').then(dom => arguments[0](dom.bytes(707584)))"
             assert tab.driver.execute_async_script(ask) == "691 KiB"
             for count in (0, 512, 1536, 11_000_000, 1_060_000, 3 << 40):

@@ -36,7 +36,7 @@ from turret.v1 import tinker_pb2
 
 @dataclass
 class Served(Tenant):
-    """A client with the server."""
+    """A client with the server that it uses."""
 
     server: HttpHarness = field(kw_only=True)
 
@@ -493,7 +493,7 @@ async def test_limits_on_sessions_models_and_samplers(
             save = {"model_id": model_id, "seq_id": 1 + number, "sampling_session_seq_id": number}
             result = await one.result(await one.ask("/save_weights_for_sampler", save))
             made.append(result["sampling_session_id"])
-        # Samplers that were not used for longest made room, and their adapters are gone.
+        # The least recently used samplers made room, and their adapters are gone.
         tenants = one.server.server._tenants
         assert tenants is not None
         await tenants.sessions.close()
@@ -532,7 +532,7 @@ async def test_a_token_fills_no_more_than_its_share_of_the_disk(
         path = (await a.result(await a.ask("/save_weights_external", save)))["path"]
         room = 20 * taken()
         monkeypatch.setattr(checkpoints.shutil, "disk_usage", usage)
-        # The token may have five: two checkpoints, and samplers.
+        # The token's share is five times the first checkpoint: two checkpoints, and samplers.
         refused = []
         for number in range(2, 10):
             kind, save = "/save_weights_external", {**save, "path": "second", "seq_id": number}
@@ -551,7 +551,7 @@ async def test_a_token_fills_no_more_than_its_share_of_the_disk(
 async def test_samplers_of_a_token_are_written_one_after_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each is checked against the token's share of the disk when the ones before are counted."""
+    """Each is checked against the token's share of the disk after the previous ones are counted."""
     async with tenant(tmp_path) as one:
         save = {"model_id": await one.model(), "path": "a", "seq_id": 1}
         path = (await one.result(await one.ask("/save_weights_external", save)))["path"]

@@ -21,7 +21,7 @@ PROGRAM = Path(__file__).parents[2] / "support" / "servers" / "tinker_client.py"
 
 
 async def run(url: str, folder: str) -> dict[str, Any]:
-    """What the program prints."""
+    """Run the program against a server; returns its output."""
     path = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH", ""))))
     # The client would send its telemetry to the server, which discards it.
     process = await asyncio.create_subprocess_exec(

@@ -94,7 +94,7 @@ async def _train(one: Tenant, harness: EngineHarness) -> None:
 
 
 async def _check_hidden(one: Tenant, harness: EngineHarness) -> None:
-    """Check that others learn nothing of a sampler's adapter, which everyone may use by name."""
+    """Check that others learn nothing about a sampler's adapter, which they may use by name."""
     (name,) = (info.name for info in harness.registry.list())
     listed = (await one.client.get("/v1/models")).json()["data"]
     assert len(listed) == 1

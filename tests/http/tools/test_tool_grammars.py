@@ -66,7 +66,7 @@ CONSTRAINTS: list[tuple[str, Any, list[str], list[str]]] = [
 
 @pytest.fixture
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The template of the simulated tokenizer calls tools in this form."""
+    """The form in which the simulated tokenizer's template calls tools."""
     knows_tools(monkeypatch, request.param, has_channels=request.param == "harmony")
     return request.param
 
@@ -212,7 +212,7 @@ def test_a_grammar_ends_soon_after_the_limit(answer: str) -> None:
     schema = {"properties": parameters, "$defs": {"d": {"const": "x" * 30_000}}}
     grammar = CallsGrammar("xml", {"f": schema}, is_parallel=True)
     text = grammar.beside(answer) if answer else grammar.alone()
-    # In full, it has 30 million characters.
+    # The complete grammar would have 30 million characters.
     assert MAX_CONSTRAINT_CHARS < len(text) < 2 * MAX_CONSTRAINT_CHARS
 
 

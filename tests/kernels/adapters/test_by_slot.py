@@ -1,7 +1,7 @@
 """Hadamard and Kronecker kernels compared with float64.
 
-Each of these faults was planted once and failed tests: every part begins at 0, ranks past r read, x
-dropped, first part only, weight dropped, output order swapped, x read past in_n.
+Each of these faults was planted once and made tests fail: every part begins at 0, ranks past r
+read, x dropped, first part only, weight dropped, output order swapped, x read past in_n.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KRONECKER = [
     (3, 48, 70, 2),
 ]
 ROWS, SLOT_OF, WEIGHT_OF = [7, 0, 3, 4, 8], [2, 0, 2, 3, 1], [1.0, -0.5, 0.25, 1.0, 1.0]
-# Adds updates by their factors' addresses to a slice of a fused projection.
+# A function that adds updates, given by their factors' addresses, to a slice of a fused projection.
 Add = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, RowTable], None]
 
 

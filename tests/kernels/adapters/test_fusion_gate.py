@@ -1,7 +1,7 @@
 """``fusion_gate``: the reference and Triton compared with float64.
 
 Planted faults, and how many of ``test_gates``, ``test_gates_in_fp32`` and
-``test_a_step_without_gates_writes_nothing`` each of them fails (tried by hand):
+``test_a_step_without_gates_writes_nothing`` fail for each of them (tried by hand):
 
 - first part of v only: 2
 - first part of the queries only: 2

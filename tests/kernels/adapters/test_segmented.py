@@ -1,6 +1,6 @@
 """``segmented_shrink`` and ``segmented_expand`` on Triton compared with float64.
 
-Planted faults, and the number of tests that each of them fails (tried by hand):
+Planted faults, and the number of tests that fail for each of them (tried by hand):
 
 - shrink: A rows past the adapter's rank read: 2
 - shrink: x read past in_features: 13

@@ -159,7 +159,7 @@ def test_a_value_over_its_bound_is_reported():
 
 
 def test_attention_overlaps_loads_of_keys_with_products(recorded):
-    """The loop over keys does not wait for at least two groups of copies."""
+    """At least two groups of copies stay in flight while the loop over keys waits."""
     rows = [row for row in rows_of(recorded, "paged_attention[") if row[1].startswith("sm_")]
     assert len(rows) >= 8
     assert [row for row in rows if row[2]["copies_under_way"] < 2] == []

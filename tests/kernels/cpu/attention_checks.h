@@ -76,7 +76,7 @@ static void check_attention(int64_t heads, int64_t kv_heads, int64_t dim, int64_
     turret_attend(&plan, &half);
     near_bf16("attention", hout, expected, rows * heads * dim);
     add_bits(hout, rows * heads * dim);
-    /* An infinite value spoils the rows that see it, and no other. */
+    /* An infinite value spoils the rows that see it, and no others. */
     hv[(blocks[3] * 16 + 2) * kv_heads * dim] = 0x7f80;
     turret_attend(&plan, &half);
     of.out = one, half.out = hone;

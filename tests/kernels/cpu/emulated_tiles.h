@@ -1,6 +1,6 @@
 /* The operations of tiles.h in plain C, in the order of Intel's manual (TDPBF16PS): a product is the sum of the
  * 16 terms of even inputs, one after the other from zero, plus that of odd inputs. Subnormal numbers count as
- * zero. A tile that was not loaded since tiles_begin is NaN.
+ * zero. A tile that has not been loaded since tiles_begin is NaN.
  */
 #include <math.h>
 

@@ -248,7 +248,7 @@ static void check_logits(int64_t width) {
     free(expected), free(of_logits);
 }
 
-/* With an NF4 weight, or with a bf16 weight if `values` is null. */
+/* Checks products with a transposed NF4 weight, or with a bf16 weight if `values` is null. */
 static void check_transposed(const double *values, int64_t out, int64_t in) {
     const char *name = values ? "transposed nf4" : "transposed";
     float *grad = floats(PRODUCT_ROWS * out), *dx = floats(PRODUCT_ROWS * in), *one = floats(in);

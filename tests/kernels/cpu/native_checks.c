@@ -252,7 +252,7 @@ static void check_low_rank(int64_t in, int64_t out, int64_t rank, float scale) {
     Step step = {&segment, components, scratch, 1, threads, 0, 1, 1, 0, 0};
     memcpy(start, y, ROWS * out * sizeof(bf16));
     turret_adapt(&step, shape, x, in, y, out, 0);
-    int64_t far = 0; /* from the nearest bf16, as sums in fp32 are where two are nearly as near */
+    int64_t far = 0; /* results that are not the nearest bf16, as fp32 sums may give if two are almost equally near */
     for (int64_t i = 0; i < ROWS * out; i++) far += y[i] != to_bf16((float)expected[i]);
     if (scale == 1) near_bf16("low rank", y, expected, ROWS * out);
     if (scale == 1 && far * 100 > ROWS * out) fail("low rank", "results", ROWS * out, far, 0);
@@ -298,8 +298,8 @@ static void check_pieces(int64_t in, int64_t out, int64_t rank) {
     free(b), free(x), free(y), free(start), free(expected), free(scratch);
 }
 
-/* Pairs of MAX_ROWS rows and two of four experts. Rows have no, one or two members, and the last rows come after the
- * last one with a member. The second member has no update in the projection. */
+/* Each of MAX_ROWS rows is paired with two of four experts. Rows have up to three members, and the last rows come
+ * after the last one with a member. The second member has no update in the projection. */
 static void check_experts(int64_t in, int64_t out, int64_t rank) {
     enum { EXPERTS = 4, PAIRS = 2 * MAX_ROWS, ROWS = MAX_ROWS - 2 };
     bf16 *x = halves(MAX_ROWS * in), *y = halves(PAIRS * out), *start = halves(PAIRS * out);
@@ -367,7 +367,7 @@ int main(int count, char **arguments) {
         }
     check_dense(70, 100), check_dense(131, 576), check_dense(9, 64), check_nf4(64, 64), check_nf4(96, 192);
     check_mxfp4(64, 64), check_mxfp4(96, 96);
-    if (turret_screen_bytes(1, 2, 1)) { /* it is there */
+    if (turret_screen_bytes(1, 2, 1)) { /* this library has a screen */
         check_screen(300, 64, 0.003), check_screen(1000, 130, 0.01), check_screen(513, 576, 2);
         check_screen(3000, 64, 0.001), check_screen_bounds();
     }

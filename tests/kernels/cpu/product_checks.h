@@ -11,7 +11,7 @@ static float element(const void *w, int64_t kind, int64_t i) {
     return kind == 1 ? to_f32(((const bf16 *)w)[i]) : of_f16(((const uint16_t *)w)[i]);
 }
 
-/* dots and columns; `first` columns alone must have the same bits as well. */
+/* Checks dots and columns; the first columns alone must have the same bits as well. */
 static void check_products(int64_t columns, int64_t inner, int64_t kind, int by_columns) {
     const char *name = by_columns ? "columns" : "dots";
     float *x = floats(2 * MAX_ROWS * inner), *y = floats(2 * MAX_ROWS * columns), *one = floats(columns);
@@ -96,7 +96,7 @@ static void check_4bit(const char *format, const double *values, int64_t block, 
     for (int64_t r = 0; r < PRODUCT_ROWS; r++)
         for (int64_t o = 0; o < out; o++)
             for (int64_t k = 0; k < in; k++) {
-                /* Low nibbles are outputs 0 to 15, high ones 16 to 31; inputs lie in pairs. */
+                /* Low nibbles are outputs 0 to 15, high ones 16 to 31; inputs are stored in pairs. */
                 uint8_t byte = packed[o / 32 * 16 * in + k / 2 * 32 + o % 16 * 2 + k % 2];
                 double w = values[o % 32 < 16 ? byte & 15 : byte >> 4];
                 expected[r * out + o] += to_f32(x[r * in + k]) * w * to_f32(scale[k / block * out + o]);
@@ -108,13 +108,13 @@ static void check_4bit(const char *format, const double *values, int64_t block, 
         multiply(x + r * in, in, 1, packed, scale, one, out, in, threads, 0, 0);
         same(format, one, y + r * out, out * sizeof(bf16));
     }
-    /* Three weights, the second without rows, of which the first and the last are the same. */
+    /* Three weights: the second gets no rows, and the first and the last are the same. */
     const void *weights[] = {packed, scale, 0, 0, packed, scale};
     int64_t ends[] = {4, 4, PRODUCT_ROWS};
     bf16 *again = halves(PRODUCT_ROWS * out);
     multiply_experts(x, in, ends, 3, weights, again, out, in, threads);
     same(format, again, y, PRODUCT_ROWS * out * sizeof(bf16));
-    /* Two slices with separate inputs: that of the first slice has the rows in reverse order. */
+    /* Two slices with separate inputs: the input of the first slice has the rows in reverse order. */
     if (block == 64 && out > 64) {
         const int64_t shape[] = {in, 2, 0, 32, out - 32};
         bf16 *xs = halves(2 * PRODUCT_ROWS * in);
@@ -180,7 +180,7 @@ static int is_among(const int64_t *left, int64_t count, int64_t best) {
     return 0;
 }
 
-/* Outputs that differ by less than a code, or by far: the largest of each row is left over. */
+/* Outputs that differ by less than a code, or by much more: the largest one of each row must remain. */
 static void check_screen(int64_t out, int64_t in, float apart) {
     enum { ROWS = 9 };
     bf16 *w = halves(out * in), *x = halves(ROWS * in);

@@ -107,7 +107,7 @@ static void expect(int64_t wrong, const char *what) {
 
 int main(int count, char **arguments) {
     int64_t threads = count > 1 ? atoi(arguments[1]) : 2;
-    /* A second argument leaves out OpenMP's threads, of which a sanitizer knows nothing. */
+    /* A second argument leaves out OpenMP's threads, which a sanitizer cannot follow. */
     if (count < 3) expect(run(threads, 100), "openmp");
     turret_own_threads(1);
     expect(run(threads, 5000), "alone");
@@ -125,7 +125,7 @@ int main(int count, char **arguments) {
     if (count < 3) expect(run_repeatable(threads, 1000), "repeatable pieces beside others");
     __atomic_store_n(&stop, 1, __ATOMIC_RELAXED);
     for (int i = 0; i < 4; i++) pthread_join(hogs[i], 0);
-    usleep(400000); /* all sleep by now */
+    usleep(400000); /* all workers sleep by now */
     expect(run(threads, 100), "after a pause");
     if (count < 3 && threads > 1) expect(run_stopped(threads), "a stopped worker");
     fflush(stdout);

@@ -1,6 +1,6 @@
 """Prefetches of the base's products: every factor once, before it is read.
 
-Faults planted in the C code, and how many tests each one failed: no progress within a factor (10),
+Faults planted in the C code, and how many tests failed for each: no progress within a factor (10),
 its start prefetched again (10), B as wide as A (9), A in B's place (9), every component beginning
 at the same rank (2), a part beyond its component (9), a segment without components taken for the
 next one (9), no limit to the reach (12), passed factors still prefetched (1), marks forgotten (10).
@@ -31,7 +31,7 @@ def asks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(rank: int, seed: int) -> tuple[ModuleTable, Factors]:
-    """Factors of 24 or more ranks take a few products to prefetch; some modules have none."""
+    """Random factors for most modules; 24 or more ranks take a few products to prefetch."""
     generator = torch.Generator().manual_seed(seed)
     table, factors = ModuleTable(LAYERS * len(SIZES)), Factors()
     for module in range(LAYERS * len(SIZES)):
@@ -54,7 +54,7 @@ def lines_of(address: int, num_bytes: int) -> set[int]:
 def asked(
     adapters: RowAdapters, module: int, *, rows: int, part: int, parts: int, most: int
 ) -> list[tuple[int, int]]:
-    """At most ``most`` (address, bytes) that a thread prefetches during one product."""
+    """At most ``most`` pairs (address, bytes) that a thread prefetches during one product."""
     lines = torch.zeros(most, 2, dtype=torch.int64)
     step = adapters.ahead(module).step
     count = native.functions().turret_ahead(step, module, rows, part, parts, lines.data_ptr(), most)

@@ -1,6 +1,6 @@
 """The compiled product with a wide bf16 weight, compared with float64 and with each row alone.
 
-Faults planted in the C code, and how many tests each one failed: inputs beyond the last 32 read
+Faults planted in the C code, and how many tests failed for each: inputs beyond the last 32 read
 (4), two rows of three left (10), every other tile of rows left out (10), truncation to bf16 (2),
 rows as far apart as they are long (10), the last output left out (10), a narrow tile's rows swapped
 (8).

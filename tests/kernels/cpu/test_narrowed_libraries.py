@@ -31,8 +31,9 @@ CASES = {
     "MKL as on Intel with AVX2": {"LD_PRELOAD": "intel.so", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
 }
 
-# The operations that the guarantee depends on. The clearest violation by the libraries is printed
-# first. One path for other vendors, and one with fewer instructions; `make long` runs all of them.
+# Each run tests one path for other vendors and one with fewer instructions; `make long` tests all
+# of them. The script runs the operations that the guarantee depends on, and prints the clearest
+# violation by the libraries first.
 EACH_TIME = ("MKL as on any processor", "torch and oneDNN with AVX2")
 SCRIPT = """
 import torch

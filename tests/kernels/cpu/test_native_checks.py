@@ -33,7 +33,7 @@ QEMU = next((name for name in ("qemu-aarch64", "qemu-aarch64-static") if shutil.
 def build(
     out: Path, *more: str, compiler: str = "cc", checks: Path = CHECKS, kernels: list[Path]
 ) -> Path:
-    """Build the checks with a library, or with all kernels and the flags of the first one."""
+    """Build the checks with ``kernels``: a library, the sources of all kernels, or none."""
     flags = [f for f in FLAGS if "visibility" not in f]
     files = [str(path) for path in (checks, *kernels)]
     command = [compiler, *flags, *more, f"-I{FOLDER}", *files, "-o", str(out), "-lm"]
@@ -43,7 +43,7 @@ def build(
 
 
 def assert_no_failures(*command: str) -> str:
-    """Check the output of the last run."""
+    """Run the checks with several numbers of threads; returns the output of the last run."""
     for threads in (["1"], ["3"], ["3", "own"]):
         result = subprocess.run(
             [*command, *threads], capture_output=True, text=True, check=False, timeout=300
@@ -159,7 +159,7 @@ class Objects:
         }
 
     def with_fault(self, name: str, right: str, wrong: str, folder: Path) -> Path:
-        """The program of the checks with a changed text in a file of the kernels."""
+        """Build the checks after replacing one text in a file of the kernels."""
         copy = folder / "cpu"
         shutil.copytree(FOLDER, copy)
         text = (copy / name).read_text()

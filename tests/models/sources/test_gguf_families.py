@@ -2,7 +2,7 @@
 
 Files are written by llama.cpp's rules (``builders/bases/gguf_converters.py``) in BF16, like the
 tiny checkpoints. The served weights must have the same bytes, and ``Arch`` must be the same. The
-directory's config contains the values that llama.cpp assumes and no key stores.
+directory's config contains the values that llama.cpp assumes and that no key stores.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
                 "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0},
             },
         },
-        # Six layers are many for a tiny model. Google's own files mention the vision tower.
+        # The usual pattern of six layers is long for a tiny model. Google's own files mention the
+        # vision tower.
         {
             "attention.sliding_window_pattern": 2,
             "mm.tokens_per_image": 256,
@@ -75,7 +76,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 async def assert_is_the_directory(file: Path, folder: Path, tmp_path: Path) -> None:
     """Check that weights, description and answers are the same."""
-    # The facts that are known without torch, which check training settings.
+    # The facts that are known without torch; training settings are checked against them.
     found = check_model(file)
     assert found.model_type == check_model(folder).model_type
     told = found.projections()
@@ -125,7 +126,7 @@ def in_mxfp4(folder: Path) -> None:
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "experts.down_proj"))]:
         rows = tensors.pop(name).transpose(1, 2).float().numpy()
         count, out, inner = rows.shape
-        # A block is an exponent and 16 bytes; the second halves of bytes have the later codes.
+        # A block is an exponent and 16 bytes; the high nibbles hold the later codes.
         blocks = torch.from_numpy(gguf.quantize(rows, Kind.MXFP4)).view(count, out, inner // 32, 17)
         codes = torch.cat((blocks[..., 1:] & 15, blocks[..., 1:] >> 4), dim=-1)
         tensors[f"{name}_blocks"] = codes[..., ::2] | codes[..., 1::2] << 4
@@ -241,7 +242,7 @@ def test_missing_and_contradictory_keys_are_rejected(
 # The metadata of a GGUF file of a published size is read like its config.
 
 
-# No key stores its window.
+# No key of a GGUF file stores the windows of this model.
 WINDOWS_LOST = "mistralai/Ministral-8B-Instruct-2410"
 
 

@@ -122,7 +122,7 @@ def test_texts_are_split_by_the_rules_that_the_file_names(
     assert tokenizer.eos_token == "<eos>"
 
 
-# transformers then uses GPT-2's rules for every architecture.
+# For unknown rules, transformers uses GPT-2's with every architecture.
 @pytest.mark.parametrize("architecture", ["granite", "llama", "phi3", "qwen2", "qwen3moe"])
 def test_unknown_pretokenizer_rules_are_rejected(architecture: str, tmp_path: Path) -> None:
     file = tmp_path / "t.gguf"

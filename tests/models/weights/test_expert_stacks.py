@@ -109,7 +109,7 @@ def test_other_values_are_not_encoded(value: float) -> None:
 
 
 def in_mxfp4(folder: Path) -> Path:
-    """Replace the experts by random ones in the released layout, with codes in another file."""
+    """Replace the experts with random ones in the released layout, with codes in another file."""
     shards: dict[str, Tensors] = {"a": {}, "b": {}}
 
     def to_codes(tensors: Tensors) -> None:

@@ -103,7 +103,7 @@ async def test_equals_transformers_and_bitsandbytes(
 
 
 async def mean_errors(model: Mixed, prompts: Sequence[list[int]]) -> tuple[float, float]:
-    """Mean |Δlogprob| to fp32 of turret and of transformers in bf16."""
+    """Mean |Δlogprob| from fp32 of turret and of transformers in bf16."""
     ours, theirs = [], []
     async with EngineHarness.start(model.folder, dtype="bfloat16") as harness:
         for prompt in prompts:
@@ -261,7 +261,7 @@ def test_blocks_of_any_multiple_of_64_keep_their_values(block: int, double: bool
 
 
 def store_in_blocks(packed: Path, plain: Path, name: str, block: int) -> None:
-    """Replace a weight of a 4-bit checkpoint by one in NF4 with another size of blocks."""
+    """Replace a weight of a 4-bit checkpoint with one in NF4 with another block size."""
     file = packed / "model.safetensors"
     tensors, originals = load_file(file), load_file(plain / "model.safetensors")
     codes, state = bnb_functional.quantize_4bit(originals[name], blocksize=block, quant_type="nf4")

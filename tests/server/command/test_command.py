@@ -153,7 +153,7 @@ def test_an_interrupt_while_modules_load_leaves_no_traceback(
     )  # fmt: skip
     assert done.returncode == code
     assert "Traceback" not in done.stderr
-    # The process does not end by an exception, after which it would print how to continue.
+    # The process does not end with an exception; after one, it would print how to continue.
     assert command is serve or done.stderr.endswith("\nstopped\n")
 
 

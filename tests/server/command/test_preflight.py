@@ -443,7 +443,7 @@ def test_a_file_that_would_keep_its_reader_waiting_is_refused(flag: str, tmp_pat
 def test_a_user_without_a_home_directory_gets_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A container that runs as a numeric user is like this."""
+    """This happens in a container that runs under a numeric user id."""
 
     def unknown(uid: int) -> NoReturn:
         raise KeyError(uid)

@@ -161,7 +161,7 @@ def test_a_server_without_an_output_stops_with_0(tmp_path: Path) -> None:
 
 
 def test_a_server_keeps_running_after_its_log_pipe_is_closed(tmp_path: Path) -> None:
-    """The server runs like with ``2>&1 | head -1``."""
+    """The server runs as with ``2>&1 | head -1``."""
     model = save_tiny_model("llama", tmp_path / "model")
     socket_path = tmp_path / "socket"
     flags = f"--model {model} --address unix:{socket_path} --metrics-address none"

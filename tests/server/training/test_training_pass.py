@@ -105,7 +105,7 @@ class _OneDevice(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name == "nonzero" and args[0].device == META:
-            # Its size depends on values.
+            # The size of the result depends on values.
             return torch.zeros(args[0].numel(), args[0].dim(), dtype=torch.int64, device=META)
         if name not in ("copy_", "_to_copy", "index", "index_put_"):
             tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]

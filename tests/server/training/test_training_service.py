@@ -76,7 +76,7 @@ async def test_a_trained_adapter_is_served_with_the_bits_of_its_training(
         for _ in range(8):
             found = await training.pass_over(learner, data, "cross_entropy", {})
             losses.append(sum(float(each.losses.sum()) for each in found))
-            # A prompt is far from those that the model knows.
+            # A new soft prompt is far from the prompts that the model knows.
             rate = 0.3 if method == "prompt_tuning" else 1e-2
             await training.step(learner, AdamParams(learning_rate=rate))
         assert losses[-1] < 0.95 * losses[0], losses
@@ -362,7 +362,7 @@ async def test_an_unsupported_adapter_is_refused(tmp_path: Path) -> None:
         for changes, field in (
             ({"method": "mystery"}, "method"),
             ({"rank": 0}, "rank"),
-            # The server could not serve it.
+            # The server could not serve this rank.
             ({"rank": 129}, "rank"),
             ({"attention": False, "mlp": False}, "train_attn"),
         ):
@@ -518,7 +518,7 @@ async def test_owners_take_turns_and_then_their_adapters(
         begin = asyncio.Event()
         many = [train("many", 21, 4) for _ in range(4)]
         *ends, long, one = await asyncio.gather(*many, train("long", 81, 4), train("one", 21, 4))
-        # Four turns of each: "long" has one sequence in the time of four others.
+        # While "long" trains one sequence, each of the others trains four.
         assert one <= 4 + 4 + 1
         assert long <= 16 + 4 + 4
         # The adapters of an owner take turns, too.

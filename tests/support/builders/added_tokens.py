@@ -17,7 +17,7 @@ MARKS = ["<|user|>", "<|end|>", "<call>", "</call>"]
 ADDED = [*WORDS, *MARKS]
 FIRST = VOCAB_SIZE
 END = FIRST + ADDED.index("<|end|>")
-# ``pad_to_multiple_of=16``.
+# The vocabulary size after ``pad_to_multiple_of=16``.
 ROWS = 272
 TEMPLATE = """\
 {% for message in messages %}{{ '<|user|>' + message['role'] + ': ' + message['content'] }}\

@@ -82,9 +82,9 @@ def prune(peft_model: PeftModel, seed: int) -> None:
 
 
 def copy_of(model: nn.Module, share: bool = False) -> Any:
-    """A copy.
+    """A copy of a model.
 
-    With ``share``, only of the modules, for adapters that do not change the base's tensors.
+    With ``share``, only the modules are copied, for adapters that do not change the base's tensors.
     """
     tensors = (*model.parameters(), *model.buffers()) if share else ()
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

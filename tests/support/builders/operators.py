@@ -34,7 +34,7 @@ from turret.server.adapters.operators.vocabulary import (
 )
 from turret.server.models.decoding.arch import Arch
 
-# Makes an operator for a module of some outputs and inputs, in a dtype.
+# Makes an operator for a module with these numbers of outputs and inputs, in this dtype.
 Make = Callable[[int, int, torch.dtype], Operator]
 
 
@@ -68,7 +68,7 @@ def kronecker(out_l: int, in_m: int, rank: int = 0) -> Make:
 
 
 def sparse(count: int, *, is_skewed: bool = False) -> Make:
-    """Some inputs occur twice; if it is skewed, a few outputs have most of the entries."""
+    """Some inputs occur twice; with ``is_skewed``, a few outputs have most of the entries."""
 
     def make(out: int, inner: int, dtype: torch.dtype) -> Sparse:
         rows = (torch.rand(count) ** (3 if is_skewed else 1) * out).long().sort().values
@@ -184,7 +184,7 @@ def delta_of(operator: Operator, weight: Tensor) -> Tensor:
 
 
 def change_of(operators: ModuleOperators, weight: Tensor) -> Tensor:
-    """``ΔW`` of all operators but biases, in float64; a gain also scales the change of an input."""
+    """``ΔW`` of all operators but biases, in float64; a gain also scales that of input blocks."""
     total = torch.zeros_like(weight)
     for operator in operators.operators:
         if isinstance(operator, Bias):

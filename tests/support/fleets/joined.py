@@ -50,7 +50,7 @@ class JoinedFleet:
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def start_ray(self, machine: Machine, num_cpus: int) -> subprocess.Popen[bytes]:
-        """Start Ray on a machine; the first machine must be the first one."""
+        """Start Ray on a machine; Ray must be started on the network's first machine first."""
         flags = [f"--num-cpus={num_cpus}", f"--node-ip-address={machine.ip}", "--block"]
         flags += [f"--object-store-memory={100 << 20}", "--disable-usage-stats"]
         if machine is self.machines[0]:
@@ -59,7 +59,7 @@ class JoinedFleet:
         else:
             flags += [f"--address={self._ray_address}"]
         ray = str(Path(sys.executable).parent / "ray")
-        # Ray would use the cluster in the variable as its own.
+        # Ray would use the cluster in RAY_ADDRESS as its own.
         environment = {k: v for k, v in self._environment.items() if k != "RAY_ADDRESS"}
         process = self._start(machine, [ray, "start", *flags], f"ray-{machine.port}", environment)
         self._wait_for_text(f"ray-{machine.port}", "Ray runtime started", process)
@@ -74,7 +74,7 @@ class JoinedFleet:
         """
         command = [sys.executable, "-m", "turret.server.cli", "cluster", "serve"]
         command += ["--address", "auto", "--state-dir", str(self.state_dir), *flags]
-        # With --address auto, the variable sets the address to listen on.
+        # With --address auto, the variables set the addresses to listen on.
         environment = {
             **self._environment,
             "TURRET_ADDRESS": f"0.0.0.0:{GRPC_PORT}",

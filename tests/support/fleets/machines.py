@@ -75,7 +75,7 @@ class Network:
         _ip("-n", self._switch, "link", "set", machine.port, "nomaster")
 
     def close(self) -> None:
-        """Remove the created parts."""
+        """Remove the network."""
         with contextlib.suppress(OSError):
             _ip("link", "del", self._near)
         for namespace in (self._switch, *(each.namespace for each in self.machines)):
@@ -96,7 +96,7 @@ def _ip(*arguments: str) -> None:
 
 @contextlib.contextmanager
 def network(count: int) -> Iterator[Network]:
-    """Some machines.
+    """Machines on a network that is open until the block ends.
 
     Raises:
         OSError: The network cannot be created here.

@@ -1,4 +1,4 @@
-"""Replicas with real adapters, without engines, with a registry in the same process."""
+"""Replicas with real adapters but without engines, and a registry in the same process."""
 
 from __future__ import annotations
 

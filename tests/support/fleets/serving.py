@@ -54,7 +54,7 @@ class ServingFleet:
         return found
 
     def named(self, name: str) -> list[psutil.Process]:
-        """The processes with this beginning of their names."""
+        """The processes whose names start with ``name``."""
         return [each for each in self.tree() if _name(each).startswith(name)]
 
     def _called(self, title: str) -> list[psutil.Process]:
@@ -67,7 +67,7 @@ class ServingFleet:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     def wait_until_whole(self, count: int) -> float:
-        """Wait for this number of replicas, each with all adapters; returns the seconds."""
+        """Wait for this number of replicas, each with all adapters; returns the time taken."""
         start = time.monotonic()
         while not _is_whole(self.status(), count):
             assert time.monotonic() < start + _WHOLE_SECONDS, self.status()
@@ -173,9 +173,9 @@ class Asking:
         options: Options of the clients.
 
     Attributes:
-        failures: What went wrong, and what ``ask`` returned if it is true.
-        num_answers: The number of requests.
-        longest: The longest time of a request.
+        failures: The errors of requests, and the true values that ``ask`` returned.
+        num_answers: The number of finished requests.
+        longest: The longest duration of a request.
     """
 
     def __init__(

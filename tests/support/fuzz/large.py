@@ -20,7 +20,7 @@ from servers.limits_of_bodies import body_of, fields, places, with_others
 from turret.server.http.endpoint import MAX_BODY_BYTES
 from turret.v1 import tinker_pb2
 
-# gRPC's limit of a message, without the bytes around the field.
+# gRPC's size limit for a message, without the bytes around the field.
 _MAX_MESSAGE_BYTES = (4 << 20) - 64
 _DEPTH = 4
 # The endpoints whose bodies are not JSON.
@@ -64,8 +64,8 @@ def bodies(*, is_short: bool) -> Iterator[Large]:
             continue
         seen.add(place.steps)
         if 0 in place.steps:
-            # For many lists inside a list. A text is invalid in all of them: they contain numbers
-            # or objects.
+            # Fill many lists inside a list. A text is invalid in all of these inner lists, which
+            # contain numbers or objects.
             times = limits[place.path, place.steps[: place.steps.index(0)]]
             for entry in [b'""'] if is_short else ENTRIES:
                 most_bytes = MAX_BODY_BYTES - 200

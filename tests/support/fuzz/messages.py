@@ -69,7 +69,7 @@ def _drawn(draw: st.DrawFn, descriptor: Descriptor, depth: int) -> Message:
                 getattr(message, field.name)[key] = draw(_scalars(entry["value"]))
         elif field.is_repeated:
             items = draw(st.lists(_values(field, depth), max_size=3))
-            # Sometimes draws more entries than any limit allows.
+            # Sometimes draw more entries than any limit allows.
             items *= draw(st.sampled_from((1, 1, 1, 1, 1, 40, 2000)))
             getattr(message, field.name).extend(items)
         elif field.message_type is not None:

@@ -64,7 +64,7 @@ TRAINING_PATHS = tuple(
 )
 # The ids in bodies for training, which differ each time.
 SESSION, MODEL = b"@session", b"@model"
-# Only invalid bodies let a result wait for longer.
+# The maximum wait for a result; only results of invalid bodies take longer.
 _RESULT_SECONDS = 0.3
 
 
@@ -283,7 +283,7 @@ def _handler(method: MethodDescriptor, behaviour: Any, parse: Any) -> Any:
 def called(
     channel: grpc.Channel, method: MethodDescriptor, messages: Iterable[bytes], seconds: float
 ) -> str:
-    """The name of the final status of a call of a real server with these bytes."""
+    """The name of the final status of a call to a real server with these bytes."""
     path = f"/{method.containing_service.full_name}/{method.name}"
     start = channel.stream_stream(path, request_serializer=None, response_deserializer=None)
     call = start(iter(messages), timeout=seconds)

@@ -28,5 +28,5 @@ def body(recipe: bytes) -> bytes:
 
 
 def recipe(*parts: tuple[bytes, int]) -> bytes:
-    """The recipe of pieces and powers."""
+    """The recipe of pieces and the exponents of their counts."""
     return bytes(byte for piece, power in parts for byte in (PIECES.index(piece), power))

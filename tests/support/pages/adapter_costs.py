@@ -1,8 +1,8 @@
 """The cost of each method per token in one module, counted on its operators.
 
 PEFT writes an adapter of its default size for one linear module, and the server lowers it to
-operators. The cost is the number of bytes that a row reads, and of products that it needs. No time
-is measured.
+operators. The cost is the number of bytes that a row reads, and the number of products that it
+needs. No time is measured.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def cost_rows(names: Iterable[str]) -> dict[str, str]:
 
 
 def render_costs() -> str:
-    """The page's table: LoRA at rank 16, the base itself, and every method by its read bytes."""
+    """The page's table: LoRA at rank 16, the base itself, and every method, fewest bytes first."""
     costs = module_costs(sorted(METHODS.keys() - ELSEWHERE))
     unit = costs.pop("")
     entries = INNER * OUT

@@ -36,7 +36,7 @@ def _names(methods: list[str]) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    """The names, with the methods of virtual tokens as one."""
+    """The names, with one name for all methods with virtual tokens."""
     prompts = {name for name, method in METHODS.items() if "num_virtual_tokens" in method.rules}
     if not prompts <= set(names):
         return ", ".join(names)

@@ -97,7 +97,7 @@ class GlobalMemory:
         return base
 
     def map(self, base: int, data: np.ndarray) -> None:
-        """Map bytes at an address that is above those of ``add``, or at their own."""
+        """Map bytes at an address: one from ``add``, or their own, which is above those."""
         number = bisect.bisect(self._bases, base)
         self._storages.insert(number, Storage(base, data))
         self._bases.insert(number, base)
@@ -137,7 +137,10 @@ class GlobalMemory:
         program: int,
         barriers: int = 0,
     ) -> None:
-        """Write elements of ``size`` bytes, one array per element, after some barriers."""
+        """Write elements of ``size`` bytes, one array per element.
+
+        ``barriers`` is the number of barriers that the program has passed.
+        """
         if size == 1:
             raise Fault("a store of one byte: races are followed in pairs of bytes")
         storage, offset = self._at(address, size * len(values), "store")

@@ -1,4 +1,4 @@
-"""An answer of a chat in pieces: cut like a stream, and joined like in a client."""
+"""A chat answer in pieces: cut as in a stream, and joined as in a client."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from turret.server.http.tools.reader import AnswerReader, delta_of
 
 
 def put_together(reader: AnswerReader, parts: list[str]) -> tuple[str, str, list[tuple[str, str]]]:
-    """The reasoning, text and calls, joined from deltas like in a client."""
+    """The reasoning, text and calls, joined from deltas as in a client."""
     thought, said, calls = "", "", []
     for piece in [*(p for part in parts for p in reader.feed(part)), *reader.finish()]:
         delta = delta_of(piece)

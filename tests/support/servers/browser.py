@@ -44,7 +44,7 @@ class Browser:
         self.driver.get(url)
 
     def size(self, width: int, height: int, *, dark: bool = False) -> None:
-        """Use the size of a screen, in CSS pixels."""
+        """Set the size of the screen, in CSS pixels, and the colour scheme."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -69,7 +69,7 @@ class Browser:
         """Wait until a function returns a true value.
 
         Raises:
-            AssertionError: The function did not; the message has the browser's log.
+            AssertionError: The function returned none in time; the message has the browser's log.
         """
         end = time.monotonic() + _WAIT_SECONDS
         while time.monotonic() < end:
@@ -102,7 +102,7 @@ def start_browser(folder: Path) -> Iterator[Browser]:
     options.binary_location = CHROMIUM or ""
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
     flags += ["--no-first-run", "--disable-background-networking", f"--user-data-dir={folder}"]
-    # Names that an attacker has resolved to this machine.
+    # Names that an attacker has made resolve to this machine.
     flags += ["--host-resolver-rules=MAP *.example 127.0.0.1"]
     for flag in flags:
         options.add_argument(flag)

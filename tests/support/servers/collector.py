@@ -61,7 +61,7 @@ class Collector:
             self._changed.notify_all()
 
     def wait_for(self, is_there: Callable[[], Any]) -> Any:
-        """The result of a function of what arrived, once it is true."""
+        """Wait until a function of the received data returns a true value, and return that."""
         with self._changed:
             found = self._changed.wait_for(is_there, 30)
         assert found, f"nothing of the kind in {self.histograms}"

@@ -34,7 +34,7 @@ class Repo:
     Attributes:
         commits: The files by name, by commit.
         refs: The commit by branch or tag.
-        is_private: Whether only the token can see it.
+        is_private: Whether it is visible only with the token.
         is_gated: Whether its files cannot be read.
         lied_sizes: Wrong sizes of files in the listing.
     """

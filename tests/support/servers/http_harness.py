@@ -168,7 +168,7 @@ async def http_harness(
 ) -> AsyncIterator[HttpHarness]:
     """A server on a free port, serving fakes; its registry may be a real one.
 
-    It trains if there is a directory for it.
+    It trains if ``training_dir`` is given.
     """
     services = Services(
         gate=ServingGate(),

@@ -82,7 +82,7 @@ def accepted_bytes(
         size: The announced size of each message.
         quiet_seconds: Stop if the server has accepted nothing for this long.
     """
-    # The room of the connection (0) and of each call.
+    # The flow-control window of the connection (0) and of each call.
     room = dict.fromkeys((0, *(2 * each + 1 for each in range(num_calls))), 65535)
     left = {number: size - 1 for number in room if number}
     initial, accepted = 65535, 0

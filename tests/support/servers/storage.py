@@ -1,4 +1,4 @@
-"""Real servers of other makers on this machine: an S3 server, and an OCI registry."""
+"""Real third-party servers on this machine: an S3 server, and an OCI registry."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A small trainer for tests: an adapter is a table of logits, with a row for each token.
 
-The next token's logits are the row of the present token, so losses, gradients and steps are those
+The next token's logits are the row of the current token, so losses, gradients and steps are those
 of a real model of one layer, computed by torch.
 """
 

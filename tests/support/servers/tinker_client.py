@@ -182,7 +182,7 @@ def main(url: str, model: str) -> dict[str, Any]:
 
 
 async def waited(client: Any) -> int:
-    """The lengths of a result that was awaited."""
+    """The number of outputs of an awaited result."""
     promise = client.forward([datum(TOKENS)], "cross_entropy")
     output = await promise
     return len(output.loss_fn_outputs)

@@ -1,4 +1,4 @@
-"""DPO by a custom loss, and reinforcement learning, with the client ``tinker``.
+"""DPO with a custom loss, and reinforcement learning, with the client ``tinker``.
 
 It runs in a process of its own, where another version of the client may be installed. It prints
 the curves as JSON.
@@ -18,7 +18,7 @@ import torch
 from tinker import types  # type: ignore[import-not-found]
 from transformers import AutoTokenizer
 
-# Prompts with an answer; the adapter is to prefer answers without capital letters.
+# Prompts with an answer; the adapter should learn to prefer answers without capital letters.
 QUESTIONS = (
     ("Name a fruit.", "An apple."),
     ("Name a colour.", "Blue."),
@@ -48,7 +48,7 @@ def result(promise: Any) -> Any:
 
 
 class Program:
-    """A training of a new adapter, and the tokens of its texts."""
+    """The training of a new adapter, and the tokens of its texts."""
 
     def __init__(self, url: str, model: str, tokenizer: str) -> None:
         self.service = tinker.ServiceClient(base_url=url, api_key="tml-test")
@@ -75,7 +75,7 @@ class Program:
 
 
 def datum(prompt: list[int], answer: list[int], **inputs: list[float]) -> types.Datum:
-    """A text whose inputs of the loss are those of the answer's tokens, and 0 before."""
+    """A text whose loss inputs are those of the answer's tokens, and 0 before them."""
     before = [0.0] * (len(prompt) - 1)
     arrays = {"target_tokens": np.array([*prompt, *answer][1:], np.int64)}
     arrays |= {name: np.array(before + each, np.float32) for name, each in inputs.items()}
@@ -95,7 +95,7 @@ def pairs_of(program: Program, questions: Any) -> list[types.Datum]:
 
 
 def answer_logprobs(data: list[types.Datum], logprobs: Any) -> torch.Tensor:
-    """The sum over each answer, ``[pairs, 2]``."""
+    """The sum of the logprobs of each answer's tokens, ``[pairs, 2]``."""
     sums = [
         (torch.as_tensor(each) * torch.tensor(one.loss_fn_inputs["weights"].tolist())).sum()
         for one, each in zip(data, logprobs, strict=True)
@@ -127,14 +127,14 @@ def train_by_preference(program: Program, steps: int) -> dict[str, Any]:
     after = scored(held_out)
     return {
         "curve": curve,
-        # The share of pairs of which the preferred answer is likelier.
+        # The share of pairs in which the preferred answer is likelier.
         "before": float((of_held_out[:, 0] > of_held_out[:, 1]).float().mean()),
         "after": float((after[:, 0] > after[:, 1]).float().mean()),
     }
 
 
 def reward(text: str) -> float:
-    """1 for an answer with letters, none of which is a capital one."""
+    """1 for an answer with letters, none of which is a capital."""
     return float(text == text.lower() and any(each.isalpha() for each in text))
 
 

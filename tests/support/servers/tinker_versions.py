@@ -1,8 +1,8 @@
 """The installed versions of the client ``tinker``.
 
-Each version that is installed below ``TINKER_CLIENTS`` is tried, as
-``pip install --target TINKER_CLIENTS/0.38.0 tinker==0.38.0`` installs it; otherwise the one that
-this Python has.
+These are the versions below ``TINKER_CLIENTS``, each installed as with
+``pip install --target TINKER_CLIENTS/0.38.0 tinker==0.38.0``. Without that variable, it is the
+version that this Python has.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 
 
 def _installed() -> list[str]:
-    """The folders with clients; empty for the one of this Python."""
+    """The folders with clients; ``""`` for the client of this Python."""
     if folder := os.environ.get("TINKER_CLIENTS"):
         return sorted(str(path) for path in Path(folder).iterdir())
     return [""] if importlib.util.find_spec("tinker") else []

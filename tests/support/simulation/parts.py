@@ -115,7 +115,7 @@ class Runner:
     """Draws tokens without a model, and checks that its inputs are present.
 
     Attributes:
-        num_full: The number of steps without memory.
+        num_full: The number of steps that failed because the device was full.
         num_accepted: The number of accepted draft tokens.
     """
 

@@ -45,7 +45,7 @@ HOST_BYTES = 6
 NUM_BLOCKS, BLOCK_SIZE = 24, 4
 MAX_SEQS, MAX_TOKENS = 3, 12
 STEP_SECONDS, PREEMPT_SECONDS = 0.1, 1.0
-# The waiting time, a preemption in each step, and the steps before and after them.
+# The wait before preemption, one step per preemption, and the steps before and after them.
 MOST_BLOCKED_SECONDS = PREEMPT_SECONDS + (MAX_SEQS + 3) * STEP_SECONDS
 # Maximum number of engine turns until requests end without other events.
 MOST_TURNS = 3000
@@ -59,7 +59,7 @@ class World:
         clock: The replacement of ``time`` in the tested modules.
 
     Attributes:
-        ended: The end of each request, by its answer's number.
+        ended: The end of each request, by its stream.
         counts: The numbers of events, which show that the test covers them.
     """
 
@@ -73,7 +73,7 @@ class World:
         self.counts: Counter[str] = Counter()
         lock = threading.RLock()
         silent: Any = Silent()
-        # Long answers hold the whole memory of some servers.
+        # Some servers have less memory for adapters, and long answers, which hold all of it.
         is_short = self.random.random() < 0.3
         self._lengths = (60,) if is_short else (1, 3, 8, 40)
         self._host_bytes = HOST_BYTES - 2 if is_short else HOST_BYTES
@@ -89,7 +89,7 @@ class World:
             end_users=lambda uuid: self.loop.post(lambda: self.loop.force_unload(uuid)),
             on_gone=self._gone,
         )
-        # The long answers of one mix fill some servers, which have memory for them.
+        # Some servers have KV blocks for many long answers, and those of one mix fill them.
         self._is_crowded = self.random.random() < 0.3
         self._most_changes = self.random.choice((1, 1, 6))
         self.pool = BlockPool(NUM_BLOCKS * (4 if self._is_crowded else 1), BLOCK_SIZE)

@@ -185,7 +185,7 @@ def test_a_truncated_text_keeps_its_label(model: Path, tmp_path: Path) -> None:
     assert resolved.dataset.num_truncated == 6
 
 
-# Adapters with any number of labels: training like in transformers, and serving.
+# Adapters with any number of labels: training as in transformers, and serving.
 
 
 WORDS = {"fruit": ("apple", "pear"), "tool": ("saw", "axe"), "loud": ("BANG", "CRASH")}
@@ -199,7 +199,7 @@ RUN_ON_SETS = (
 
 
 def write_sets(path: Path) -> Path:
-    """Write examples with every set of labels (also the empty one), from words for each label."""
+    """Write examples with every set of labels (even the empty one), from words for each label."""
     rows = []
     for number in range(40):
         held = [label for bit, label in enumerate(LABELS) if number >> bit & 1]

@@ -2,7 +2,7 @@
 
 The gates are recomputed from dense matrices in float64, and the components' answers by PEFT, one
 example at a time without padding. Faults that were planted in ``training/fusion.py``, and how many
-tests each one failed: the worst component used as the best (4), another example's component (4),
+tests failed for each: the worst component used as the best (4), another example's component (4),
 always the first component (4), padding and positions after the last target counted (3), no guidance
 in the penalty (3), rows identified by their tokens without the learned ones (1), or with their
 padding (1).

@@ -110,7 +110,7 @@ typedef struct {
 
 /* How far a thread has prefetched factors (ahead.h). */
 typedef struct {
-    int64_t module, segment, component; /* counted from the segment's first */
+    int64_t module, segment, component; /* component: counted from the segment's first */
     int64_t factor;                     /* 0 is A, 1 is B */
     int64_t done;                       /* lines of the factor that were prefetched */
     int64_t ranks;                      /* ranks of the module's components before this one */
@@ -187,7 +187,7 @@ void low_rank_expand(const Module *m, const Rows *rows, const ModuleSize *size, 
 void low_rank_begin(void);
 void low_rank_end(void);
 
-/* Computes tile number `tile` of U = w2b diag(x) w1b^T. */
+/* hadamard_shrink computes tile number `tile` of U = w2b diag(x) w1b^T. */
 INLINE int64_t hadamard_tiles(const Hadamard *h) {
     int64_t side = (h->rank + RANKS - 1) / RANKS;
     return side * side;

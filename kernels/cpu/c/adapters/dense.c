@@ -1,5 +1,5 @@
-/* Updates with a whole matrix for a weight: dot products as for the A of low-rank updates, weighted and added
- * up. */
+/* Updates by a whole matrix D. The dot products are computed as those of the A of a low-rank
+ * update, then weighted and added. */
 #include "adapters.h"
 #include "dots.h"
 

@@ -249,7 +249,7 @@ class _PieceSums:
         self._known: dict[tuple[int, torch.Size], bool] = {}
 
     def __contains__(self, a: torch.Tensor) -> bool:
-        """Whether ``A[r, i]``, ``[rank, in]``, is 1 for ``i mod rank = r`` and else 0."""
+        """Whether ``A[r, i]``, ``[rank, in]``, is 1 for ``i mod rank = r`` and 0 otherwise."""
         key = a.data_ptr(), a.shape
         if key not in self._known:
             rank, inner = a.shape

@@ -58,8 +58,8 @@ class GpuStepGates:
     """The gates of a step.
 
     Attributes:
-        tables: The table of all scores, for each projection in which an adapter of the step has
-            gates.
+        tables: The table with the addresses of queries and keys, for each projection in which an
+            adapter of the step has gates.
     """
 
     tables: Mapping[str, torch.Tensor]

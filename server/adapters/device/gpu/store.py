@@ -253,7 +253,7 @@ class GpuStore(AdapterStore):
                 begins where the one before ends.
             tables: The tables for the metadata.
             given: Scalings that first passes computed; see ``StepMembers``.
-            num_decode: The number of first rows that decode (see ``nf4_gpu.py``); None for all.
+            num_decode: The number of leading rows that decode (see ``nf4_gpu.py``); None for all.
             form: The kernels to launch, at least those that its rows need; None for just these.
         """
         form = self.form(mix for _, _, mix in runs) if form is None else form

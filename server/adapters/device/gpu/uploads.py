@@ -1,7 +1,7 @@
 """Copies of adapters to the device, which run concurrently with the steps.
 
-A thread copies them into pinned memory that is allocated once, and from there on a separate stream.
-The stream of the steps waits for them by an event, only at the first use.
+A thread copies them into pinned memory, which is allocated once, and from there to the device on a
+separate stream. The stream of the steps waits for them by an event, only at the first use.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def beside_steps(device: torch.device) -> Iterator[None]:
 
 
 def empty_cache(device: torch.device) -> None:
-    """Give back what torch's allocator holds in reserve.
+    """Give back the memory that torch's allocator holds in reserve.
 
     After a failed capture, torch 2.11 and 2.12.0 raise an error here, which is ignored.
     """
@@ -264,7 +264,7 @@ class _Arriving:
     Attributes:
         operators: Views of ``memory``.
         memory: The memory that holds the operators.
-        arrived: The event that the copy has ended.
+        arrived: The event that marks the end of the copy.
     """
 
     operators: AdapterOperators

@@ -1,8 +1,8 @@
 """TinyLoRA (arXiv 2602.04118): ``Δ(x) = B (Σ_i v_i P_i) A x``, a handful of trained ``v``.
 
-A and B are singular directions of the weight on which it was trained; the file contains them, so
-the update does not depend on the base. All modules of a group share ``v``, and ``P`` is random and
-fixed.
+A and B are singular directions of the weight on which the adapter was trained; the file contains
+them, so the update does not depend on the base. All modules of a group share ``v``, and ``P`` is
+random and fixed.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ _DEFAULTS: Mapping[str, Any] = {
 def _layers(reading: Reading) -> _Layers:
     """The classifier's weights and biases in order.
 
-    Checks all sizes but the last number of outputs.
+    Checks all sizes except the number of outputs of the last layer.
     """
     config, findings = reading.config, reading.findings
     if COMPONENTS_KEY not in config:

@@ -1,7 +1,7 @@
 """Multitask prompt tuning (arXiv 2303.02861): soft tokens ``P ⊙ (c_t r_t)`` of task ``t``.
 
-All tasks share ``P``, and each task has its own columns ``c_t`` and rows ``r_t``. An adapter is one
-task in its files.
+All tasks share ``P``, and each task has its own columns ``c_t`` and rows ``r_t``. An adapter
+serves one of the tasks in its file.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """LoHa (FedPara, arXiv 2108.06098): ``Δ(x) = s·((w1a w1b) ⊙ (w2a w2b)) x``, ``s = alpha/r``.
 
-Computed in rank space (``server/adapters/operators/hadamard.py``), which needs ``r² (in + out)``
-products per token, while a dense update needs ``in · out``. The adapter is rejected unless the
-first number is smaller; for a square module, unless ``r² < d/2``.
+The update is computed in rank space (``server/adapters/operators/hadamard.py``), which needs
+``r² (in + out)`` products per token, while a dense update needs ``in · out``. The adapter is
+rejected unless the first number is smaller; for a square module, unless ``r² < d/2``.
 """
 
 from __future__ import annotations

@@ -52,8 +52,7 @@ def _operators(m: Module) -> Piece | tuple[()]:
     lambdas, gamma = m.wide(_LAMBDA, _GAMMA)
     count, wide = len(gamma), gamma.dtype
     scaled = lambdas[:, :, None] * a[:, :, : _LEAST.of(m)].to(wide) * gamma
-    # PEFT flattens one by ranks first and the other by bases first, and the adapter was trained
-    # that way.
+    # PEFT flattens A by ranks first and B by bases first, and the adapter was trained that way.
     update = b[: _MOST.of(m), :count].to(wide).flatten(1) @ scaled.flatten(0, 1)
     update = update if m.inputs == _LEAST.of(m) else update.T
     return Dense(update * (m.config["randlora_alpha"] / m.config["r"]))

@@ -51,7 +51,7 @@ def _operators(m: Module) -> tuple[Piece, Piece]:
 
 
 def _product(saved: torch.Tensor) -> torch.Tensor:
-    """``M − I`` of ``[N, blocks, b, b]`` fp64, ``[blocks / 2ᴺ⁻¹, b 2ᴺ⁻¹, b 2ᴺ⁻¹]``."""
+    """``M − I``, ``[blocks / 2ᴺ⁻¹, b 2ᴺ⁻¹, b 2ᴺ⁻¹]``, from saved ``[N, blocks, b, b]`` fp64."""
     num_factors, count, size, _ = saved.shape
     run = size << (num_factors - 1)
     total: torch.Tensor | None = None

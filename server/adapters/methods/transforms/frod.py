@@ -1,6 +1,6 @@
 """FRoD (doi 10.1609/aaai.v40i31.39813): ``y = U (S + diag(l)) Vᵀ x + b`` instead of ``W x + b``.
 
-The file contains ``V``, which modules of the same kind share, the sparse ``S``, and ``l``. ``U`` is
+The file contains ``l``, the sparse ``S``, and ``V``, which modules of the same kind share. ``U`` is
 computed from the weight: its columns are those of ``W V⁻ᵀ``, each divided by its length. The error
 of a 4-bit weight therefore affects ``U``, and the worse the condition of ``V``, the more it affects
 the update. The error is estimated and reported. The adapter is rejected if most of the update would

@@ -45,7 +45,7 @@ def _block_size(m: Module) -> int:
 
 
 def dividing(in_features: int, wanted: int) -> int:
-    """The divisor of ``in_features`` that is closest to ``wanted``; of two, the smaller one.
+    """The divisor of ``in_features`` that is closest to ``wanted``; on a tie, the smaller one.
 
     PEFT derives the block size from it.
     """

@@ -39,7 +39,7 @@ def _operators(m: Module) -> Piece:
 
 
 def _network(x: torch.Tensor, m: Module) -> torch.Tensor:
-    """``[in_features, rank]`` → the same."""
+    """Runs the network on ``[in_features, rank]``; the result has the same shape."""
     act, depth = activation(m.config["act_fn"]), m.config["depth"]
     x, kept = act(x), []
     for number in range(depth):

@@ -51,7 +51,7 @@ def _operators(m: Module) -> Iterator[Piece]:
         yield Bias((vector.reshape(-1).float() - 1.0) * served)
 
 
-# The paper scales the inputs of the last module of the feed-forward.
+# The paper scales the inputs of the last module of the feed-forward network.
 _FEEDFORWARD = "down_proj"
 
 

@@ -57,13 +57,13 @@ from turret.server.engine.step.runner import Computed, Executor, fill_prefix, sa
 from turret.server.models.decoding.gpu_decoder import GpuDecoder, GpuStep
 from turret.server.models.decoding.layer_ops import KvCache
 
-# The start of a CUDA device, before the first request.
+# Startup on a CUDA device, before the first request.
 #
 # The memory is divided according to the needs of the largest step. Kernels are compiled and decode
 # steps are captured, so that no request waits for that.
 
 
-# Share of the memory left free by the model.
+# Share that adapters get by default of the memory that the model leaves free.
 _ADAPTER_SHARE = 1 / 7
 # Share of the device's memory for captured steps, libraries, gaps between allocations, and a
 # merge's second copy of a projection.

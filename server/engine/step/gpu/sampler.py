@@ -34,7 +34,8 @@ from turret.server.engine.step.sampler import (
 _HOST = torch.device("cpu")
 # Larger numbers are not exact in fp32, and no vocabulary has as many tokens.
 _MAX_TOP_K = 1 << 24
-# Temperature, top-p, distance and top-k, in the format of ``SamplingTable``.
+# Temperature, top-p, maximum distance from the likeliest token (min-p) and top-k, in the format of
+# ``SamplingTable``.
 _Row = tuple[float, float, float, float]
 
 
@@ -44,7 +45,7 @@ class GpuSampler(Sampler):
     The tokens of sequences with a vocabulary of their own are drawn on the host.
 
     Args:
-        stop_token_ids: The model's end tokens, not drawn while under ``min_tokens``.
+        stop_token_ids: The model's end tokens, which are not drawn before ``min_tokens``.
         max_seqs: Maximum number of sequences in a step.
         device: Where the logits are.
     """
@@ -170,8 +171,8 @@ class GpuSampler(Sampler):
             return False
         changes = _Changes(logits.shape[1])
         for i, sequence in rows:
-            # Its tensors stay on the host, where new tokens are read. All changes are copied
-            # together.
+            # The adjustment's tensors stay on the host, where new tokens are read. All changes are
+            # copied together.
             changes.add(i, self._adjustment(sequence, _HOST))
         changes.apply(logits)
         return True

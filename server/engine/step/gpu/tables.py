@@ -82,7 +82,7 @@ class BlockTables:
     def _make(self, max_blocks: int) -> None:
         self._max_blocks = max_blocks
         size = (self._max_seqs + 1) * max_blocks
-        # The step before may still read it.
+        # Keep the old buffer, which the step before may still read.
         self._previous = self.buffer
         self.buffer = torch.zeros(size, dtype=torch.int32, device=self._device)
         self.clear()
@@ -103,7 +103,7 @@ class BlockTables:
         return [self._rows[sequence].begin for sequence in sequences]
 
     def update(self, sequences: SequenceOf[Sequence]) -> BlockUpdates:
-        """Find what must be sent for a step. From then on, it counts as sent."""
+        """Find the block numbers to send for a step. From then on, they count as sent."""
         longest = max([len(sequence.blocks) for sequence in sequences], default=0)
         if longest > self._max_blocks:
             self.epoch += 1
@@ -342,7 +342,7 @@ class StepTables:
 
 
 def _doubled(room: int, size: int) -> int:
-    """The size after as few doublings as possible."""
+    """``room``, doubled until it is at least ``size``."""
     while room < size:
         room *= 2
     return room

@@ -133,7 +133,7 @@ async def test_methods_made_of_others_in_bf16(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """SmolLM2 and its adapters; each of the thirty layers changes less than on a model of two."""
+    """SmolLM2 and its adapters, which change each of its 30 layers less than on a tiny model."""
     model = load_oracle(None, served_weights(None, torch.float32))
     root = tmp_path_factory.mktemp("embedded")
     save_all(model, root, 0.1, ON_SMOLLM2)

@@ -53,7 +53,7 @@ def prompt_tuning(draw: Draw) -> dict[str, Any]:
 
 def p_tuning(draw: Draw) -> dict[str, Any]:
     kind = draw(st.sampled_from(["MLP", "LSTM"]))
-    # An MLP always has two.
+    # An MLP always has two layers.
     layers = draw(st.integers(1, 3)) if kind == "LSTM" else 2
     keys = {"encoder_reparameterization_type": kind, "encoder_num_layers": layers}
     return {**prompt_tuning(draw), **keys, "encoder_hidden_size": draw(st.integers(1, 40))}

@@ -298,7 +298,7 @@ def test_lokr_factors_must_be_complete_and_unambiguous(
         lower_adapter(tmp_path, base_of(tiny_llama()))
 
     def swap(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A first factor that is replaced with the whole weight."""
+        """Tensors in which the first factor has the size of the whole weight."""
         result = {key: value for key, value in tensors.items() if ".lokr_" not in key}
         for layer in (0, 1):
             key = KEY.replace("layers.0", f"layers.{layer}")
@@ -322,8 +322,8 @@ def test_other_layouts_are_refused(method: str, name: str, tmp_path: Path) -> No
     assert (field, expected) in [(n, why.reason) for n, why in refusal_of(tmp_path).violations]
 
 
-# Methods that cannot overflow: vectors and rotations of pairs are always fp32, a reflection has no
-# length, and an exact Cayley transform stays a rotation.
+# Methods that cannot overflow: vectors and rotations of pairs are always fp32, the length of a
+# reflection's vector has no effect, and an exact Cayley transform stays a rotation.
 FINITE = ("ia3", "beft", "ln_tuning", "hra", "road", "boft")
 
 
@@ -354,11 +354,11 @@ def test_every_peft_type_is_served_or_refused_by_name(kind: str, tmp_path: Path)
         assert says("UNSUPPORTED_VALUE", value=kind, why=UNSERVED[kind])(error)
 
 
-# Following the advice in errors about unsupported adapters makes them work.
+# The advice in errors about unsupported adapters leads to adapters that are served.
 
 
 TARGETS: dict[str, Any] = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
-# Small adapters of every kind for which the advice is a change of the files.
+# A small adapter of each kind for which the advice is a conversion.
 CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ADAMSS": (peft.AdamssConfig, {"r": 16, "num_subspaces": 3, "subspace_rank": 2}),
     "PSOFT": (peft.PsoftConfig, {"r": 4}),

@@ -106,7 +106,7 @@ def text_of(mix: Sequence[tuple[str, float]], number: int) -> list[int]:
 
 @torch.no_grad()
 def peft_greedy(model: Any, prompt: list[int], count: int) -> tuple[list[int], list[float]]:
-    """Greedy tokens and logprobs by PEFT, which searches the invocation only in the prompt."""
+    """Greedy tokens and logprobs by PEFT, which searches for the invocation only in the prompt."""
     with quiet():
         found = model.generate(
             input_ids=torch.tensor([prompt]),

@@ -242,7 +242,8 @@ def refusal(root: Path, kind: type[TurretError]) -> TurretError:
 
 
 TWO = ["wide-0", "wide-1"]
-# A change of the config (``arrow``: of arrow_config), the reported key, and a check of its error.
+# A change of the config (under ``arrow``, of its ``arrow_config``), the reported key, and a check
+# of the error.
 REFUSED: dict[str, tuple[dict[str, Any], str, Callable[[object], bool]]] = {
     "no components": ({"components": ...}, "components", says("REQUIRED")),
     "no experts": (

@@ -242,7 +242,7 @@ async def test_a_rank_over_the_limit_is_refused_before_it_takes_memory(tmp_path:
             edit(tmp_path / name, lambda t: None, r=1 << 40)
             with pytest.raises(BudgetExceededError, check=says("RANK_OVER_LIMIT", rank=1 << 40)):
                 harness.registry.load(name, name)
-        # A pattern within the limit that matches no tensor.
+        # The pattern's rank is within the limit, but no tensor has this rank.
         edit(tmp_path / "modules", lambda t: None, r=4, rank_pattern={"up_proj": 100})
         large = patch.object(torch, "zeros", side_effect=AssertionError("as the config says"))
         with pytest.raises(TurretError, check=says("WRONG_SHAPE")), large:

@@ -25,7 +25,7 @@ def save_4bit(plain: Path, folder: Path, skip: Sequence[str], **changes: Any) ->
         plain: A checkpoint in 16 bits.
         folder: The new checkpoint.
         skip: ``llm_int8_skip_modules``.
-        changes: Of the ``BitsAndBytesConfig``.
+        changes: Changes to the ``BitsAndBytesConfig``.
     """
     wanted = {
         "load_in_4bit": True,

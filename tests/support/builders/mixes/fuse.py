@@ -114,7 +114,7 @@ class Fusions:
 
 
 def merged_deltas(directory: Path) -> dict[str, torch.Tensor]:
-    """The change of weights by merging an adapter, fp64: PEFT's ΔW for any method."""
+    """The change of the weights when an adapter is merged, fp64: PEFT's ΔW for any method."""
     base = tiny_llama().double()
     before = {name: linear.weight.detach().clone() for name, linear in linear_modules(base).items()}
     with quiet():

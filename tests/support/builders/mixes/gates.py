@@ -52,7 +52,7 @@ def given_of(num_rows: int) -> dict[str, Tensor]:
 
 
 def rows_of(given: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
-    """The same for some of the rows."""
+    """The results of first passes for some of the rows."""
     return {key: values[rows] for key, values in given.items()}
 
 
