@@ -189,7 +189,7 @@ class Screen:
     def serves(weight: torch.Tensor) -> bool:
         """Whether there are kernels to screen the weight and to compute the remaining outputs."""
         is_here = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-        fits = weight.shape[0] >= _LEAST_OUTPUTS and weight.shape[1] % 2 == 0
+        fits = weight.shape[0] >= _LEAST_OUTPUTS and weight.shape[1] % 8 == 0
         return is_here and fits and native.isa() not in {None, "baseline"}
 
     def outputs(self, x: torch.Tensor, slack: float = 0.0) -> torch.Tensor | None:

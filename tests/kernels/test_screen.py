@@ -66,7 +66,7 @@ def largest(x: torch.Tensor, weight: torch.Tensor, slack: float) -> set[int]:
 
 
 @pytest.mark.parametrize("make", MAKES)
-@pytest.mark.parametrize(("out", "size"), [(256, 2), (300, 64), (1001, 576), (4097, 130)])
+@pytest.mark.parametrize(("out", "size"), [(256, 8), (300, 64), (1001, 576), (4097, 136)])
 def test_the_screen_never_excludes_the_largest_output(make: Make, out: int, size: int) -> None:
     generator = torch.Generator().manual_seed(out + size)
     weight = make(generator, out, size).bfloat16()

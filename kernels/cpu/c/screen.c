@@ -40,40 +40,50 @@ typedef struct {
     int64_t out_features, in_features;
 } Codes;
 
+#define TOGETHER 8 /* weights that are rounded at a time */
+typedef double f64x8 __attribute__((vector_size(64)));
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef uint32_t u32x8 __attribute__((vector_size(32)));
+typedef uint16_t u16x8 __attribute__((vector_size(16), aligned(2), may_alias));
+
 static void round_tile(const void *job, int64_t thread, int64_t tile) {
     const Codes *j = job;
     int64_t n = j->in_features;
-    double spread = 0, length = 0;
+    double *spread = j->facts + 2 * tile, *length = spread + 1;
     (void)thread;
+    *spread = *length = 0;
     for (int64_t i = 0; i < TILE; i++) {
         const bf16 *w = j->weight + least(tile * TILE + i, j->out_features - 1) * n;
         int8_t *codes = j->codes + tile * TILE * n + 2 * i;
-        float most = 0;
-        int is_finite = 1;
+        bf16 most = 0; /* without signs, bf16 numbers have the order of their bits */
         for (int64_t k = 0; k < n; k++) {
-            float size = fabsf(to_f32(w[k]));
+            bf16 size = w[k] & 0x7fff;
             most = size > most ? size : most;
-            is_finite &= size <= 0x1.fffffep127f;
         }
-        float scale = most < TOO_SMALL ? 0 : most / TOP, per_code = scale > 0 ? 1 / scale : 0;
-        double all = 0, off = 0;
-        for (int64_t k = 0; k < n; k++) {
-            float value = to_f32(w[k]), code = is_finite ? rintf(value * per_code) : 0;
-            code = code > TOP ? TOP : code < -TOP ? -TOP : code;
-            double rest = scale > 0 ? value - (double)scale * code : 0;
-            codes[k / 2 * 2 * TILE + k % 2] = (int8_t)code;
-            all += (double)value * value;
+        if (most >= 0x7f80) {
+            *length = INFINITY;
+            return;
+        }
+        float scale = to_f32(most) < TOO_SMALL ? 0 : to_f32(most) / TOP, per_code = scale > 0 ? 1 / scale : 0;
+        f64x8 all = {0}, off = {0};
+        for (int64_t k = 0; k < n; k += TOGETHER) {
+            f32x8 value = (f32x8)(__builtin_convertvector(*(const u16x8 *)(w + k), u32x8) << 16);
+            f32x8 code = (value * per_code + 0x1.8p23f) - 0x1.8p23f; /* the nearest integer */
+            f64x8 exact = __builtin_convertvector(value, f64x8);
+            f64x8 rest = exact - (double)scale * __builtin_convertvector(code, f64x8);
+            all += exact * exact;
             off += rest * rest;
+            for (int l = 0; l < TOGETHER; l++) codes[(k + l) / 2 * 2 * TILE + l % 2] = (int8_t)code[l];
         }
+        double squares = 0, errors = 0;
+        for (int l = 0; l < TOGETHER; l++) squares += all[l], errors += off[l];
         j->scales[tile * TILE + i] = scale;
-        if (scale > 0) spread = fmax(spread, sqrt(off) / scale);
-        length = is_finite ? fmax(length, sqrt(all) + sqrt(off)) : INFINITY;
+        if (scale > 0) *spread = fmax(*spread, sqrt(errors) / scale);
+        *length = fmax(*length, sqrt(squares) + sqrt(errors));
     }
-    j->facts[2 * tile] = spread;
-    j->facts[2 * tile + 1] = length;
 }
 
-/* Computes the 8-bit copy. in_features must be even. NaN and infinities make a length infinite. */
+/* Computes the 8-bit copy. in_features is a multiple of 8. NaN and infinities make a length infinite. */
 EXPORT void turret_screen_codes(const bf16 *weight, int64_t out_features, int64_t in_features, int8_t *codes,
                                 float *scales, double *facts, int64_t threads) {
     Codes job = {weight, codes, scales, facts, out_features, in_features};
