@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
 from turret.server.models.decoding.cpu_layers import CpuLayerOps
-from turret.server.models.fidelity import memory_of
+from turret.server.models.memory import memory_of
 from turret.server.models.model_source import stored_weights
 from turret.server.models.sources.model_directory import weight_files
 from turret.server.training.learner import BYTES_PER_PARAMETER
