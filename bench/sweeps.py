@@ -40,18 +40,18 @@ CASES = {
 def measure(args: argparse.Namespace) -> dict[str, float]:
     """Train a case in this process."""
     use_threads(None, is_background=True)
-    from turret.training.engine import LocalEngine
-    from turret.training.own_engine import own_engines
+    from turret.training.engine import PeftEngine
+    from turret.training.in_process_engine import in_process_engines
     from turret.training.settings.resolve import resolve
     from turret.training.trainer import make_stream
 
-    with tempfile.TemporaryDirectory() as folder, own_engines() as open_engine:
+    with tempfile.TemporaryDirectory() as folder, in_process_engines() as open_engine:
         path = Path(folder) / "train.toml"
         run = f"steps = {args.steps}\nbatch_size = {args.batch_size}"
         path.write_text(f'[data]\ntrain = "{DATA}"\nvalidation_fraction = 0.02\n[run]\n{run}\n')
         variants = read_variants(path, [CASES[args.case]])
         resolved = [resolve(variant.config, path.parent) for variant in variants]
-        opened = LocalEngine if args.case.endswith("PEFT") else open_engine
+        opened = PeftEngine if args.case.endswith("PEFT") else open_engine
         engines = [opened(each) for each in resolved]
         stream = make_stream(resolved[0])
         batches = [stream.rows(step) for step in range(args.steps + 1)]

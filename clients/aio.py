@@ -103,6 +103,8 @@ def _rpc(
 ) -> Callable[[Callable[_P, Awaitable[_T]]], Callable[_P, Coroutine[Any, Any, _T]]]:
     """Implement a method as an RPC. The arguments become the fields of its request.
 
+    The method's own body never runs: its signature alone defines the request.
+
     Args:
         name: The name of the RPC.
         kind: The class of the result; None for a response without fields.

@@ -1,4 +1,8 @@
-"""One call: what it sends, its retries, and its answer, complete or as a stream."""
+"""One call: what it sends, its retries, and its answer, complete or as a stream.
+
+Both clients run these coroutines. Those of the synchronous client never suspend, because the
+methods of ``BlockingConnection`` block instead, so ``completed`` runs them without an event loop.
+"""
 
 from __future__ import annotations
 

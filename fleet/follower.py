@@ -106,12 +106,27 @@ def propose(
 class Applies(Protocol):
     """Applies the fleet's state to the replica; see ``ReplicaParts``."""
 
-    def reset(self, state: FleetState) -> None: ...
-    def apply(self, entry: Entry) -> None: ...
-    def holding(self) -> Mapping[str, int]: ...
-    def prepared(self) -> Mapping[str, TurretError | None]: ...
-    def usage(self) -> Mapping[str, AdapterUsage]: ...
-    def num_requests(self) -> tuple[int, int]: ...
+    def reset(self, state: FleetState) -> None:
+        """Applies a snapshot of the whole state; blocks."""
+
+    def apply(self, entry: Entry) -> None:
+        """Applies one change of the state; blocks."""
+
+    def holding(self) -> Mapping[str, int]:
+        """The number of requests on each replaced or closing generation, by its key."""
+        ...
+
+    def prepared(self) -> Mapping[str, TurretError | None]:
+        """The merge plan whose preparation has ended, with its error or None."""
+        ...
+
+    def usage(self) -> Mapping[str, AdapterUsage]:
+        """The adapters in memory or in use, by name; the same object while nothing changes."""
+        ...
+
+    def num_requests(self) -> tuple[int, int]:
+        """The numbers of waiting and of running requests."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

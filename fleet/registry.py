@@ -169,6 +169,7 @@ class FleetRegistry:
         # The files and key of uploaded generations that are gone, with the revision that removed
         # each. The files are deleted once no replica uses them.
         self._leftovers: list[tuple[Source, str, int]] = []
+        # Until then, a replica that follows an earlier run may answer requests.
         self._quiet_until = now if is_first else self._expiry(now)
 
     # Replicas
@@ -217,6 +218,7 @@ class FleetRegistry:
 
     def _reporting(self, report: p.Report) -> LivingReplica:
         living = self._living.get(report.replica)
+        # The first revision in the log: the replica must have received all the earlier ones.
         oldest = self._log[0][0] if self._log else self.revision + 1
         is_known = living is not None and living.session == report.session
         if living is None or not is_known or report.received < oldest - 1:

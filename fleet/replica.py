@@ -306,7 +306,12 @@ class ReplicaRegistry(AdapterRegistry):
 
 
 def _departing(registration: Registration) -> list[Adapter]:
-    """Generations that get no new requests."""
+    """Generations that get no new requests.
+
+    A registration's ``named`` generations are those that requests may name, the current one first.
+    Its ``retired`` ones are those that only earlier requests hold. A name that is being unloaded
+    gives up both; one that has been dropped has only retired generations left.
+    """
     if registration.state == "ACTIVE" or registration.current.is_retired:
         return list(registration.retired)
     return [*registration.named, *registration.retired]

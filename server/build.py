@@ -51,8 +51,8 @@ from turret.server.models.chat_template import base_template
 from turret.server.models.decoding.decoder import Decoder
 from turret.server.models.decoding.layer_ops import KvCache
 from turret.server.models.describe import BaseEdit, ModelInfo, describe_base, describe_projections
-from turret.server.models.fidelity import memory_of
 from turret.server.models.loader import eos_token_ids, formulations, load_decoder
+from turret.server.models.memory import memory_of
 from turret.server.models.model_source import ModelSource, resolve_model
 from turret.server.models.own_tokenizers import OwnTokenizers
 from turret.server.models.sources.check import default_cache_dir

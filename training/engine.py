@@ -32,7 +32,7 @@ from turret.training.settings.resolve import Resolved
 
 if TYPE_CHECKING:
     # Only some runs need them.
-    from turret.training.own_engine import OwnEngine
+    from turret.training.in_process_engine import InProcessEngine
     from turret.training.server_engine import ServerEngine
 
 
@@ -73,7 +73,7 @@ def pad_token(tokenizer: Any) -> int:
     return tokenizer.eos_token_id if pad is None else pad
 
 
-class LocalEngine:
+class PeftEngine:
     """Trains an adapter with transformers and PEFT in this process.
 
     Args:
@@ -187,4 +187,5 @@ class LocalEngine:
         """Free what the engine holds outside this process."""
 
 
-Engine: TypeAlias = "LocalEngine | OwnEngine | ServerEngine"
+# ``PeftEngine`` documents the methods, which all three have.
+Engine: TypeAlias = "PeftEngine | InProcessEngine | ServerEngine"

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
 from turret.server.models.decoding.cpu_layers import CpuLayerOps
-from turret.server.models.fidelity import memory_of
+from turret.server.models.memory import memory_of
 from turret.server.models.model_source import stored_weights
 from turret.server.models.sources.model_directory import weight_files
 from turret.server.training.learner import BYTES_PER_PARAMETER
@@ -29,8 +29,8 @@ from turret.training.batches import BatchRow, make_batch
 from turret.training.classifier import classifier_loss
 from turret.training.engine import attach_to, pad_token, trainable
 from turret.training.errors import RunError
+from turret.training.in_process_engine import in_process_engines, is_shared
 from turret.training.loss import LossFunction
-from turret.training.own_engine import is_shared, own_engines
 from turret.training.settings.config import read_config, render_config
 from turret.training.settings.resolve import Resolved, resolve
 from turret.training.trainer import make_stream
@@ -287,7 +287,7 @@ def rehearse(config_file: Path) -> int:
     config = resolved.config
     assert config.optimizer.learning_rate is not None
     train, validation = largest_rows(resolved)
-    with own_engines() as open_engine, closing(open_engine(resolved)) as engine:
+    with in_process_engines() as open_engine, closing(open_engine(resolved)) as engine:
         for _ in range(_STEPS):
             engine.backward([train] * min(2, config.run.gradient_accumulation))
             engine.step(config.optimizer.learning_rate)

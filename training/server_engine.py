@@ -37,7 +37,7 @@ _EPSILON = 1e-8
 class SharedEngine(ABC):
     """Trains an adapter on a base that serves requests and other adapters in training.
 
-    Attributes and methods are those of ``LocalEngine``.
+    Attributes and methods are those of ``PeftEngine``.
 
     Args:
         resolved: The run, which ``check_served`` has accepted.

@@ -19,7 +19,7 @@ from turret.server.api.tenants.tenants import MAX_MODELS
 from turret.training.base_model import check_base
 from turret.training.engine import Engine
 from turret.training.errors import RunError
-from turret.training.own_engine import is_shared
+from turret.training.in_process_engine import is_shared
 from turret.training.report import write_report
 from turret.training.run.folder import RunFolder, what_next
 from turret.training.serving_cost import serving_cost
@@ -29,8 +29,10 @@ from turret.training.settings.variants import Variant
 from turret.training.trainer import FinishedRun, Observer, Trainer
 from turret.training.words import say
 
-# ``stops_early`` keeps a third of the variants after a ninth and after a third of the steps.
-_RUNGS, _KEPT = (9, 3), 3
+# ``stops_early`` compares the variants after a ninth and after a third of their steps.
+_EARLY_DIVISORS = (9, 3)
+# Each time, it keeps the best third of them.
+_KEPT_DIVISOR = 3
 OpenEngine: TypeAlias = Callable[[Resolved], Engine]
 
 
@@ -112,11 +114,11 @@ def sweep(
     results: dict[str, FinishedRun] = {}
     left = list(runs)
     # Successive halving, the synchronous form of ASHA (arXiv 1810.05934).
-    for part in (*(_RUNGS if stops_early else ()), 1):
-        found = _train_all(left, part, announce, open_engine)
+    for divisor in (*(_EARLY_DIVISORS if stops_early else ()), 1):
+        found = _train_all(left, divisor, announce, open_engine)
         results |= {run.name: result for run, result in zip(left, found, strict=True)}
         left.sort(key=lambda run: results[run.name].validation_loss or 0.0)
-        left = left[: -(-len(left) // _KEPT)]
+        left = left[: -(-len(left) // _KEPT_DIVISOR)]
     done = [_described(run, results[run.name]) for run in runs]
     text = json.dumps([result.figures() for result in done], indent=2) + "\n"
     output = (folder / variants[0].config.run.output).parent
@@ -140,15 +142,15 @@ class _Run:
     def is_together(self) -> bool:
         return self.is_served or is_shared(self.resolved)
 
-    def train(self, part: int, listen: Observer, open_engine: OpenEngine) -> FinishedRun:
-        """Train the first of ``part`` parts of the steps, unless they are already finished."""
+    def train(self, divisor: int, listen: Observer, open_engine: OpenEngine) -> FinishedRun:
+        """Train the run's number of steps divided by ``divisor``, unless already finished."""
         folder, num_steps = RunFolder(Path(self.name)), self.resolved.config.run.steps
         assert num_steps is not None
         if folder.is_finished:
             listen({"kind": "note", "text": f"{self.variant.title} is already trained"})
         trainer = Trainer(self.resolved, listen, open_engine)
         with folder.held():
-            until = max(1, num_steps // part)
+            until = max(1, num_steps // divisor)
             result = trainer.finished(until)
             if result is None:
                 result = trainer.run(resume=trainer.is_started, until=until)
@@ -176,23 +178,23 @@ def _described(run: _Run, result: FinishedRun) -> VariantResult:
 
 
 def _train_all(
-    runs: Sequence[_Run], part: int, announce: Announce, open_engine: OpenEngine
+    runs: Sequence[_Run], divisor: int, announce: Announce, open_engine: OpenEngine
 ) -> list[FinishedRun]:
     found: dict[str, FinishedRun] = {}
     shared = [run for run in runs if run.is_together]
     if shared:
         with announce("sweep") as listen:
-            results = _together(shared, part, listen, open_engine)
+            results = _together(shared, divisor, listen, open_engine)
         found |= {run.name: result for run, result in zip(shared, results, strict=True)}
     for run in runs:
         if not run.is_together:
             with announce(run.variant.title) as listen:
-                found[run.name] = run.train(part, listen, open_engine)
+                found[run.name] = run.train(divisor, listen, open_engine)
     return [found[run.name] for run in runs]
 
 
 def _together(
-    runs: Sequence[_Run], part: int, listen: Observer, open_engine: OpenEngine
+    runs: Sequence[_Run], divisor: int, listen: Observer, open_engine: OpenEngine
 ) -> list[FinishedRun]:
     """Train variants at the same time on one base; if one fails, the others stop."""
     engines: list[Any] = []
@@ -210,7 +212,7 @@ def _together(
     listener = _shared_listeners(listen, len(runs))
     with ThreadPoolExecutor(min(len(runs), MAX_MODELS)) as pool:
         waiting = [
-            pool.submit(run.train, part, listener(run.variant.title), opened) for run in runs
+            pool.submit(run.train, divisor, listener(run.variant.title), opened) for run in runs
         ]
         try:
             for each in as_completed(waiting):

@@ -14,7 +14,7 @@ from typing import Any
 from turret.server.adapters.adapter import PROVENANCE_FILE
 from turret.training.base_model import DTYPES
 from turret.training.batches import BatchRow, BatchStream
-from turret.training.engine import Engine, LocalEngine
+from turret.training.engine import Engine, PeftEngine
 from turret.training.errors import RunError
 from turret.training.fusion import adapter_digest
 from turret.training.loss import learning_rate
@@ -75,7 +75,7 @@ class Trainer:
         self,
         resolved: Resolved,
         listen: Observer = _nobody,
-        open_engine: Callable[[Resolved], Engine] = LocalEngine,
+        open_engine: Callable[[Resolved], Engine] = PeftEngine,
     ) -> None:
         config = resolved.config
         assert config.run.steps is not None

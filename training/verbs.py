@@ -280,9 +280,9 @@ def _served(args: argparse.Namespace) -> Any:
 def _engines(args: argparse.Namespace) -> Iterator[Any]:
     """Opens engines of runs."""
     if args.address is None:
-        from turret.training.own_engine import own_engines
+        from turret.training.in_process_engine import in_process_engines
 
-        with own_engines() as open_engine:
+        with in_process_engines() as open_engine:
             yield open_engine
         return
 

@@ -100,6 +100,7 @@ TEXTS = {
     "NOTHING_TO_REPAIR": "the 4-bit weights in {path} are served as stored, so there is nothing to"
     " repair; pass the model that they were made from",
     # Verification of a server.
+    "NO_PROMPTS": "{path} has no prompts; write one per line",
     "SERVER_UNREACHED": "{url} cannot be reached: {problem}",
     "SERVER_REFUSED": "{url} answered {status}: {text}",
     "NO_MODEL_LIST": "{url} has no list of models at /v1/models",

@@ -65,7 +65,8 @@ _BALANCE = "\n    ".join(
 _JOINED_FOLDER = "/tmp/turret-{user}"
 # Limit on unacknowledged data. The kernel resends such data for a quarter of an hour, and does not
 # probe the connection meanwhile. HAProxy applies this limit only on a server's own line: among a
-# backend's defaults, it is accepted but has no effect (2.8).
+# backend's defaults, it is accepted but has no effect (2.8). The expression changes a line such as
+# ``server r1 [::1]:3 check`` to ``server r1 [::1]:3 check tcp-ut 8s``, but only once.
 _SECONDS = 8
 _BOUNDED = f"/^ *server [^ ]* [^ ]*:[0-9]* /{{/ tcp-ut /!s/$/ tcp-ut {_SECONDS}s/;}}"
 _SCRIPT = """#!/bin/sh

@@ -366,8 +366,10 @@ class LineFilter:
     def __init__(self, is_stopping: Callable[[], bool], has_others: bool = True) -> None:
         self._is_stopping = is_stopping
         self._left_out = [_CONTROLLER_ENDS] if has_others else [_CONTROLLER_ENDS, _ONE_MACHINE]
-        # Source → a line that may begin a message to omit.
+        # Source → a line that matches the first pattern of ``_CANCELLED``. If the next line matches
+        # the second one, both are dropped.
         self._held: dict[object, str] = {}
+        # Sources that are printing the traceback after these two lines, which is dropped, too.
         self._inside: set[object] = set()
 
     def kept(self, source: object, actor: str | None, lines: Sequence[str]) -> list[str]:

@@ -449,7 +449,7 @@ async def generate_request(
             "token_ids": asked.token_ids,
             "call_marks": asked.call_marks,
             # Only a conversation has a turn of the model that can be divided into channels.
-            "said_only": message.WhichOneof("input") == "chat" and not asked.call_marks,
+            "user_text_only": message.WhichOneof("input") == "chat" and not asked.call_marks,
         },
         "options",
     )

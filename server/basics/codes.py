@@ -70,6 +70,6 @@ class Header:
         return self.channel == _THOUGHTS and not self.recipient.startswith(FUNCTIONS)
 
     @property
-    def is_said(self) -> bool:
+    def is_for_user(self) -> bool:
         """Whether the message is for the user: the answer, or text before a call."""
         return not self.is_thought and not self.recipient

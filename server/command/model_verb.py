@@ -13,7 +13,8 @@ from turret.server.command.start_lines import refuse
 from turret.words import about_bytes
 
 if TYPE_CHECKING:
-    from turret.server.models.fidelity import Fidelity, Memory
+    from turret.server.models.fidelity import Fidelity
+    from turret.server.models.memory import Memory
 
 _RANKS = (8, 16, 64)
 # The server does not import the trainer, so the function that adds its verb is found by name.
@@ -101,7 +102,7 @@ def _memory(model: Path, found: Fidelity | None) -> Memory:
         InvalidRequestError: The configuration cannot be read, or is that of an unsupported model.
     """
     from turret.server.models.families import read_arch, transformers_config
-    from turret.server.models.fidelity import memory_of
+    from turret.server.models.memory import memory_of
     from turret.server.models.sources.model_directory import (
         check_config,
         check_hub_model,

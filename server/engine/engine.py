@@ -299,7 +299,7 @@ class Engine:
         """Start the answer's text, including the answer so far that the request carries."""
         own = self._tokenizer_of(request)
         text = AnswerText(
-            own.stream(request.options.call_marks, request.options.said_only),
+            own.stream(request.options.call_marks, request.options.user_text_only),
             request.stop,
             own.eos_token_ids,
             is_constrained=request.constraint is not None,

@@ -41,9 +41,10 @@ from turret.server.words import say
 def formulations(decoder: Decoder, *, is_head_screened: bool) -> dict[str, str]:
     """The implementation of each part; empty on a GPU.
 
-    A value is ``native``, or ``torch`` with the sizes of the calls that keep a row's bits. For a
-    part that has not been tried yet, it is just ``torch``. ``isa`` is the instruction set of the
-    native kernels.
+    A value is ``native``, or a library with the sizes of the calls that keep a row's bits, such as
+    ``torch 4 rows or more``. For a part that has not been tried yet, it is just ``torch``. If only
+    the products have native kernels, it is ``native products`` or ``native products, torch``.
+    ``isa`` is the instruction set of the native kernels.
 
     Args:
         decoder: The decoder that computes.

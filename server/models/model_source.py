@@ -28,6 +28,7 @@ from turret.server.models.decoding.arch import Experts
 from turret.server.models.families import read_arch, transformers_config
 from turret.server.models.fidelity import Fidelity, WeightState, squared_error
 from turret.server.models.sources.check import MODEL_NAME, find_gguf, skipped_modules
+from turret.server.models.sources.expert_stacks import ExpertStacks
 from turret.server.models.sources.gguf_file import open_gguf
 from turret.server.models.sources.gguf_header import SUFFIX
 from turret.server.models.sources.model_directory import (
@@ -42,7 +43,6 @@ from turret.server.models.sources.model_directory import (
     weight_files,
 )
 from turret.server.models.weights.nf4 import BLOCKSIZE, Nf4Weight, reads_mxfp4
-from turret.server.models.weights.nf4_experts import ExpertStacks
 from turret.server.words import say
 
 # Multimodal models. Their checkpoints contain a language model, a vision tower, and a projector
@@ -73,11 +73,11 @@ def text_name(name: str) -> str | None:
 # Weights in 8-bit floats (E4M3, arXiv 2209.05433), with one scale for the weight or one per block.
 # Ministral 3, Qwen3's ``-FP8`` releases and older checkpoints of llm-compressor use this format.
 
-DTYPE = "F8_E4M3"
+FLOAT8_DTYPE = "F8_E4M3"
 # Suffixes of a weight's scale. DeepSeek's files call it inverse, but mean the same factor.
-SCALES = ("_scale_inv", "_scale")
+FLOAT8_SCALES = ("_scale_inv", "_scale")
 # Scales for 8-bit activations and KV caches, which turret does not use.
-NOT_USED = (".activation_scale", ".input_scale", ".k_scale", ".v_scale", ".kv_scale")
+FLOAT8_NOT_USED = (".activation_scale", ".input_scale", ".k_scale", ".v_scale", ".kv_scale")
 
 
 def dequantize_float8(
@@ -139,13 +139,13 @@ class StoredTensors:
             name: (file, stored)
             for file in self._files
             for stored in file.keys()  # noqa: SIM118 - safe_open is not a mapping
-            if (name := text_name(stored)) is not None and not name.endswith(NOT_USED)
+            if (name := text_name(stored)) is not None and not name.endswith(FLOAT8_NOT_USED)
         }
         self._block = block
         # Weight → its scales.
         self._scales: dict[str, tuple[safe_open, str]] = {}
         for name in [name for name in self._owner if self._is_float8(name)]:
-            scale = next((name + s for s in SCALES if name + s in self._owner), None)
+            scale = next((name + s for s in FLOAT8_SCALES if name + s in self._owner), None)
             if scale is not None:
                 self._scales[name] = self._owner.pop(scale)
         self._stacks = experts_in(self._owner, experts)
@@ -203,7 +203,7 @@ class StoredTensors:
 
     def _is_float8(self, name: str) -> bool:
         file, stored = self._owner[name]
-        return name.endswith(_WEIGHT) and file.get_slice(stored).get_dtype() == DTYPE
+        return name.endswith(_WEIGHT) and file.get_slice(stored).get_dtype() == FLOAT8_DTYPE
 
     def _scaled(self, name: str, codes: torch.Tensor) -> torch.Tensor:
         if name not in self._scales:

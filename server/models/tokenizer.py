@@ -54,8 +54,10 @@ class TokenStream:
         return text + self._shown[token_id] if token_id in self._shown else text
 
 
-class SaidStream(TokenStream):
+class UserTextStream(TokenStream):
     """Decodes an answer in channels (gpt-oss's format); keeps only the messages to the user.
+
+    ``basics/codes.py`` describes the format.
 
     If an answer does not begin with a mark, all of it is text. This is the case under a constraint.
 
@@ -69,12 +71,12 @@ class SaidStream(TokenStream):
         self._marks = marks
         # Text of the current message's header so far; None outside a header.
         self._header: str | None = None
-        self._is_said = True
+        self._is_for_user = True
 
     def push(self, token_id: int) -> str:
         text, mark = super().push(token_id), self._marks.get(token_id)
         if mark == codes.MESSAGE:
-            self._is_said = codes.Header.parse(self._header or "").is_said
+            self._is_for_user = codes.Header.parse(self._header or "").is_for_user
             self._header = None
         elif mark in codes.ENDS:
             self._header = ""
@@ -82,7 +84,7 @@ class SaidStream(TokenStream):
             self._header = (self._header or "") + mark
         elif self._header is not None:
             self._header += text
-        elif self._is_said:
+        elif self._is_for_user:
             return text
         return ""
 
@@ -407,17 +409,17 @@ class Tokenizer:
             text = self._texts[token_id] = self.decode([token_id], special=True)
         return text
 
-    def stream(self, call_marks: bool = False, said_only: bool = False) -> TokenStream:
+    def stream(self, call_marks: bool = False, user_text_only: bool = False) -> TokenStream:
         """An incremental decoder for one sequence.
 
         Args:
             call_marks: Whether special tokens around tool calls and channels count as text.
-            said_only: Whether only the text for the user of an answer in channels is returned.
+            user_text_only: Whether only the text for the user of an answer in channels is returned.
         """
         marks = self.chat_format.marks
         texts = {token: text for text, token in marks.items()}
-        if said_only and not call_marks and {codes.CHANNEL, codes.MESSAGE} <= marks.keys():
-            return SaidStream(self._backend, texts)
+        if user_text_only and not call_marks and {codes.CHANNEL, codes.MESSAGE} <= marks.keys():
+            return UserTextStream(self._backend, texts)
         return TokenStream(self._backend, texts if call_marks else {})
 
     def close(self) -> None:

@@ -360,8 +360,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def receiving(self, method: str, handler: Any, context_of: Callable[[Any], Any]) -> Any:
         """A handler that checks a call and receives its message before ``handler`` runs.
 
-        Use it for a server that would otherwise read messages before it checks the calls.
-        ``handler`` calls ``run`` itself.
+        ``fleet/serving/calls.py`` uses it on Ray Serve's handlers, because Serve would otherwise
+        read messages before it checks the calls. ``handler`` calls ``run`` itself.
 
         Args:
             method: The method, as ``/package.Service/Method``.

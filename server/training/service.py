@@ -350,7 +350,8 @@ class TrainingService:
     def _next_batch(self) -> list[tuple[_Work, Sequence[Datum]]]:
         """The chunks of the next pass; all or none compute gradients.
 
-        Owners take turns, and so do the adapters of an owner.
+        This is fair queueing by trained tokens (see ``_trained``): each turn goes to the owner with
+        the fewest. The adapters of an owner take turns.
         """
         batch: list[tuple[_Work, Sequence[Datum]]] = []
         # The sort keeps the order of an owner's adapters, which take turns.

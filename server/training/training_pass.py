@@ -6,8 +6,12 @@ through the layers in reverse. It differentiates each part in float32, by compil
 autograd, and multiplies by the transposed weights of the base for all rows at once. The base gets
 no gradients.
 
-Rows of several adapters run in one pass. Everything for an adapter is computed from its own rows
-alone, or row by row, so the bits of its gradients do not depend on the rest of the pass.
+A pass consists of segments, each of which holds sequences of one adapter in consecutive rows.
+Everything for an adapter is computed from its own rows alone, or row by row, so the bits of its
+gradients do not depend on the rest of the pass. The trained tensors of an adapter are its leaves,
+as in autograd: the backward pass adds to their ``grad``. Functions named ``through`` compute the
+gradient of an input from that of the result. A pass calls ``between`` often, so that steps of
+requests run meanwhile.
 """
 
 from __future__ import annotations
@@ -105,8 +109,8 @@ class Segment:
         return list(itertools.accumulate(self.lengths[:-1], initial=0))
 
     @property
-    def texts(self) -> slice | torch.Tensor:
-        """The rows of tokens."""
+    def token_rows(self) -> slice | torch.Tensor:
+        """The rows of tokens, without those of soft tokens."""
         if not self.num_soft:
             return slice(None)
         pairs = zip(self.starts, self.lengths, strict=True)
@@ -316,7 +320,7 @@ class TrainingPass:
             ``hidden``, ``[rows, hidden]`` fp32, zero without ``has_grad``.
         """
         segment = self._segments[number]
-        hidden = self.hidden[self.rows[number]][segment.texts]
+        hidden = self.hidden[self.rows[number]][segment.token_rows]
         grad = hidden.new_zeros(hidden.shape, dtype=torch.float32)
         logprobs, losses = (grad.new_zeros(len(targets)) for _ in range(2))
         head = self._plain_head if self._is_head_plain(number) else self._head
@@ -336,7 +340,7 @@ class TrainingPass:
                 self._between()
                 grad[rows.start + chosen] = through(chosen, slope[chosen])
         whole = grad.new_zeros(self.hidden[self.rows[number]].shape)
-        whole[segment.texts] = grad
+        whole[segment.token_rows] = grad
         return logprobs, losses, whole
 
     def _is_head_plain(self, number: int) -> bool:

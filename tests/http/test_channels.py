@@ -105,8 +105,8 @@ def test_the_text_of_a_chat_is_the_final_channel(text: str, tmp_path: Path) -> N
         stream = tokenizer.stream(**how)
         return "".join(stream.push(token) for token in ids)
 
-    assert streamed(said_only=True) == put_together(reader(), [text])[1]
-    assert streamed(call_marks=True) == streamed(call_marks=True, said_only=True) == text
+    assert streamed(user_text_only=True) == put_together(reader(), [text])[1]
+    assert streamed(call_marks=True) == streamed(call_marks=True, user_text_only=True) == text
     # The answer to a raw prompt is text without special tokens, as usual.
     assert streamed() == tokenizer.decode(ids)
 
@@ -114,7 +114,7 @@ def test_the_text_of_a_chat_is_the_final_channel(text: str, tmp_path: Path) -> N
 def test_text_of_other_models_is_left_unchanged(tmp_path: Path) -> None:
     folder = tiny_tokenizers.gemma(tmp_path / "gemma")
     tokenizer = Tokenizer.load(folder, eos_token_ids(folder), VOCAB_SIZE)
-    stream = tokenizer.stream(said_only=True)
+    stream = tokenizer.stream(user_text_only=True)
     assert "".join(stream.push(token) for token in tokenizer.encode("a b")) == "a b"
 
 
@@ -122,13 +122,13 @@ async def test_a_chat_over_grpc_requests_only_the_final_channel() -> None:
     chat = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="hi")])
     marks = inference_pb2.ResponseOptions(call_marks=True)
     async with harness() as protocol:
-        for message, said_only in (
+        for message, user_text_only in (
             (inference_pb2.GenerateRequest(chat=chat), True),
             (inference_pb2.GenerateRequest(chat=chat, options=marks), False),
             (inference_pb2.GenerateRequest(prompt="hi"), False),
         ):
             await protocol.inference.Generate(message)
-            assert protocol.engine.requests[-1].options.said_only is said_only
+            assert protocol.engine.requests[-1].options.user_text_only is user_text_only
 
 
 async def asked(http: HttpHarness, tokenizer: Tokenizer, text: str, **body: Any) -> Any:
@@ -140,7 +140,7 @@ async def asked(http: HttpHarness, tokenizer: Tokenizer, text: str, **body: Any)
     async def script(request: Request) -> AsyncIterator[Output]:
         # The text is computed as in the engine.
         options = request.options
-        stream = tokenizer.stream(options.call_marks, options.said_only)
+        stream = tokenizer.stream(options.call_marks, options.user_text_only)
         *first, last = tokens_of(tokenizer, text)
         for token in first:
             yield Output(text=stream.push(token), token_ids=(token,))

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from turret.server import cli
 from turret.server.models.families import read_arch
-from turret.server.models.fidelity import memory_of
+from turret.server.models.memory import memory_of
 from turret.server.models.model_source import inspect_model
 from turret.server.models.weights.nf4 import Nf4Weight
 

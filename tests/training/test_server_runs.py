@@ -27,13 +27,13 @@ from turret.clients.client import TurretClient
 from turret.clients.errors import TurretRpcError
 from turret.server.api.tenants.tenants import MAX_MODELS
 from turret.server.training.methods import METHODS
-from turret.training import own_engine
+from turret.training import in_process_engine
 from turret.training.base_model import load_model, without_peft_warnings
 from turret.training.batches import make_batch
-from turret.training.engine import LocalEngine, pad_token
+from turret.training.engine import PeftEngine, pad_token
 from turret.training.errors import ConfigError, RunError
+from turret.training.in_process_engine import in_process_engines
 from turret.training.loss import LossFunction
-from turret.training.own_engine import own_engines
 from turret.training.run.folder import read_metrics
 from turret.training.server_engine import ServerEngine
 from turret.training.settings.checks import check_served
@@ -103,7 +103,7 @@ def starting_as(server: ServerUnderTest, resolved: Resolved, folder: Path) -> An
     with contextlib.closing(opener(server)(resolved)) as engine:
         engine.write(folder)
 
-    class SameStart(LocalEngine):
+    class SameStart(PeftEngine):
         def __init__(self, resolved: Resolved) -> None:
             super().__init__(resolved)
             set_peft_model_state_dict(self._model, load_file(folder / "adapter_model.safetensors"))
@@ -167,13 +167,13 @@ def test_the_engine_in_this_process_gives_the_bytes_of_a_server(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # The server computes in float32.
-    monkeypatch.setattr(own_engine, "has_native", lambda dtype, device: True)
+    monkeypatch.setattr(in_process_engine, "has_native", lambda dtype, device: True)
     more = (f"method.name={method}", f"optimizer.learning_rate={RATES.get(method, 0.02)}")
     more += ("run.gradient_accumulation=2", "data.packing=true") if method == "lora" else ()
     served = resolved_on(server, tmp_path, tiny_llama, "served", *more)
     theirs = Trainer(served, open_engine=opener(server)).run().folder
     here = resolve_tiny(tmp_path, tiny_llama, *EXACT, "run.output=here", *more)
-    with own_engines() as open_engine:
+    with in_process_engines() as open_engine:
         ours = Trainer(here, open_engine=open_engine).run().folder
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (ours.adapter / name).read_bytes() == (theirs.adapter / name).read_bytes(), name

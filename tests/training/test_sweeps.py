@@ -15,7 +15,7 @@ from said import says
 
 from turret.server.basics.names import ADAPTER_NAME
 from turret.training.errors import ConfigError, ConfigFileError, RunError
-from turret.training.own_engine import own_engines
+from turret.training.in_process_engine import in_process_engines
 from turret.training.run.folder import RunFolder
 from turret.training.settings.variants import read_variants
 from turret.training.sweep import sweep
@@ -117,7 +117,7 @@ def test_a_sweep_compares_variants(tiny_llama: Path, tmp_path: Path) -> None:
 
     def swept(*overrides: str) -> list[Any]:
         variants = tiny_variants(tmp_path, tiny_llama, DTYPE, "run.steps=2", *overrides)
-        with own_engines() as open_engine:
+        with in_process_engines() as open_engine:
             return sweep(variants, tmp_path, announce, open_engine)
 
     first = swept("method.rank=1,4")
@@ -169,7 +169,7 @@ def test_hopeless_variants_are_stopped_early(tiny_llama: Path, tmp_path: Path) -
         more = ("run.steps=18", f"run.output={name}", "method.rank=4", *overrides)
         variants = tiny_variants(tmp_path, tiny_llama, DTYPE, *more)
         trained.clear()
-        with own_engines() as open_engine:
+        with in_process_engines() as open_engine:
             return sweep(variants, tmp_path, announce, open_engine, stops_early=stops_early)
 
     rates = "optimizer.learning_rate=1e-6,1e-2,1e-5,3e-3,1e-7"

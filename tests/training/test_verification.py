@@ -24,6 +24,7 @@ from turret.server.cli import main
 from turret.training.errors import RunError
 from turret.training.verification.checks import Verdict, _case, ask_together, reload
 from turret.training.verification.client import Continuation, VerifiedServer
+from turret.training.words import say
 
 _TWO_KINDS = {"target_modules": ["q_proj", "down_proj"]}
 _SILENT, _HALF, _OTHER, _REPAIR = "silent", "half", "other", "repair"
@@ -100,6 +101,16 @@ def test_a_repair_adapter_joins_a_mix(server: ServerUnderTest) -> None:
     answer = httpx2.post(f"http://{server.http_address}/v1/completions", json=body, timeout=60)
     used = answer.json()["adapters_used"]
     assert [each["name"] for each in used] == ["lora", _REPAIR]
+
+
+def test_a_file_without_prompts_is_rejected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompts"
+    path.write_text("\n \n")
+    flags = ("--against", "http://127.0.0.1:1", "--prompts", str(path))
+    assert main(["verify", *flags]) == 1
+    assert say("NO_PROMPTS", path=path) in capsys.readouterr().err
 
 
 def test_keys_without_effect_are_named(

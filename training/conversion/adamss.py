@@ -98,6 +98,7 @@ def convert(m: Module) -> MadeLora:
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
+    # In the formula, ``down`` is V, and ``ups`` and ``downs`` are the B and A of the clusters.
     down = m.exact(_DOWN)
     ups = [m.exact(f"adamss_B.{i}") for i in range(_clusters(m))]
     downs = [m.exact(f"adamss_A.{i}") for i in range(len(ups))]
@@ -115,6 +116,7 @@ def convert(m: Module) -> MadeLora:
         counts = {"expected": list(map(len, rows)), "found": list(map(len, ups))}
         raise RunError(say("ADAMSS_CLUSTERS", name=m.name, **counts))
     starts = [0, *accumulate(len(one) for one in downs)]
+    # ``inner`` holds every B, in the rows of its cluster and in the columns that match its A.
     inner = torch.zeros(m.outputs, starts[-1], dtype=torch.float64)
     for some, up, (start, end) in zip(rows, ups, pairwise(starts), strict=True):
         inner[some, start:end] = up

@@ -7,7 +7,7 @@
 | ``metrics.jsonl`` | one JSON object per line, see below |
 | ``tensorboard/`` | the metrics as TensorBoard events, with ``run.report_to = "tensorboard"`` |
 | ``checkpoints/step-00000050.pt`` | weights, optimizer and random state after that many steps |
-| ``checkpoints/step-00000050/`` | weights and optimizer, if ``own_engine.py`` trains the run |
+| ``checkpoints/step-00000050/`` | weights and optimizer, if ``InProcessEngine`` trains the run |
 | ``checkpoints/step-00000050.json`` | the path of the checkpoint on a server that trains the run |
 | ``samples.jsonl`` | answers before and after, once the run is finished (``samples.py``) |
 | ``report.html`` | the report of the run, once it is finished or requested (``report.py``) |

@@ -89,7 +89,7 @@ def config_parser(*left_out: str) -> argparse.ArgumentParser:
 def given(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Table → key → value of every flag that was given."""
     found: dict[str, dict[str, Any]] = {}
-    for flag, key, value in _given(args):
+    for flag, key, value in _flags_given(args):
         table, _, name = key.partition(".")
         value = _from_here(flag, value, args.config.parent) if flag in _PATHS else value
         found.setdefault(table, {})[name] = Typed(value) if isinstance(value, str) else value
@@ -115,7 +115,7 @@ def _place(args: argparse.Namespace, key: str, path: Path | None) -> str:
         return key
     if getattr(args, "ranks", None) and key == "method.rank":
         return "--ranks"
-    for flag, named, _ in _given(args):
+    for flag, named, _ in _flags_given(args):
         if named == key:
             return flag
     if any(text.partition("=")[0].strip() == key for text in getattr(args, "set", ())):
@@ -123,7 +123,7 @@ def _place(args: argparse.Namespace, key: str, path: Path | None) -> str:
     return ": ".join(each for each in (str(path or ""), key) if each)
 
 
-def _given(args: argparse.Namespace) -> list[tuple[str, str, Any]]:
+def _flags_given(args: argparse.Namespace) -> list[tuple[str, str, Any]]:
     """Flag, key and value of every flag that was given."""
     values = [(flag, key, getattr(args, key, None)) for flag, key, _ in flags()]
     return [(flag, key, value) for flag, key, value in values if value is not None]
@@ -142,6 +142,7 @@ def _from_here(flag: str, value: str, folder: Path) -> str:
 
 
 def whole(text: str, least: int, most: int) -> int:
+    """The value of a flag that takes an integer, as argparse's ``type``."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(say("NOT_A_WHOLE_NUMBER", value=f'"{text:.40}"'))
     if not least <= int(text) <= most:

@@ -92,7 +92,7 @@ def _run(args: argparse.Namespace) -> list[Verdict]:
         lines = args.prompts.read_text(encoding="utf-8").splitlines()
         prompts = [line for line in lines if line.strip()]
         if not prompts:
-            raise RunError(say("NO_TEXTS"))
+            raise RunError(say("NO_PROMPTS", path=args.prompts))
     from turret.training.run.progress import training_progress
 
     with ending_at_interrupts("stopped"):

@@ -163,7 +163,7 @@ class ResponseOptions:
     """What an answer contains in addition to the text. ``top_n`` requires ``logprobs``.
 
     With ``call_marks``, the text includes the special tokens around tool calls and channels. With
-    ``said_only``, an answer in channels includes only the text that is meant for the user.
+    ``user_text_only``, an answer in channels includes only the text that is meant for the user.
     """
 
     logprobs: bool = False
@@ -171,7 +171,7 @@ class ResponseOptions:
     echo: bool = False
     token_ids: bool = False
     call_marks: bool = False
-    said_only: bool = False
+    user_text_only: bool = False
 
     def __post_init__(self) -> None:
         _check_range("options.top_n", self.top_n, 0, MAX_TOP_N)

@@ -161,7 +161,7 @@ def _channels(source: Source, names: Container[str]) -> Parser[None]:
                 yield CallGrown(index, "{}")
             index += 1
             continue
-        if not (header.is_thought or header.is_said):
+        if not (header.is_thought or header.is_for_user):
             yield Said(text + MESSAGE)
         yield from _message(source, Thought if header.is_thought else Said)
 

@@ -61,7 +61,7 @@ _LLAMA3_FACTORS = (8.0, 32.0)
 
 def read_rope_parameters(
     path: Path,
-    said: Mapping[str, Any],
+    keys: Mapping[str, Any],
     theta: float,
     head_dim: int,
     tensors: Mapping[str, ReaderTensor],
@@ -70,7 +70,7 @@ def read_rope_parameters(
 
     Args:
         path: The path for messages.
-        said: The file's keys below the architecture.
+        keys: The file's keys below the architecture.
         theta: The default for files without this number.
         head_dim: Features of a head.
         tensors: The file's tensors by name.
@@ -78,10 +78,10 @@ def read_rope_parameters(
     Raises:
         InvalidRequestError: The positions are scaled in an unsupported way.
     """
-    rope: dict[str, Any] = {"rope_theta": float(said.get("rope.freq_base", theta))}
-    kind = said.get("rope.scaling.type", "none")
+    rope: dict[str, Any] = {"rope_theta": float(keys.get("rope.freq_base", theta))}
+    kind = keys.get("rope.scaling.type", "none")
     freqs, long, short = (tensors.get(name) for name in ROPE_TENSORS)
-    scales = {float(said[key]) for key in _ATTENTION_FACTORS if key in said}
+    scales = {float(keys[key]) for key in _ATTENTION_FACTORS if key in keys}
     if freqs is not None:
         if kind != "none" or long is not None:
             raise refuse(path, "GGUF_ROPE_UNSUPPORTED", kind=kind)
@@ -91,17 +91,17 @@ def read_rope_parameters(
             "rope_type": "longrope",
             "long_factor": _rope_values(long),
             "short_factor": _rope_values(short),
-            "original_max_position_embeddings": _original(path, said),
+            "original_max_position_embeddings": _original(path, keys),
         }
     elif kind == "none" and long is short is None:
         rope["rope_type"] = "default"
-    elif kind in ("linear", "yarn") and "rope.scaling.factor" in said and long is short is None:
-        rope |= {"rope_type": kind, "factor": float(said["rope.scaling.factor"])}
+    elif kind in ("linear", "yarn") and "rope.scaling.factor" in keys and long is short is None:
+        rope |= {"rope_type": kind, "factor": float(keys["rope.scaling.factor"])}
     else:
         raise refuse(path, "GGUF_ROPE_UNSUPPORTED", kind=kind)
     if rope["rope_type"] == "yarn":
-        rope["original_max_position_embeddings"] = _original(path, said)
-        rope |= {name: float(said[key]) for key, name in _YARN.items() if key in said}
+        rope["original_max_position_embeddings"] = _original(path, keys)
+        rope |= {name: float(keys[key]) for key, name in _YARN.items() if key in keys}
         if "mscale_all_dim" in rope:
             # llama.cpp uses mscale 1 whenever mscale_all_dim is present.
             rope["mscale"] = 1.0
@@ -113,10 +113,10 @@ def read_rope_parameters(
     return rope
 
 
-def _original(path: Path, said: Mapping[str, Any]) -> int:
-    if _ORIGINAL not in said:
+def _original(path: Path, keys: Mapping[str, Any]) -> int:
+    if _ORIGINAL not in keys:
         raise refuse(path, "GGUF_KEY_MISSING", key=_ORIGINAL)
-    return int(said[_ORIGINAL])
+    return int(keys[_ORIGINAL])
 
 
 def _rope_values(tensor: ReaderTensor) -> list[float]:
@@ -171,28 +171,28 @@ def read_gguf_config(
         InvalidRequestError: A key is missing or has an unsupported value.
     """
     prefix = f"{fields['general.architecture']}."
-    said = {k.removeprefix(prefix): v for k, v in fields.items() if k.startswith(prefix)}
-    layout = layout_of(fields["general.architecture"], said)
+    keys = {k.removeprefix(prefix): v for k, v in fields.items() if k.startswith(prefix)}
+    layout = layout_of(fields["general.architecture"], keys)
     wanted = {**WANTED, **layout.fields}
     if layout.window in ("all", "some"):
         wanted |= {_WINDOW: "sliding_window"}
-    _check_keys(path, prefix, said, layout, wanted)
-    heads = said["attention.head_count"]
-    head_dim = said.get("attention.key_length", said["embedding_length"] // heads)
+    _check_keys(path, prefix, keys, layout, wanted)
+    heads = keys["attention.head_count"]
+    head_dim = keys.get("attention.key_length", keys["embedding_length"] // heads)
     # One key may set several fields.
-    values = {name: said[key] for key, names in wanted.items() for name in names.split()}
-    values |= {name: said[key] for key, name in layout.optional.items() if key in said}
+    values = {name: keys[key] for key, names in wanted.items() for name in names.split()}
+    values |= {name: keys[key] for key, name in layout.optional.items() if key in keys}
     values |= {
         **layout.constants,
-        "num_key_value_heads": _kv_heads(path, said.get("attention.head_count_kv", heads)),
+        "num_key_value_heads": _kv_heads(path, keys.get("attention.head_count_kv", heads)),
         "head_dim": head_dim,
         "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
         "tie_word_embeddings": "output.weight" not in tensors,
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
         "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
-        **_attention(said, layout, head_dim),
-        "rope_parameters": _ropes(path, said, layout, head_dim, tensors),
+        **_attention(keys, layout, head_dim),
+        "rope_parameters": _ropes(path, keys, layout, head_dim, tensors),
     }
     if layout.window == "all":
         # Zero means that there is no window.
@@ -204,43 +204,43 @@ def read_gguf_config(
 def _check_keys(
     path: Path,
     prefix: str,
-    said: Mapping[str, Any],
+    keys: Mapping[str, Any],
     layout: GgufLayout,
     wanted: Mapping[str, str],
 ) -> None:
     needed = wanted.keys() | layout.rope_fields.keys()
-    lacking = sorted(f"{prefix}{key}" for key in needed if key not in said)
+    missing = sorted(f"{prefix}{key}" for key in needed if key not in keys)
     known = _READ | needed | layout.optional.keys() | layout.ignored
     if layout.window == "some":
         known |= {_PATTERN}
     # Ignore keys that declare zero experts.
-    odd = sorted(
+    unknown = sorted(
         key
-        for key in said.keys() - known
-        if not key.startswith(_OF_IMAGES) and not (key.startswith("expert_") and said[key] == 0)
+        for key in set(keys) - known
+        if not key.startswith(_OF_IMAGES) and not (key.startswith("expert_") and keys[key] == 0)
     )
-    if lacking:
-        raise refuse(path, "GGUF_KEY_MISSING", key=lacking[0])
-    if odd:
-        raise refuse(path, "GGUF_KEY_UNSUPPORTED", key=f"{prefix}{odd[0]}")
+    if missing:
+        raise refuse(path, "GGUF_KEY_MISSING", key=missing[0])
+    if unknown:
+        raise refuse(path, "GGUF_KEY_UNSUPPORTED", key=f"{prefix}{unknown[0]}")
 
 
-def _kv_heads(path: Path, said: int | list[int]) -> int:
+def _kv_heads(path: Path, found: int | list[int]) -> int:
     """The number of key and value heads, which the file may list for each layer."""
-    counts = set(said) if isinstance(said, list) else {said}
+    counts = set(found) if isinstance(found, list) else {found}
     if len(counts) != 1:
         raise refuse(path, "GGUF_HEADS_DIFFER")
     return int(counts.pop())
 
 
-def _attention(said: Mapping[str, Any], layout: GgufLayout, head_dim: int) -> dict[str, Any]:
+def _attention(keys: Mapping[str, Any], layout: GgufLayout, head_dim: int) -> dict[str, Any]:
     """The config's keys for sliding windows and for the scale of the scores."""
-    layers: int = said["block_count"]
+    layers: int = keys["block_count"]
     values: dict[str, Any] = {}
     if layout.window == "never":
         values["layer_types"] = [_KINDS[0]] * layers
     if layout.window == "some":
-        pattern = said.get(_PATTERN, layout.full_every)
+        pattern = keys.get(_PATTERN, layout.full_every)
         if isinstance(pattern, list):
             has_window = [bool(flag) for flag in pattern]
         else:
@@ -248,32 +248,32 @@ def _attention(said: Mapping[str, Any], layout: GgufLayout, head_dim: int) -> di
         values["layer_types"] = [_KINDS[flag] for flag in has_window]
     if layout.wide_layers is not None:
         is_wide = layers == layout.wide_layers
-        width = said["embedding_length"] // said["attention.head_count"]
+        width = keys["embedding_length"] // keys["attention.head_count"]
         values["query_pre_attn_scalar"] = width if is_wide else head_dim
     return values
 
 
 def _ropes(
     path: Path,
-    said: Mapping[str, Any],
+    keys: Mapping[str, Any],
     layout: GgufLayout,
     head_dim: int,
     tensors: Mapping[str, ReaderTensor],
 ) -> dict[str, Any]:
-    rotated = said.get("rope.dimension_count", head_dim)
-    if said.get("attention.value_length", head_dim) != head_dim or (
+    rotated = keys.get("rope.dimension_count", head_dim)
+    if keys.get("attention.value_length", head_dim) != head_dim or (
         rotated != head_dim and not layout.rotates_part
     ):
         raise refuse(path, "GGUF_HEADS_UNSUPPORTED")
-    rope = read_rope_parameters(path, said, layout.theta, head_dim, tensors)
+    rope = read_rope_parameters(path, keys, layout.theta, head_dim, tensors)
     if layout.rotates_part:
-        if "rope.dimension_count" not in said:
+        if "rope.dimension_count" not in keys:
             raise refuse(path, "GGUF_KEY_MISSING", key="rope.dimension_count")
         rope["partial_rotary_factor"] = rotated / head_dim
-    rope |= {name: float(said[key]) for key, name in layout.rope_fields.items()}
+    rope |= {name: float(keys[key]) for key, name in layout.rope_fields.items()}
     if rope["rope_type"] != "default":
         rope |= layout.rope_constants
-    own = said.get("rope.freq_base_swa", layout.swa_theta or rope["rope_theta"])
+    own = keys.get("rope.freq_base_swa", layout.swa_theta or rope["rope_theta"])
     if layout.ropes_by_kind:
         plain = {"rope_type": "default", "rope_theta": float(own)}
         return dict(zip(_KINDS, (rope, plain), strict=True))

@@ -49,17 +49,17 @@ def check_gguf(path: Path) -> str:
     Raises:
         InvalidRequestError: The file is not. The error states what it is instead.
     """
-    architecture, said = _own_keys(path)
+    architecture, keys = _own_keys(path)
     if not architecture:
         raise refuse(path, "GGUF_INVALID")
     if architecture not in LAYOUTS:
         served = ", ".join(sorted(LAYOUTS))
         raise refuse(path, "GGUF_ARCHITECTURE", value=architecture[:80], choices=served)
     # Keys whose values are lists are read later.
-    for key in WANTED.keys() & said.keys():
+    for key in WANTED.keys() & keys:
         if WANTED[key] in MOST_SIZES:
-            check_size(f"{architecture}.{key}", said[key], WANTED[key])
-    return layout_of(architecture, said).model_type
+            check_size(f"{architecture}.{key}", keys[key], WANTED[key])
+    return layout_of(architecture, keys).model_type
 
 
 def check_whole(path: Path) -> None:
@@ -86,16 +86,16 @@ def known_fields(path: Path) -> dict[str, Any]:
 
     Only texts and numbers are read. The names are those of transformers' fields.
     """
-    architecture, said = _own_keys(path)
-    layout = layout_of(architecture, said)
+    architecture, keys = _own_keys(path)
+    layout = layout_of(architecture, keys)
     others = {"attention.head_count_kv": "num_key_value_heads", "vocab_size": "vocab_size"}
     wanted = {**WANTED, **others, **layout.fields}
     config = {
-        name: said[key] for key, names in wanted.items() if key in said for name in names.split()
+        name: keys[key] for key, names in wanted.items() if key in keys for name in names.split()
     }
     hidden, heads = (config.get(name) for name in ("hidden_size", "num_attention_heads"))
     if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
-        config["head_dim"] = said.get("attention.key_length", hidden // heads)
+        config["head_dim"] = keys.get("attention.key_length", hidden // heads)
     return {**config, **layout.constants}
 
 
@@ -110,7 +110,7 @@ def _own_keys(path: Path) -> tuple[str, dict[str, Any]]:
     The keys are returned without that prefix. Only keys before the vocabulary are read. Both
     results are empty if the file is not GGUF.
     """
-    said: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
     with path.open("rb") as file:
         try:
             magic, version, _, num_keys = struct.unpack("<4sIQQ", file.read(24))
@@ -120,15 +120,15 @@ def _own_keys(path: Path) -> tuple[str, dict[str, Any]]:
                 if key.startswith(_VOCABULARY):
                     break
                 if value is not None:
-                    said[key] = value
+                    keys[key] = value
         except (struct.error, ValueError, OverflowError, OSError, RecursionError):
             return "", {}
-    architecture = said.get("general.architecture")
+    architecture = keys.get("general.architecture")
     if not isinstance(architecture, str):
         return "", {}
     prefix = f"{architecture}."
     return architecture, {
-        k.removeprefix(prefix): v for k, v in said.items() if k.startswith(prefix)
+        k.removeprefix(prefix): v for k, v in keys.items() if k.startswith(prefix)
     }
 
 

@@ -58,54 +58,63 @@ class GgufLayout:
 
     Attributes:
         model_type: The model type of transformers' config.
+        key: The layout applies to files in which this key is not zero; None for all other files.
+        tokenizer: ``auto`` for transformers' class for the model; ``fast`` for its general class,
+            if the former does not support GGUF files of this architecture.
+        fields: Config field by key; a file without one of the keys is rejected.
+        optional: Config field by key, for keys that a file may lack.
+        constants: Values of the config for which there is no key.
+        ignored: Keys that add no information.
         parts: The name in a checkpoint, below the layer, of each tensor of a layer. ``{}`` stands
             for the expert if a tensor holds all of them.
         pairs: The fused tensors that are two tensors in the file.
         bare: Those of ``parts`` whose name in a checkpoint has no ``.weight``.
-        key: The layout applies to files in which this key is not zero; None for all other files.
-        fields: Config field by key; a file without one of the keys is rejected.
-        optional: Config field by key, for keys that a file may lack.
-        constants: Values of the config for which there is no key.
-        rope_fields: Like ``fields``, but for ``rope_parameters``.
-        rope_constants: Like ``constants``, but for ``rope_parameters`` if they are scaled.
-        ignored: Keys that add no information.
         is_permuted: Whether the rows of queries and keys are in the order of interleaved rotation.
         norm_offset: The number that the converter added to the weights of norms.
         rotates_part: Whether ``rope.dimension_count`` may be less than a head.
+        theta: The default of ``rope_theta``.
+        ropes_by_kind: Whether layers with a window have their own rotary frequencies.
+        swa_theta: The default ``rope_theta`` of layers with a window; None for that of the others.
+        rope_fields: Like ``fields``, but for ``rope_parameters``.
+        rope_constants: Like ``constants``, but for ``rope_parameters`` if they are scaled.
         window: Whether all layers have a window, or some of them, according to ``layer_types``; or
             ``never``, if ``layer_types`` must state that none has one.
         full_every: If ``window`` is ``some`` and the file has no key for the pattern: one in this
             many layers has no window.
-        ropes_by_kind: Whether layers with a window have their own rotary frequencies.
-        swa_theta: The default ``rope_theta`` of layers with a window; None for that of the others.
-        theta: The default of ``rope_theta``.
         wide_layers: The number of layers of the model that scales scores by hidden / heads instead
             of a head's width (``query_pre_attn_scalar``); None if there is no such field.
-        tokenizer: ``auto`` for transformers' class for the model; ``fast`` for its general class,
-            if the former does not support GGUF files of this architecture.
     """
 
+    # The file, and the model of transformers that it maps to.
     model_type: str
-    parts: Mapping[str, str]
-    pairs: tuple[Pair, ...] = ()
-    bare: frozenset[str] = frozenset()
     key: str | None = None
+    tokenizer: Literal["auto", "fast"] = "auto"
+
+    # The keys of the file, and the config.
     fields: Mapping[str, str] = field(default_factory=dict)
     optional: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
+
+    # The tensors.
+    parts: Mapping[str, str]
+    pairs: tuple[Pair, ...] = ()
+    bare: frozenset[str] = frozenset()
     is_permuted: bool = False
     norm_offset: float = 0.0
+
+    # Rotary positions.
     rotates_part: bool = False
-    rope_fields: Mapping[str, str] = field(default_factory=dict)
-    rope_constants: Mapping[str, Any] = field(default_factory=dict)
-    window: Literal["none", "never", "all", "some"] = "none"
-    full_every: int | None = None
+    theta: float = 10000.0
     ropes_by_kind: bool = False
     swa_theta: float | None = None
-    theta: float = 10000.0
+    rope_fields: Mapping[str, str] = field(default_factory=dict)
+    rope_constants: Mapping[str, Any] = field(default_factory=dict)
+
+    # Windows, and the scale of the scores.
+    window: Literal["none", "never", "all", "some"] = "none"
+    full_every: int | None = None
     wide_layers: int | None = None
-    tokenizer: Literal["auto", "fast"] = "auto"
 
 
 # Layers with norms both before and after attention and MLP.
@@ -353,12 +362,12 @@ LAYOUTS: Mapping[str, tuple[GgufLayout, ...]] = {
 }
 
 
-def layout_of(architecture: str, said: Mapping[str, Any]) -> GgufLayout:
+def layout_of(architecture: str, keys: Mapping[str, Any]) -> GgufLayout:
     """Choose the layout for a file.
 
     Args:
         architecture: One of ``LAYOUTS``.
-        said: The file's keys below the architecture.
+        keys: The file's keys below the architecture.
     """
     rows = LAYOUTS[architecture]
-    return next(row for row in rows if row.key is None or said.get(row.key))
+    return next(row for row in rows if row.key is None or keys.get(row.key))

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from turret.server.models.families import read_arch
-from turret.server.models.fidelity import memory_of
+from turret.server.models.memory import memory_of
 from turret.words import about_bytes
 
 _RANKS = (8, 16, 64)

@@ -22,7 +22,7 @@ from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.errors import BudgetExceededError
 from turret.training.base_model import load_model, without_peft_warnings
 from turret.training.batches import make_batch
-from turret.training.engine import LocalEngine, attach, pad_token, trainable
+from turret.training.engine import PeftEngine, attach, pad_token, trainable
 from turret.training.errors import ConfigError
 from turret.training.loss import LossFunction, learning_rate, make_optimizer, set_learning_rate
 from turret.training.methods import METHODS
@@ -256,7 +256,7 @@ def test_a_rank_is_checked_before_the_base_is_quantised(
         resolve_tiny(tmp_path, model, "method.rank=129")
     variants = tiny_variants(tmp_path, model, "method.rank=2,129")
     with pytest.raises(ConfigError, match=r"^method\.rank: ", check=too_high):
-        sweep(variants, tmp_path, training_progress, LocalEngine)
+        sweep(variants, tmp_path, training_progress, PeftEngine)
     assert not (tmp_path / "cache").exists()
 
 

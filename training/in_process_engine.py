@@ -32,7 +32,7 @@ from turret.server.models.decoding.layer_ops import KvCache
 from turret.server.training.losses import TARGETS
 from turret.server.training.trainer import MAX_SEQUENCE_TOKENS, AdamParams, Datum
 from turret.training.base_model import DTYPES, keep_freed_memory
-from turret.training.engine import Engine, LocalEngine
+from turret.training.engine import Engine, PeftEngine
 from turret.training.run.folder import FOLDER_SUFFIX, checkpoint_path, step_of
 from turret.training.server_engine import SharedEngine
 from turret.training.settings.checks import unserved
@@ -46,7 +46,7 @@ _NO_LIMIT = 1 << 60
 _MOST_POSITIONS = MAX_SEQUENCE_TOKENS + 128
 
 
-class OwnBase:
+class InProcessBase:
     """A base model in this process, and an engine that trains adapters on it.
 
     Args:
@@ -112,21 +112,21 @@ class OwnBase:
 
 
 @contextlib.contextmanager
-def own_engines() -> Iterator[Callable[[Resolved], Engine]]:
+def in_process_engines() -> Iterator[Callable[[Resolved], Engine]]:
     """Opens engines in this process.
 
     Runs with the same settings of the base and the same number of virtual tokens share one base. A
     run that a server cannot train is trained with PEFT instead.
     """
-    bases: dict[tuple[BaseConfig, int | None], OwnBase] = {}
+    bases: dict[tuple[BaseConfig, int | None], InProcessBase] = {}
 
     def open_engine(resolved: Resolved) -> Engine:
         if not is_shared(resolved):
-            return LocalEngine(resolved)
+            return PeftEngine(resolved)
         key = resolved.config.base, resolved.config.method.num_virtual_tokens
         if key not in bases:
-            bases[key] = OwnBase(resolved)
-        return OwnEngine(resolved, bases[key])
+            bases[key] = InProcessBase(resolved)
+        return InProcessEngine(resolved, bases[key])
 
     try:
         yield open_engine
@@ -145,7 +145,7 @@ def is_shared(resolved: Resolved) -> bool:
     return has_native(DTYPES[config.base.dtype], torch.device("cpu"))
 
 
-class OwnEngine(SharedEngine):
+class InProcessEngine(SharedEngine):
     """Trains an adapter on a base in this process.
 
     Args:
@@ -153,7 +153,7 @@ class OwnEngine(SharedEngine):
         base: The base.
     """
 
-    def __init__(self, resolved: Resolved, base: OwnBase) -> None:
+    def __init__(self, resolved: Resolved, base: InProcessBase) -> None:
         super().__init__(resolved)
         self._base = base
         self._training = base.training

@@ -16,8 +16,8 @@ from builders.training import REQUIRED, resolve_tiny, write_jsonl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from turret.training.base_model import find_base
-from turret.training.engine import LocalEngine
-from turret.training.own_engine import OwnEngine, own_engines
+from turret.training.engine import PeftEngine
+from turret.training.in_process_engine import InProcessEngine, in_process_engines
 from turret.training.run.folder import read_metrics
 from turret.training.settings.config import render_config
 from turret.training.trainer import Trainer
@@ -29,7 +29,7 @@ LONG = ("run.steps=40", "run.validate_every=7", "run.checkpoint_every=10")
 def train(folder: Path, model: Path, output: str, *overrides: str, **how: bool) -> Path:
     """Train; returns the run's directory."""
     resolved = resolve_tiny(folder, model, *EXACT, f"run.output={output}", *overrides)
-    with own_engines() as open_engine:
+    with in_process_engines() as open_engine:
         return Trainer(resolved, open_engine=open_engine).run(**how).folder.path
 
 
@@ -53,13 +53,13 @@ def test_one_seed_gives_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None
 _KILLED_AT_27 = """
 import itertools, os, signal, sys
 from turret.server.cli import main
-from turret.training.own_engine import OwnEngine
-optimize, steps = OwnEngine._optimize, itertools.count(1)
+from turret.training.in_process_engine import InProcessEngine
+optimize, steps = InProcessEngine._optimize, itertools.count(1)
 def counting(self, adam):
     if next(steps) == 27:
         os.kill(os.getpid(), signal.SIGKILL)
     return optimize(self, adam)
-OwnEngine._optimize = counting
+InProcessEngine._optimize = counting
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -110,7 +110,7 @@ def test_an_interrupted_run_resumes_with_the_same_result(tiny_llama: Path, tmp_p
     expected = train(tmp_path, tiny_llama, "whole", *LONG)
     settings = (*LONG, "run.report_to=tensorboard")
     resolved = resolve_tiny(tmp_path, tiny_llama, *EXACT, "run.output=stopped", *settings)
-    with pytest.raises(KeyboardInterrupt), own_engines() as open_engine:
+    with pytest.raises(KeyboardInterrupt), in_process_engines() as open_engine:
         Trainer(resolved, interrupt, open_engine).run()
     resumed = train(tmp_path, tiny_llama, "stopped", *settings, resume=True)
     assert adapter_bytes(resumed) == adapter_bytes(expected)
@@ -162,9 +162,9 @@ def test_peft_trains_what_the_engine_does_not(
     overrides: Sequence[str], is_peft: bool, tiny_llama: Path, tmp_path: Path
 ) -> None:
     resolved = resolve_tiny(tmp_path, tiny_llama, *EXACT, *overrides)
-    with own_engines() as open_engine:
+    with in_process_engines() as open_engine:
         engine = open_engine(resolved)
-        assert type(engine) is (LocalEngine if is_peft else OwnEngine)
+        assert type(engine) is (PeftEngine if is_peft else InProcessEngine)
         engine.close()
 
 

@@ -24,8 +24,8 @@ from transformers.utils.quantization_config import Mxfp4Config
 from turret.server.errors import InvalidRequestError
 from turret.server.models.fidelity import ModuleKind
 from turret.server.models.model_source import inspect_model, resolve_model
+from turret.server.models.sources.expert_stacks import dequantize_mxfp4
 from turret.server.models.weights.nf4 import Nf4Weight
-from turret.server.models.weights.nf4_experts import dequantize_mxfp4
 
 WEIGHTS = "model.safetensors"
 EXPERTS = "model.layers.1.mlp.experts"
