@@ -33,12 +33,12 @@ class GatedMembers:
     Attributes:
         begin: Position of the first member in the segment's members.
         end: Position after the last member. All members share a slot.
-        asked: Length of the adapter's longest query.
+        query_length: Length of the adapter's longest query.
     """
 
     begin: int
     end: int
-    asked: int
+    query_length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,7 +388,7 @@ class _Gates:
     def add(self, gated: GatedMembers, slot: int, chunk: Sequence[int]) -> None:
         """Add the gate of one adapter for the rows of a chunk; ``chunk`` is the chunk's record."""
         position, count, first, _, v_base, v_stride = chunk[:6]
-        asked, vectors = self.asked, gated.asked
+        asked, vectors = self.asked, gated.query_length
         components = (first + gated.begin, gated.end - gated.begin, gated.begin)
         self.gates.extend((position, count, *components, slot, v_base, v_stride))
         self.gates.extend((asked, vectors))
@@ -427,7 +427,7 @@ class SegmentTable:
             max_components: Components of one row's mix.
             device: The device of the kernels.
             max_gates: Gated adapters of one row's mix.
-            max_row_asked: The sum of ``GatedMembers.asked`` over one row's mix.
+            max_row_asked: The sum of ``GatedMembers.query_length`` over one row's mix.
             memory: The memory that holds the table; None for memory of its own.
         """
         self.max_rows = max_rows

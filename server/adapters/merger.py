@@ -222,12 +222,12 @@ class Merger:
         base = self._registry.base
         if wanted is None:
             edit = self._edit("NF4")
-            report = _build(edit, base, mix, cancellation, most_error=KEPT_ERROR)
+            report = _build_edit(edit, base, mix, cancellation, most_error=KEPT_ERROR)
             if report is not None:
                 return "NF4", edit, report
         precision: Precision = wanted or "BF16"
         edit = self._edit(precision)
-        report = _build(edit, base, mix, cancellation)
+        report = _build_edit(edit, base, mix, cancellation)
         assert report is not None, "without a limit it goes to the end"
         return precision, edit, report
 
@@ -261,7 +261,10 @@ class Merger:
         cancellation: Cancellation,
         generation: int | None = None,
     ) -> None:
-        """Exchanges the weights; the base then has this generation, or the next one."""
+        """Exchanges the weights.
+
+        The base then has this generation, which replicas get from the fleet, or the next one.
+        """
         if generation is None:
             generation = self._state.base_generation + 1
         state = MergeState(generation, merge)
@@ -319,7 +322,7 @@ def _check_mergeable(mix: Mix) -> None:
     refuse_all(reasons)
 
 
-def _build(
+def _build_edit(
     edit: Edit,
     base: BaseModel,
     mix: Mix,

@@ -152,6 +152,10 @@ def request_id_of(sent_ids: Iterable[str | bytes]) -> str:
 class Call:
     """One call: the protocol begins and finishes it, and its handler records what is counted.
 
+    The methods are called in this order: ``begin``; ``receive`` for each part of the message;
+    ``about`` once it is read; ``rename`` and ``runs_on`` for each request that it becomes; ``send``
+    for an answer in one piece; ``fail`` in case of an error; ``finish``.
+
     Attributes:
         method: The method, as the log shows it.
         protocol: The protocol of the call: ``grpc`` or ``http``.

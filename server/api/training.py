@@ -111,7 +111,7 @@ class Training:
         async def run() -> Result:
             asked = await tenants.read(tenant, lambda: _read_pass(sent, info))
             losses = await training.pass_over(
-                model.number,
+                model.learner_number,
                 asked.data,
                 asked.loss,
                 asked.settings,
@@ -130,7 +130,7 @@ class Training:
         training = self._tenants.sessions.training()
 
         async def run() -> Result:
-            metrics = await training.step(model.number, adam)
+            metrics = await training.step(model.learner_number, adam)
             response = training_pb2.OptimStepResponse(grad_norm=metrics["grad_norm"])
             return Result(response.SerializeToString())
 

@@ -140,9 +140,9 @@ class Vocabularies:
             InvalidRequestError: The request may not bring a template, or its template is invalid.
         """
         self._check_trust(chat_template)
-        adapter, own = None, ""
+        adapter, own_template = None, ""
         if 0 < len(weights) <= MAX_MIX_MEMBERS:
-            adapter, own = self._adapters.find(
+            adapter, own_template = self._adapters.find(
                 AdapterRef(
                     name=weight.name,
                     generation=weight.generation if weight.HasField("generation") else None,
@@ -150,7 +150,7 @@ class Vocabularies:
                 )
                 for weight in weights
             )
-        template = _replaced(own, chat_template) if chat_template else own
+        template = _replaced(own_template, chat_template) if chat_template else own_template
         if adapter is None and not template:
             return self._base
         key: TokenizerKey = ("", 0, template)
@@ -164,7 +164,7 @@ class Vocabularies:
                 if not chat_template or error.args[0].reason != "CHAT_TEMPLATE_INVALID":
                     raise
                 raise InvalidRequestError.of(_FIELD, error.args[0]) from None
-        return self._vocabulary(tokenizer, key, own)
+        return self._vocabulary(tokenizer, key, own_template)
 
     def _check_trust(self, chat_template: str) -> None:
         if chat_template and not self._trusts_templates:
@@ -191,8 +191,8 @@ class Vocabularies:
             # Retrieve the exception: asyncio would log it if no request waits for it any more.
             reading.exception()
 
-    def _vocabulary(self, tokenizer: Tokenizer, key: TokenizerKey, own: str) -> Vocabulary:
-        mine = key, own
+    def _vocabulary(self, tokenizer: Tokenizer, key: TokenizerKey, own_template: str) -> Vocabulary:
+        mine = key, own_template
         made = self._made.get(mine)
         if made is None or made.tokenizer is not tokenizer:
             # Drop vocabularies whose tokenizer is no longer in memory.
@@ -203,7 +203,7 @@ class Vocabularies:
             is_like = not digest and tokenizer.eos_token_ids == self._base.tokenizer.eos_token_ids
             made = Vocabulary(
                 tokenizer,
-                own=AdapterTokenizer((digest, own), tokenizer),
+                own=AdapterTokenizer((digest, own_template), tokenizer),
                 kept=self._base.kept,
                 like=self._base if is_like else None,
             )
@@ -211,7 +211,7 @@ class Vocabularies:
         return made
 
 
-def _replaced(own: str, chat_template: str) -> str:
+def _replaced(own_template: str, chat_template: str) -> str:
     """A request's template, with the special tokens of the one that it replaces."""
-    tokens = OwnTemplate.from_json(own).tokens if own else {}
+    tokens = OwnTemplate.from_json(own_template).tokens if own_template else {}
     return OwnTemplate(IN_CHAT, {"default": chat_template}, tokens).to_json()

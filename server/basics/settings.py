@@ -401,6 +401,7 @@ Whole = Annotated[int, _exact("int_type")]
 """A whole number."""
 Number = Annotated[float, _exact("float_type")]
 """A number."""
+# This validator and ``_AS_SECONDS`` also mark a setting's type, for its help and its messages.
 _AS_BYTES = BeforeValidator(_bytes)
 Bytes = Annotated[Whole, _AS_BYTES]
 """A size in memory, as ``1048576``, ``512MiB`` or ``2GB``."""

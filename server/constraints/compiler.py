@@ -176,7 +176,7 @@ class ConstraintCompiler:
                 raise refusal(spec, made.get_error())
             return made
 
-        measured = self._tried(spec, grammar, native.vocab_size)
+        measured = self._measured_in_child(spec, grammar, native.vocab_size)
         # Counts and repeated terminals can force texts of megabytes, and llguidance holds the
         # interpreter's lock while it tokenises them. So only choices, which are no longer than the
         # client's message, force tokens.
@@ -190,7 +190,7 @@ class ConstraintCompiler:
             raise InvalidRequestError.of(spec.kind, error.message) from None
         return constraint
 
-    def _tried(self, spec: ConstraintSpec, grammar: str, vocab_size: int) -> int:
+    def _measured_in_child(self, spec: ConstraintSpec, grammar: str, vocab_size: int) -> int:
         """The approximate memory of a constraint, in addition to the fixed part.
 
         Raises:

@@ -147,6 +147,10 @@ _LEXER_FULL = "too many states"
 class Matcher:
     """One answer's position in a grammar. Use it from one thread at a time.
 
+    *Forced text* is text that the grammar requires at a position, such as the rest of a choice. If
+    the matcher ``forces``, this text consists of the tokens that the tokenizer makes of it.
+    Otherwise, any tokens may spell it.
+
     Args:
         source: The constraint.
         alphabet: The alphabet of the constraint's tokenizer.
@@ -155,7 +159,6 @@ class Matcher:
     def __init__(self, source: Constraint, alphabet: Alphabet) -> None:
         self._source = source
         self._alphabet = alphabet
-        # Forced text is appended as the tokenizer would encode it.
         self._forces = source.forces
         self._native = source.copy(forces=self._forces)
         self._tokens: list[int] = []
@@ -316,7 +319,7 @@ class Constraint:
             calls do too.
         alphabet: The alphabet of the constraint's tokenizer.
         num_bytes: The approximate memory of the compiled form.
-        forces: The value of ``forces`` (see ``copy``) with which matchers begin.
+        forces: The value of ``forces`` (see ``Matcher``) with which matchers begin.
     """
 
     def __init__(
@@ -341,8 +344,7 @@ class Constraint:
         """A matcher of llguidance at the beginning of an answer, with the newest lexer.
 
         Args:
-            forces: Whether forced text consists of the tokens that the tokenizer makes of it. If
-                False, any tokens may spell it.
+            forces: See ``Matcher``.
         """
         found = self._prototypes.get(forces)
         if found is None:

@@ -496,7 +496,12 @@ class EngineLoop:
         self._flush()
 
     def _meanwhile(self) -> None:
-        """Hand out and report the last step's tokens, while the device computes the next step."""
+        """Hand out and report the last step's tokens, while the device computes the next step.
+
+        The last step filled ``_later`` (``_advance``) and set ``_report``, and this empties both.
+        It fills ``_broken``, which ``_fail_broken`` empties once the next step is over. If no step
+        is under way, ``_hand_out`` does all of this at once.
+        """
         later, self._later = self._later, []
         for answer, count, now in later:
             try:

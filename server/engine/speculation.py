@@ -174,9 +174,9 @@ class StepCost:
         # Least squares. The initial guess counts as observations of spread _SPREAD on the line
         # through the mean that follows from ``_FIRST``.
         guess = self._seconds / (_FIRST + self._rows)
-        each = (self._slope + _SPREAD * guess) / (self._spread + _SPREAD)
-        fixed = _MOST_ROWS if each <= 0.0 else self._seconds / each - self._rows
-        self.fixed_rows = min(max(fixed, _LEAST_ROWS), _MOST_ROWS)
+        seconds_per_row = (self._slope + _SPREAD * guess) / (self._spread + _SPREAD)
+        rows = self._seconds / seconds_per_row - self._rows if seconds_per_row > 0.0 else _MOST_ROWS
+        self.fixed_rows = min(max(rows, _LEAST_ROWS), _MOST_ROWS)
 
 
 # With more rows than this in a step, drafts included, no more drafts are added: large steps are

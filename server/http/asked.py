@@ -1,4 +1,8 @@
-"""Conversion of the bodies of requests to the messages of ``turret.v1``."""
+"""Conversion of the bodies of requests to the messages of ``turret.v1``.
+
+Functions that take the dictionary ``names`` add the client's names for fields of ``turret.v1`` to
+it, by field path, so that errors report the fields that the client sent (see ``Exchange``).
+"""
 
 from __future__ import annotations
 

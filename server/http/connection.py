@@ -87,6 +87,11 @@ class Connection(HttpToolsProtocol):
             scope.setdefault("extensions", {})[EXTENSION] = Chunks(cycle)
 
         async def framed(message: Any) -> None:
+            """Sends a message of the application, and announces the end of the connection.
+
+            The connection ends with an answer that begins before its request has been read, or with
+            the last one if too many requests were sent ahead.
+            """
             is_start = message["type"] == "http.response.start"
             if is_old:
                 # uvicorn does not support answers that end with their connection, so hide the

@@ -30,9 +30,9 @@ from turret.server.words import say
 
 _DOMAIN = b"turret-tokenizer-1\0"
 _TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-# Config keys that are passed to transformers. Others (paths, repository names, training settings)
-# are dropped; code is rejected.
-_SAID = frozenset(
+# Config keys that are kept and passed to transformers. Others (paths, repository names, training
+# settings) are dropped; code is rejected.
+_KEPT_KEYS = frozenset(
     (
         *(f"{kind}_token" for kind in _TOKENS),
         "add_bos_token",
@@ -204,13 +204,10 @@ def _checked_config(content: Mapping[str, Any], findings: Findings) -> bytes | N
         if content.get(key):
             findings.add(f"{TOKENIZER_CONFIG_FILE}[{key}]", say("TOKENIZER_CODE"))
             return None
-    said = {key: value for key, value in content.items() if key in _SAID}
-    kind = said.get("tokenizer_class")
+    kept = {key: value for key, value in content.items() if key in _KEPT_KEYS}
+    kind = kept.get("tokenizer_class")
     if kind is not None and not (isinstance(kind, str) and kind.isidentifier()):
-        wanted = "the name of a class"
-        findings.add(
-            f"{TOKENIZER_CONFIG_FILE}[tokenizer_class]",
-            say("INVALID_VALUE", value=kind, wanted=wanted),
-        )
+        why = say("INVALID_VALUE", value=kind, wanted="the name of a class")
+        findings.add(f"{TOKENIZER_CONFIG_FILE}[tokenizer_class]", why)
         return None
-    return json.dumps(said).encode()
+    return json.dumps(kept).encode()

@@ -90,9 +90,9 @@ class _SameMix:
     def modules(self, place: _Place) -> dict[int, list[tuple[_Module, float, torch.Tensor | None]]]:
         """The operators to apply by slice, in the request's order."""
         found: dict[int, list[tuple[_Module, float, torch.Tensor | None]]] = {}
-        for held, weight, given in self.members:
+        for held, weight, scalings in self.members:
             for module in held.modules.get(place, ()):
-                found.setdefault(module.slice, []).append((module, weight, given))
+                found.setdefault(module.slice, []).append((module, weight, scalings))
         return found
 
 
@@ -138,8 +138,8 @@ class StepReference:
                     product = product.alone(is_decode=group.is_decode)
                 rows = BaseRows(inputs, product, result=before if is_result else None)
                 total = before.to(torch.float32, copy=True)
-                for module, weight, given in parts:
-                    rows.gain, rows.given = module.gain, given
+                for module, weight, scalings in parts:
+                    rows.gain, rows.scalings = module.gain, scalings
                     for operator in module.operators:
                         operator.add(total, inputs, rows, weight)
                 group.scatter(view, total)
@@ -275,7 +275,7 @@ class Reference(Part):
             return None
         columns = {name: self._layout.columns(name) for name in self._layout.projections}
         groups = [
-            self._group(mix, found, is_decode, members.given)
+            self._group(mix, found, is_decode, members.scalings)
             for (mix, is_decode), found in runs.items()
         ]
         return StepReference(groups, columns)
@@ -285,7 +285,7 @@ class Reference(Part):
         mix: Members,
         runs: Sequence[tuple[int, int]],
         is_decode: bool | None,
-        given: Mapping[str, torch.Tensor],
+        scalings: Mapping[str, torch.Tensor],
     ) -> _SameMix:
         if len(runs) == 1:
             rows = slice(*runs[0])
@@ -294,7 +294,7 @@ class Reference(Part):
             rows = torch.tensor(numbers, device=self._device)
         group = _SameMix(rows, (), is_decode)
         members = [
-            (self._held[key], weight, group.gather(given[key]) if key in given else None)
+            (self._held[key], weight, group.gather(scalings[key]) if key in scalings else None)
             for key, weight in mix
         ]
         return _SameMix(rows, members, is_decode)

@@ -193,17 +193,17 @@ class StepMembers:
     Attributes:
         short: The mix of each row of the short segments, which are the step's first rows.
         long: First row, end row and mix of each long segment.
-        given: For adapters with a ``TokenRouter``, the scalings of every row of the step,
+        scalings: For adapters with a ``TokenRouter``, the scalings of every row of the step,
             ``[rows, modules, components]`` fp32, with any values in rows without the adapter.
     """
 
     short: Sequence[Members]
     long: Sequence[tuple[int, int, Members]]
-    given: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    scalings: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def runs(self) -> list[tuple[int, int, Members]]:
-        """All rows as runs: first, end, and their mix."""
+        """All rows as runs: first row, end, and mix."""
         return [*((row, row + 1, mix) for row, mix in enumerate(self.short)), *self.long]
 
 

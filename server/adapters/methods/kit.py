@@ -11,6 +11,7 @@ Its function ``operators`` turns the tensors of a module into operators.
 
 from __future__ import annotations
 
+# Some of these imports serve only the methods, which import all names of this file.
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -59,12 +59,12 @@ def lower_checkpoint(
     is_lora = method.on_vocabulary
     findings = Findings(checkpoint.path, base.name)
     # Faults of experts and of the vocabulary's size, on which all other checks depend.
-    first = Findings(checkpoint.path, base.name)
+    prerequisites = Findings(checkpoint.path, base.name)
     rest, classifier, head = take_classifier(checkpoint, base, findings)
-    rest, experts, expert_ranks = take_experts(rest, base, first, max_rank, is_lora=is_lora)
-    part = VocabularyPart.of(rest, base, first)
-    added, vocab_size = fit_vocabulary(part, rest.config, base, first)
-    first.raise_if_any()
+    rest, experts, expert_ranks = take_experts(rest, base, prerequisites, max_rank, is_lora=is_lora)
+    part = VocabularyPart.of(rest, base, prerequisites)
+    added, vocab_size = fit_vocabulary(part, rest.config, base, prerequisites)
+    prerequisites.raise_if_any()
     rest, base, tokens = take_vocabulary(rest, part, base, findings, is_lora=is_lora)
     reading = method.read(rest, base, max_rank, findings)
     reading.find_component = find_component

@@ -123,18 +123,18 @@ class Gate(Operator):
     def add(self, y: torch.Tensor, x: torch.Tensor, base: BaseRows, weight: float) -> None:
         found = row_linear(x, self._down)
         v, asked = found[:, : len(self.a)], found[:, len(self.a) :]
-        scale = (self._weights(x, v, asked, base.given) * weight).index_select(
+        scale = (self._weights(x, v, asked, base.scalings) * weight).index_select(
             1, self._component_of_rank
         )
         row_addmm_(y, v * scale, self.b)
 
     def _weights(
-        self, x: torch.Tensor, v: torch.Tensor, asked: torch.Tensor, given: torch.Tensor | None
+        self, x: torch.Tensor, v: torch.Tensor, asked: torch.Tensor, scalings: torch.Tensor | None
     ) -> torch.Tensor:
         """``α``, ``[rows, K]`` fp32."""
         if isinstance(self.score, GivenScore):
-            assert given is not None, "the first pass computes the scores"
-            return given[:, self.score.module]
+            assert scalings is not None, "the first pass computes the scores"
+            return scalings[:, self.score.module]
         if isinstance(self.score, PrototypeScore):
             similar = row_linear(x.float(), self._prototypes)[:, : len(self.score.prototypes)]
             return routing_gate_reference(similar, self.score.top_k, self.score.temperature)

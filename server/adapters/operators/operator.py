@@ -27,7 +27,7 @@ class BaseRows:
             other rows.
         result: The base's product with ``x``, if it is known already.
         gain: The gain of the same adapter's module, ``[out]`` fp32, or None (1).
-        given: The rows' scalings from a first pass, ``[rows, modules, components]`` fp32, for
+        scalings: The rows' scalings from a first pass, ``[rows, modules, components]`` fp32, for
             adapters with a ``TokenRouter``.
     """
 
@@ -38,10 +38,10 @@ class BaseRows:
         *,
         result: torch.Tensor | None = None,
         gain: torch.Tensor | None = None,
-        given: torch.Tensor | None = None,
+        scalings: torch.Tensor | None = None,
     ) -> None:
         self.gain = gain
-        self.given = given
+        self.scalings = scalings
         self._x = x
         self._product = product
         self._result = result

@@ -186,7 +186,11 @@ def _split(
 
 
 def _chosen(config: Mapping[str, Any], base: BaseModel) -> tuple[dict[str, Any], list[BaseExperts]]:
-    """The config without its selection of experts' parameters, and the selected parameters."""
+    """The config without its selection of experts' parameters, and the selected parameters.
+
+    In ``target_modules``, modules get their names in this base. ``target_parameters`` loses the
+    selected parameters, and the tables of patterns lose those that PEFT adds for them.
+    """
     rest, targets = dict(config), config.get(_KEY)
     modules = rest.get("target_modules")
     if isinstance(modules, list):

@@ -254,6 +254,8 @@ def _configured(module: Module) -> int:
 class LinearFormat(FileFormat):
     """The checkpoint format of a method.
 
+    ``FileFormat.read`` calls ``inspect``, and ``conclude`` if that has found no faults.
+
     Attributes:
         tensors: Role → shape. The role is the end of the tensor's name, after the module's path.
         rank: Config key of the rank, or None (no rank).
@@ -416,10 +418,11 @@ class LinearFormat(FileFormat):
         if spec.must_be_integers and found.is_floating_point():
             owner.fault(role, say("WRONG_DTYPE", dtype=found.dtype, expected="integers"))
             return False
-        return not wanted or tuple(found.shape) in wanted or self._fits(owner, role, spec, found)
+        is_right = not wanted or tuple(found.shape) in wanted
+        return is_right or self._check_shape(owner, role, spec, found)
 
-    def _fits(self, owner: Module | Reading, role: str, spec: Tensor, found: Any) -> bool:
-        """Reports a wrong shape.
+    def _check_shape(self, owner: Module | Reading, role: str, spec: Tensor, found: Any) -> bool:
+        """Reports a wrong shape; returns whether the shape is right.
 
         If only the rank differs, the rank of the tensor becomes the module's.
         """

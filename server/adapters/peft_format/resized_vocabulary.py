@@ -57,6 +57,9 @@ def _largest_id(part: VocabularyPart) -> int:
 def vocabulary_of(checkpoint: AdapterCheckpoint, base: BaseModel) -> tuple[int, bool]:
     """The size of a checkpoint's vocabulary, from as few of its tensors as possible.
 
+    The loader calls this before ``fit_vocabulary``, which checks the size, to decide whether the
+    adapter needs its own tokenizer.
+
     Returns:
         The number of its rows, or 0 if it equals the base's or is unknown; and whether it may have
         tokens that the base's tokenizer lacks.

@@ -221,8 +221,8 @@ def _finite(name: str, rows: VocabularyRows, findings: Findings) -> VocabularyRo
     return None
 
 
-# The keys for trained rows: the one of all other methods, and the one of trainable tokens.
-_TOKENS, _ALONE = "trainable_token_indices", "token_indices"
+# The keys for trained rows: in addition to any method, and of the method that trains only rows.
+_TOKENS, _METHOD_TOKENS = "trainable_token_indices", "token_indices"
 
 
 def take_vocabulary(
@@ -276,12 +276,12 @@ def take_vocabulary(
 def _trained_ids(config: Mapping[str, Any], base: BaseModel) -> dict[str, list[int]] | None:
     """See ``VocabularyPart.ids``."""
     value = config.get(_TOKENS)
-    if _ALONE in config:
+    if _METHOD_TOKENS in config:
         findings = Findings("")
         modules = trained_modules(config, base, findings)
-        if findings.fields or is_token_list(config[_ALONE]) is not None:
+        if findings.fields or is_token_list(config[_METHOD_TOKENS]) is not None:
             return None
-        value = dict.fromkeys(modules, config[_ALONE])
+        value = dict.fromkeys(modules, config[_METHOD_TOKENS])
     if is_token_indices(value) is not None:
         return None
     return token_ids_by_module(value, is_tied=base.vocabulary.is_tied)
@@ -315,8 +315,9 @@ def _trained_rows(
     found, wanted = part.found, part.ids
     if wanted is None:
         return rows
-    is_alone = _ALONE in config
-    by, suffix = (_ALONE, "trainable_tokens_delta") if is_alone else (_TOKENS, "token_adapter")
+    by, suffix = _TOKENS, "token_adapter"
+    if _METHOD_TOKENS in config:
+        by, suffix = _METHOD_TOKENS, "trainable_tokens_delta"
     is_shared = base.vocabulary.is_tied and HEAD in wanted and wanted[HEAD] == wanted.get(EMBEDDING)
     for module in (EMBEDDING, HEAD):
         name, tensor = found[module].get(ROWS, (f"{module}.{suffix}", None))
@@ -395,10 +396,12 @@ def _check_unchanged(
 def _low_rank(
     config: Mapping[str, Any], found: FoundTensors, base: BaseModel, findings: Findings
 ) -> tuple[EmbeddingLowRank | None, dict[str, Any]]:
-    """LoRA on the embedding, and changes to the config that the method reads.
+    """LoRA on the embedding.
 
-    With ``ensure_weight_tying`` PEFT adapts the head of a tied base along with the embedding, and
-    saves factors for it, without naming it in the config.
+    Returns:
+        The update, or None; and changes to the config, with which the method also reads factors of
+        the head. With ``ensure_weight_tying`` PEFT saves them for a tied base, without naming the
+        head in the config.
     """
     targets, changes = vocabulary_targets(config, base)
     name, a = found.get(A, (f"{EMBEDDING}.lora_embedding_A", None))

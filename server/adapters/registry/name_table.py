@@ -42,6 +42,9 @@ from turret.server.words import Text, say
 class Registration:
     """A registered name: its current generation, and the replaced ones that still exist.
 
+    A replaced generation is ``kept`` as long as requests may name it, then ``retired`` as long as
+    mixes hold it, and then gone. When the name is unloaded, all generations are retired or gone.
+
     It belongs to the registry and changes under the registry's lock.
 
     Attributes:

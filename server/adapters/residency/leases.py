@@ -184,7 +184,10 @@ class _Load:
 
 
 class Leases:
-    """The leases of mixes. Thread-safe. Owns ``Adapter.holds``.
+    """The leases of mixes. Thread-safe.
+
+    Owns ``Adapter.holds``, the number of leases on an adapter that were granted. The registry owns
+    ``Adapter.in_flight``, which also counts the leases that wait.
 
     Every method that changes the holds or the memory also grants waiting mixes, where possible,
     before it returns; their callbacks may run under a lock that the caller holds.

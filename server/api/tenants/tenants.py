@@ -60,7 +60,7 @@ class TenantModel:
         config: The config of the adapter.
         metadata: The client's own notes.
         log: The commands.
-        learner: The number of the adapter; None until it has begun.
+        learner: The number of the adapter for the training; None until it has begun.
         used: The Unix time of the last command.
         inflight: The name under which its weights are registered for sampling; empty if none.
     """
@@ -81,8 +81,8 @@ class TenantModel:
         return f"training/{session_id}/{number}"
 
     @property
-    def number(self) -> int:
-        """The number of the adapter.
+    def learner_number(self) -> int:
+        """``learner``, for commands that need it.
 
         Raises:
             TrainingNotFoundError: The adapter could not be created.
@@ -504,7 +504,7 @@ class Tenants:
         training = self.sessions.training()
 
         async def write(folder: Path) -> None:
-            await training.save(model.number, folder, with_optimizer=kind == "weights")
+            await training.save(model.learner_number, folder, with_optimizer=kind == "weights")
 
         draft = Checkpoint(
             run=model.model_id,
@@ -535,14 +535,14 @@ class Tenants:
             raise InvalidRequestError.of("optimizer", say("CHECKPOINT_WITHOUT_OPTIMIZER"))
         folder = self.checkpoints.folder(checkpoint)
         training = self.sessions.training()
-        await training.load(model.number, folder, with_optimizer=with_optimizer)
+        await training.load(model.learner_number, folder, with_optimizer=with_optimizer)
         return checkpoint
 
     async def publish(self, model: TenantModel) -> Published:
         """Register the present weights as the next generation of ``model.inflight``."""
         async with self.writing(model.owner):
             model.inflight = model.adapter
-            return await self.sessions.training().publish(model.number, model.inflight)
+            return await self.sessions.training().publish(model.learner_number, model.inflight)
 
     async def _sweep(self) -> None:
         while True:

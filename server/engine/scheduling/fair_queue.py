@@ -1,10 +1,15 @@
-"""Orders tenants by running items, then mixes by service, then parties in turn. No torch.
+"""Orders tenants by running items, then groups by service, then parties in turn. No torch.
 
-Each group has a virtual token counter (VTC, arXiv 2401.00588). A group is one mix of adapters; the
-base alone is a group, too. Every token computed for a group advances its counter, and the waiting
-group with the lowest counter is served next. A group that was idle re-enters at the lowest counter
-of the busy groups, so that idle time is not a credit. So a popular adapter delays a rare one at
-most by the work that is already running, however many requests wait for the popular one.
+- A *tenant* is a bearer token. Each of its running items has one of its *places*.
+- A *group* is one mix of adapters; the base alone is a group, too.
+- A *party* shares a group with others. It is a bearer token, or a call if there are no tokens.
+- A *turn* is a number by which the items of a group are ordered. It counts rounds of the parties.
+
+Each group has a virtual token counter (VTC, arXiv 2401.00588). Every token computed for a group
+advances its counter, and the waiting group with the lowest counter is served next. A group that
+was idle re-enters at the lowest counter of the busy groups, so that idle time is not a credit. So a
+popular adapter delays a rare one at most by the work that is already running, however many requests
+wait for the popular one.
 
 A request whose adapters are still being read is not ready: all ready requests may overtake it, even
 those of its own mix.
@@ -13,13 +18,13 @@ An endless stream of new groups, each at that lowest counter, cannot starve a gr
 counter: no group enters below the counter that a group with exactly its fair share would have (the
 virtual time of fair queueing, Parekh and Gallager 1993), and that counter catches up with any lead.
 
-Tenants, which are bearer tokens, come before mixes: the tenant that runs the fewest items is served
-next, whatever mixes it asks for. So neither many requests nor many mixes give a tenant more than
-its share of the running places while others wait. Without tenants, only mixes and parties count.
+Tenants come before groups: the tenant that runs the fewest items is served next, whatever mixes it
+asks for. So neither many requests nor many mixes give a tenant more than its share of the places
+while others wait. Without tenants, only groups and parties count.
 
-Within a mix, parties take turns. A party is a bearer token, or a call if there are no tokens. Each
-of its requests needs a turn, so a call with a thousand prompts delays the next party by only one of
-them. The turn at which a party enters also advances by one per round of the parties.
+Within a group, parties take turns. Each request of a party needs a turn, so a call with a thousand
+prompts delays the next party by only one of them. The turn at which a party enters also advances by
+one per round.
 """
 
 from __future__ import annotations

@@ -9,16 +9,8 @@ where other adapters begin to act, so one mix acts on all of it. A waiting seque
 are still loading is skipped and delays no other. A step's remaining room goes to draft tokens
 (``Drafts``), which are further rows of their sequences.
 
-On compute paths where a row of a prompt costs as much as a decode row, prompts must not slow down
-decoding too much. If at least four times as many sequences of some tenant decode as read their
-prompts, a step takes only as many prompt tokens as double its time, but at least 16. On a GPU,
-where a step with a prompt has a high fixed cost, this limit is a constant. If more tenants read
-prompts than have such a majority of decoding sequences, the limit is multiplied by the ratio of
-these numbers of tenants, so that they share the time. Attention makes a row more expensive the
-longer its context is. So while other sequences decode, prompt tokens may cost at most twice as much
-as the same number of tokens without attention.
-
-Prompts of several tenants share the tokens of a step, and leave some to the next sequence in line.
+While sequences decode, a step takes fewer prompt tokens (``_step_tokens``), and even fewer of
+prompts that are far into their context (``_chunk``). Tenants share these tokens (``_shares``).
 
 Fairness also applies to running places, not only admissions. The sequence that is next in line,
 once it has waited for ``preempt_after_seconds``, takes the place of the latest sequence of the
@@ -503,7 +495,15 @@ class Scheduler:
         self._num_tokens = min(2 * self._num_tokens, self._max_num_batched_tokens)
 
     def _step_tokens(self, decodes: list[Sequence], prompts: list[Sequence]) -> int:
-        """Maximum number of tokens in the next step: fewer if it decodes and reads prompts."""
+        """Maximum number of tokens in the next step: fewer if it decodes and reads prompts.
+
+        On compute paths where a row of a prompt costs as much as a decode row, prompts must not
+        slow down decoding too much. If at least four times as many sequences of some tenant decode
+        as read their prompts, a step takes only as many prompt tokens as double its time, but at
+        least 16. On a GPU, where a step with a prompt has a high fixed cost, this limit is a
+        constant. If more tenants read prompts than have such a majority of decoding sequences, the
+        limit is multiplied by the ratio of these numbers of tenants, so that they share the time.
+        """
         num_decodes = len(decodes)
         num_free = max(self._num_seqs - len(self.running), 0)
         reading = Counter(sequence.tenant for sequence in prompts)
@@ -518,7 +518,6 @@ class Scheduler:
             return self._num_tokens
         beside = self._most_beside
         if self._cost is not None:
-            # Allow as many prompt rows as double the time of the decode step alone.
             beside = max(_LEAST_CHUNK, num_decodes + int(self._cost.fixed_rows))
         beside = beside * max(len(reading), num_delayed) // num_delayed
         return min(self._num_tokens, num_decodes + beside)
@@ -547,7 +546,12 @@ class Scheduler:
         return dict.fromkeys(tenants, max(left // len(tenants), 1))
 
     def _chunk(self, sequence: Sequence, budget: int) -> int:
-        """How many tokens of a sequence a step takes: fewer of a prompt far into its context."""
+        """How many tokens of a sequence a step takes: fewer of a prompt far into its context.
+
+        Attention makes a row more expensive the longer its context is. So while other sequences
+        decode, prompt tokens may cost at most twice as much as the same number of tokens without
+        attention.
+        """
         chunk = min(sequence.num_alike, budget)
         if chunk == 0 or len(sequence.tokens) - sequence.num_computed == 1:
             return chunk

@@ -391,23 +391,23 @@ def _routers(sequence: Sequence, store: AdapterStore) -> list[tuple[str, TokenRo
     return [(key, router) for key, router in found if router is not None]
 
 
-def given_rows(placed: SequenceOf[Placed], found: StepScalings) -> dict[str, torch.Tensor]:
-    """The scalings of every row of a step, by adapter (see ``StepMembers.given``)."""
-    if not found:
+def scalings_of_rows(placed: SequenceOf[Placed], scalings: StepScalings) -> dict[str, torch.Tensor]:
+    """The scalings of every row of a step, by adapter (see ``StepMembers``)."""
+    if not scalings:
         return {}
     num_rows = max(place.last_row for place in placed) + 1
-    given: dict[str, torch.Tensor] = {}
+    of_rows: dict[str, torch.Tensor] = {}
     for place in placed:
-        if place.item.sequence in found:
-            key, values = found[place.item.sequence]
-            if key not in given:
-                given[key] = values.new_zeros(num_rows, *values.shape[1:])
-            given[key][place.row_start : place.last_row + 1] = values
-    return given
+        if place.item.sequence in scalings:
+            key, values = scalings[place.item.sequence]
+            if key not in of_rows:
+                of_rows[key] = values.new_zeros(num_rows, *values.shape[1:])
+            of_rows[key][place.row_start : place.last_row + 1] = values
+    return of_rows
 
 
-# Segments of at most this many rows join the wide masked product. Longer ones multiply only their
-# own ranks. Measurements show that the wide product is faster while rows · adapters is small.
+# Maximum number of rows of a short segment. Short segments of one mix are placed side by side, so
+# that they share reads of its adapters.
 MAX_SHORT_ROWS = 8
 
 # Sequences and their rows.
@@ -454,7 +454,6 @@ class BatchBuilder:
                 short.append(item)
             else:
                 long.append(item)
-        # Put rows of one mix side by side, so that they share reads of its adapters.
         short.sort(key=lambda item: item.sequence.active_mix.key)
         placed, row = [], 0
         for item in (*short, *base, *long):
@@ -462,9 +461,8 @@ class BatchBuilder:
             row += item.num_rows
         adapters = None
         if short or long:
-            long_placed = placed[len(short) + len(base) :]
-            given = given_rows(placed, scalings)
-            adapters = self._bind_adapters(short, long_placed, given)
+            of_rows = scalings_of_rows(placed, scalings)
+            adapters = self._bind_adapters(short, placed[len(short) + len(base) :], of_rows)
         return Batch(self._input(placed, row, adapters), tuple(placed))
 
     def _input(
@@ -501,7 +499,7 @@ class BatchBuilder:
         return SequenceSpan(place.row_start, num_new, context, used, sequence.num_padding)
 
     def _bind_adapters(
-        self, short: list[Scheduled], long: list[Placed], given: dict[str, torch.Tensor]
+        self, short: list[Scheduled], long: list[Placed], scalings: dict[str, torch.Tensor]
     ) -> AdapterStep:
         sequences = [item.sequence for item in short] + [p.item.sequence for p in long]
         adapters = {a.key: a for sequence in sequences for a, _ in sequence.active_mix.members}
@@ -513,7 +511,7 @@ class BatchBuilder:
                     (p.row_start, p.row_start + p.item.num_rows, members_of(p.item.sequence))
                     for p in long
                 ],
-                given=given,
+                scalings=scalings,
             )
         )
 

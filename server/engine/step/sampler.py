@@ -52,6 +52,10 @@ class TokenMask:
 class LateMask:
     """The tokens that may come next in a running sequence, determined when its logits are known.
 
+    The mask is late because it is often not needed: the sampler requests it (``make``) only if the
+    likeliest token does not determine the next one (``settle``). Where this does not apply,
+    ``Masks`` has it made while the logits are computed.
+
     One thread at a time, with a large stack, may call its methods; ``news`` belongs to the engine
     thread.
 
@@ -74,6 +78,7 @@ class LateMask:
         self._num_told = 0
         # A token that the matcher has already consumed but the sequence does not have yet.
         self._ahead: int | None = None
+        # The last mask, which is valid until the sequence has a new token.
         self._made: TokenMask | None = None
 
     def news(self) -> list[int]:

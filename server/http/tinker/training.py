@@ -176,7 +176,7 @@ async def forward_backward(state: TinkerState, exchange: Exchange) -> Json:
         # much memory.
         asked = await tenants.read(tenant, lambda: wire.read_pass(body, info))
         losses = await training.pass_over(
-            model.number,
+            model.learner_number,
             asked.data,
             asked.loss,
             asked.settings,
@@ -192,7 +192,7 @@ async def forward_backward(state: TinkerState, exchange: Exchange) -> Json:
 async def optim_step(state: TinkerState, model: TenantModel, body: schemas.OptimStep) -> Result:
     """Change a model's weights by the gradients since the last step."""
     adam = AdamParams(**body.adam_params.model_dump())
-    metrics = await state.tenants.sessions.training().step(model.number, adam)
+    metrics = await state.tenants.sessions.training().step(model.learner_number, adam)
     # JSON has no other numbers.
     finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
     return Result.of(metrics=finite)
@@ -263,7 +263,7 @@ async def _snapshot(
         sampler.is_own = True
         async with state.tenants.writing(model.owner):
             training = state.tenants.sessions.training()
-            published = await training.publish(model.number, sampler.adapter)
+            published = await training.publish(model.learner_number, sampler.adapter)
         sampler.generation, sampler.size = published.generation, published.size
     state.tenants.sessions.add_sampler(session, sampler)
     return sampler

@@ -409,7 +409,7 @@ def _calls(source: Source, form: Form, tools: Tools) -> Parser[None]:
     Text that looks like a call but is not one, or calls an unknown tool, stays text.
     """
     index = 0
-    # The text taken as the beginning of a call, in case no call follows; None outside of a call.
+    # See ``_call``; None outside of a call.
     taken = (yield from _opening(source, form)) if form.is_bare else None
     while True:
         if taken is None:
@@ -438,7 +438,11 @@ def _opening(source: Source, form: Form) -> Parser[str | None]:
 
 
 def _call(source: Source, form: Form, tools: Tools, index: int, taken: str) -> Parser[bool]:
-    """One call; returns whether there is one."""
+    """One call; returns whether there is one.
+
+    ``taken`` is the text that was taken as its beginning, which stays text if there is none. It is
+    empty if the call follows another one without a mark.
+    """
     opening, parse = _CALLS[form.syntax]
     begins_list = form.is_list and not index
     for bracket in ("[", opening) if begins_list else (opening,):

@@ -1,4 +1,10 @@
-"""A fused projection of the base model with the step's adapters on top."""
+"""A fused projection of the base model with the step's adapters on top.
+
+On the gpu path, the first ``num_decode`` rows, those of decoding sequences, are multiplied
+differently from rows of prompts. There, the launches of a product may also compute the *shrink*,
+which is the first half of the low-rank updates, or the *epilogue*, which is the operation that
+follows the projection.
+"""
 
 from __future__ import annotations
 

@@ -15,10 +15,10 @@ from builders.mixes.gates import (
     OUTS,
     WIDTH,
     gates_of,
-    given_of,
     in_float64,
     operators_of,
     rows_of,
+    scalings_of,
 )
 from gpu_path import OneStepTables
 from kernel_traffic import DEVICE, error_ratio
@@ -93,9 +93,9 @@ def project(
     runs: Sequence[tuple[int, int, Members]],
     x: Tensor,
     y: Tensor,
-    given: Mapping[str, Tensor] | None = None,
+    scalings: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    step = store.bind(runs, OneStepTables(NUM_ROWS, DEVICE), given or {})
+    step = store.bind(runs, OneStepTables(NUM_ROWS, DEVICE), scalings or {})
     base: Any = Base(y)
     return step.project(0, "qkv", x, bias=None, base=base)
 
@@ -113,15 +113,15 @@ def test_rows_match_the_formula(dtype: torch.dtype, bound: float) -> None:
     store = store_of(dtype, adapters_of(gates))
     x = torch.randn(NUM_ROWS, INNER).to(DEVICE, dtype)
     y = torch.randn(NUM_ROWS, WIDTH).to(DEVICE, dtype)
-    given = given_of(NUM_ROWS)
-    told = {key: values.to(DEVICE) for key, values in given.items()}
+    scalings = scalings_of(NUM_ROWS)
+    told = {key: values.to(DEVICE) for key, values in scalings.items()}
     found = project(store, runs_of(), x, y, told)
     for start, end, mix in runs_of():
         rows = slice(start, end)
         if mix == MIXES[4]:
             assert torch.equal(found[rows], y[rows])
             continue
-        exact = in_float64(gates, mix, x[rows].cpu(), y[rows].cpu(), rows_of(given, rows))
+        exact = in_float64(gates, mix, x[rows].cpu(), y[rows].cpu(), rows_of(scalings, rows))
         assert error_ratio(found[rows].cpu(), exact) < bound, mix
         # Compare the change as well, because the base result is large.
         change = found[rows].cpu().double() - y[rows].cpu().double()
@@ -135,11 +135,11 @@ def test_a_row_has_the_bits_that_it_has_alone() -> None:
     store = store_of(torch.float16, adapters_of(gates_of(torch.float16)))
     x = torch.randn(NUM_ROWS, INNER).to(DEVICE, torch.float16)
     y = torch.randn(NUM_ROWS, WIDTH).to(DEVICE, torch.float16)
-    given = {key: values.to(DEVICE) for key, values in given_of(NUM_ROWS).items()}
+    scalings = {key: values.to(DEVICE) for key, values in scalings_of(NUM_ROWS).items()}
     runs = [(row, row + 1, mix) for row, mix in enumerate(MIXES)]
-    together = project(store, runs, x, y, given)
+    together = project(store, runs, x, y, scalings)
     for row, _, mix in runs:
-        one, own = slice(row, row + 1), rows_of(given, slice(row, row + 1))
+        one, own = slice(row, row + 1), rows_of(scalings, slice(row, row + 1))
         alone = project(store, [(0, 1, mix)], x[one], y[one], own)
         assert torch.equal(alone[0], together[row]), mix
         with_base = project(
@@ -147,7 +147,7 @@ def test_a_row_has_the_bits_that_it_has_alone() -> None:
             [(0, 1, ()), (1, 2, mix)],
             x[[0, row]],
             y[[0, row]],
-            {key: values[[0, row]] for key, values in given.items()},
+            {key: values[[0, row]] for key, values in scalings.items()},
         )
         assert torch.equal(with_base[1], together[row]), mix
     assert not torch.equal(together[0], together[1])

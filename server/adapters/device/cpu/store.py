@@ -181,8 +181,8 @@ class _Last:
     step: CpuStep
 
     def serves(self, members: StepMembers, tables: dict[str, AdapterTable]) -> bool:
-        # members.given is not compared: no step that reads it is reused, and tensors do not compare
-        # as one bool.
+        # members.scalings are not compared: no step that reads them is reused, and tensors do not
+        # compare as one bool.
         return (
             (members.short, members.long) == (self.members.short, self.members.long)
             and tables.keys() == self.tables.keys()

@@ -44,12 +44,12 @@ class _Gated:
 
     Attributes:
         bounds: First rank and end of each component, relative to the adapter's first rank.
-        asked: Length of the longest query.
+        query_length: Length of the longest query.
         kept: Queries and keys. Keeping them keeps the addresses in the tables valid.
     """
 
     bounds: tuple[tuple[int, int], ...]
-    asked: int
+    query_length: int
     kept: list[torch.Tensor]
 
 
@@ -130,9 +130,9 @@ class GpuGates(Part):
         for name, part in zip(words, parts, strict=True):
             table = self._tables[name]
             table[:, place.slot] = part.view(table.shape[0], *table.shape[2:])
-        asked = max(len(gate.score.tensors()[0]) for gate in gates_of(operators))
+        query_length = max(len(gate.score.tensors()[0]) for gate in gates_of(operators))
         bounds = tuple(pairwise(accumulate(components, initial=0)))
-        self._gated[key] = _Gated(bounds, asked, kept)
+        self._gated[key] = _Gated(bounds, query_length, kept)
 
     def remove(self, key: str) -> None:
         self._gated.pop(key, None)
@@ -142,8 +142,8 @@ class GpuGates(Part):
         ranks, more = sum(components_of(operators)), 0
         for gate in gates_of(operators):
             query, keys = gate.score.tensors()
-            laid = ranks * keys.shape[1] * keys.itemsize
-            more += aligned(laid) + aligned(query.nbytes) - keys.nbytes - query.nbytes
+            padded = ranks * keys.shape[1] * keys.itemsize
+            more += aligned(padded) + aligned(query.nbytes) - keys.nbytes - query.nbytes
         return more
 
     def bind(
@@ -152,7 +152,7 @@ class GpuGates(Part):
         """The segments of a step, and its gates.
 
         Args:
-            runs: Runs of rows: first, end, and their mix.
+            runs: Runs of rows, one for each sequence: first row, end, and mix.
             form: The kinds of kernels that the step launches.
         """
         segments = [LongSegment(start, end, *self._members(mix)) for start, end, mix in runs]
@@ -173,7 +173,7 @@ class GpuGates(Part):
                 SegmentMember(first + low, first + high, place.slot, weight)
                 for low, high in adapter.bounds
             ]
-            found.append(GatedMembers(begin, len(members), adapter.asked))
+            found.append(GatedMembers(begin, len(members), adapter.query_length))
         return tuple(members), tuple(found)
 
     def _words(
@@ -198,19 +198,19 @@ class GpuGates(Part):
             alike = [(layer, gate) for _, layer, gate in run]
             moves = moves_of(components, alike[0][1])
 
-            def laid(
+            def in_pack_order(
                 keys: torch.Tensor, moves: Sequence[tuple[slice, slice]] = moves
             ) -> torch.Tensor:
-                """Keys in the order of the components' ranks in the pack."""
+                """The keys, at their components' ranks in the pack."""
                 own = keys.new_zeros(len(keys), sum(components), keys.shape[2])
                 for ranks, target in moves:
                     own[:, target] = keys[:, ranks]
                 return own
 
             tensors = [(layer, gate.score.tensors()) for layer, gate in alike]
-            device = self._device
-            queries = apart(((layer, query) for layer, (query, _) in tensors), kept, device)
-            keys = apart(((layer, keys) for layer, (_, keys) in tensors), kept, device, laid)
+            queries = apart(((layer, query) for layer, (query, _) in tensors), kept, self._device)
+            own_keys = ((layer, keys) for layer, (_, keys) in tensors)
+            keys = apart(own_keys, kept, self._device, in_pack_order)
             for (layer, (query, _)), q, k in zip(tensors, queries, keys, strict=True):
                 words[layer][s] = [q, k, len(query), 0]
         return [word for layer in words for own in layer for word in own]

@@ -1,7 +1,9 @@
 """Low-rank updates side by side in wide matrices; gains and biases in tables.
 
-Both are made once, as large as their budget, and never move, because captured steps contain their
-addresses.
+Together they are the *pack*. An adapter's *place* in it is a range of ranks, the same in every
+matrix, and a *slot*, which is its index in every table. Slot 0 belongs to no adapter, and stays
+neutral. Matrices and tables are made once, as large as their budget, and never move, because
+captured steps contain their addresses.
 """
 
 from __future__ import annotations

@@ -285,7 +285,7 @@ class GpuSlotTables(Part):
         """Load a step's tables.
 
         Args:
-            runs: Runs of rows: first, end, and their mix.
+            runs: Runs of rows, one for each sequence: first row, end, and mix.
             tables: The holders of the row tables.
             form: The kinds of kernels that the step launches.
         """

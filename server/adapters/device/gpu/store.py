@@ -242,7 +242,7 @@ class GpuStore(AdapterStore):
         self,
         runs: Runs,
         tables: GpuTables,
-        given: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        scalings: Mapping[str, torch.Tensor] = MappingProxyType({}),
         num_decode: int | None = None,
         form: StepForm | None = None,
     ) -> GpuAdapterStep:
@@ -252,7 +252,7 @@ class GpuStore(AdapterStore):
             runs: All rows of the step: first row, end row, mix (empty for the base model's). Each
                 begins where the one before ends.
             tables: The tables for the metadata.
-            given: Scalings that first passes computed; see ``StepMembers``.
+            scalings: See ``StepMembers``.
             num_decode: The number of leading rows that decode (see ``nf4_gpu.py``); None for all.
             form: The kernels to launch, at least those that its rows need; None for just these.
         """
@@ -275,5 +275,5 @@ class GpuStore(AdapterStore):
             slot_tables=slot_tables,
             gates=gates,
             addresses=repr(known),
-            others=self._others.bind(StepMembers((), runs, given), count),
+            others=self._others.bind(StepMembers((), runs, scalings), count),
         )

@@ -83,7 +83,7 @@ def _lower(reading: Reading) -> Lowered:
 
 
 def _constants(tensors: Mapping[str, torch.Tensor], attention: str, base: BaseModel) -> ConstantKv:
-
+    """``K_a`` of a layer, times the scale, and ``V_a``, times the gate."""
     wide = torch.promote_types(base.dtype, torch.float32)
     prompt, gate = tensors["prompt"][0].to(wide), tensors["gate"].to(wide)
     made = []

@@ -1,10 +1,12 @@
 """Decode steps as CUDA graphs: captured once per shape of step, and replayed after that.
 
-A step's launches depend on its bucket (the number of rows, rounded up) and on the kinds of
-operators in it; everything else is data in buffers of fixed address. A step can run in a captured
-form that is larger than its own, because kernels that it does not need find empty tables. Common
-shapes are captured at startup. Other shapes are launched kernel by kernel, and are captured once
-they occur often. If there are too many graphs, the least recently used one is dropped.
+A step's launches, its *body*, depend on its kind and its form; everything else is data in buffers
+of fixed address. Its *kind* is its bucket (the number of rows, rounded up), and whether embeddings
+are computed before. Its *form* is the set of its adapters' operators (``StepForm``). A step can run
+in a captured form that is larger than its own, because kernels that it does not need find empty
+tables. Common shapes are captured at startup. Other shapes are launched kernel by kernel, and are
+captured once they occur often. If there are too many graphs, the least recently used one is
+dropped.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ _log = logging.getLogger(__name__)
 # Outputs of a step; the tensors keep their addresses, and a replay overwrites them.
 Outputs = tuple[torch.Tensor, torch.Tensor]
 StepBody = Callable[[], Outputs]
-# Kind (number of rows, and whether embeddings are computed before), form and addresses.
+# Kind, form and addresses.
 GraphKey = Any
 
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)

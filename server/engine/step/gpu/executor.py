@@ -35,9 +35,9 @@ from turret.server.engine.step.batch import (
     collect_decode_rows,
     collect_rows,
     decode_spans,
-    given_rows,
     runs_of,
     scalings_of,
+    scalings_of_rows,
 )
 from turret.server.engine.step.gpu.decode_graphs import (
     Capture,
@@ -230,6 +230,11 @@ def is_fused(item: Scheduled) -> bool:
 
 class GpuExecutor(Executor[GpuDecoder, GpuStore]):
     """Computes steps on the gpu path.
+
+    A step in which every sequence generates takes a fast path. It finds the tables of its adapters,
+    which are loaded only if they have changed (``Bound``), and the inputs that were prepared while
+    the step before ran (``Prepared``). Then it loads its rows, and replays a captured graph if
+    there is one. Any other step loads all tables, and launches every kernel.
 
     Args:
         decoder: The model.
@@ -430,9 +435,9 @@ class GpuExecutor(Executor[GpuDecoder, GpuStore]):
         adapters = None
         if members:
             self.store.prepare(members.values())
-            given = given_rows(placed, scalings)
+            of_rows = scalings_of_rows(placed, scalings)
             with tables.adapters():
-                adapters = self.store.bind(runs_of(its_rows), tables, given, num_decode)
+                adapters = self.store.bind(runs_of(its_rows), tables, of_rows, num_decode)
         updates = self._blocks.update([place.item.sequence for place in placed])
         rows = collect_rows(placed, self._cache.block_size, updates.begins)
         with tables.step():

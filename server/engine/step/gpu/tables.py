@@ -1,4 +1,7 @@
-"""Device buffers for one kind of step (decode steps, or steps with prompts), allocated once."""
+"""Device buffers for one kind of step (decode steps, or steps with prompts), allocated once.
+
+``kernels/gpu/tables.py`` defines the tables, with their words and records, and the staging areas.
+"""
 
 from __future__ import annotations
 
@@ -293,7 +296,7 @@ class StepTables:
             ranks,
             max((len(mix) for mix, _ in mixes), default=0),
             max((len(gated) for _, gated in mixes), default=0),
-            max((sum(one.asked for one in gated) for _, gated in mixes), default=0),
+            max((sum(one.query_length for one in gated) for _, gated in mixes), default=0),
         )
         held = (self._row_rank, self._members, self._gates, self._asked)
         if all(size <= room for size, room in zip(sizes, held, strict=True)):

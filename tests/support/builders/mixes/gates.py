@@ -46,14 +46,14 @@ MIXES: tuple[Members, ...] = (
 )
 
 
-def given_of(num_rows: int) -> dict[str, Tensor]:
-    """The results of first passes for this number of rows (``StepMembers.given``)."""
+def scalings_of(num_rows: int) -> dict[str, Tensor]:
+    """The results of first passes for this number of rows (``StepMembers.scalings``)."""
     return {key: torch.randn(num_rows, len(TOLD[key]), 3) for key in TOLD}
 
 
-def rows_of(given: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+def rows_of(scalings: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
     """The results of first passes for some of the rows."""
-    return {key: values[rows] for key, values in given.items()}
+    return {key: values[rows] for key, values in scalings.items()}
 
 
 def gate_of(key: str, module: str, dtype: torch.dtype) -> Gate:
@@ -99,11 +99,11 @@ def in_float64(
     mix: Members,
     x: Tensor,
     y: Tensor,
-    given: Mapping[str, Tensor],
+    scalings: Mapping[str, Tensor],
 ) -> Tensor:
     """The changes of rows that share a mix, ``[rows, WIDTH]``; only gated adapters contribute.
 
-    ``given`` has the results of first passes for these rows.
+    ``scalings`` has the results of first passes for these rows.
     """
     expected, column = y.double(), 0
     for module, out in OUTS.items():
@@ -113,18 +113,18 @@ def in_float64(
             gate = gates.get(key, {}).get(module)
             if gate is None:
                 continue
-            expected[:, columns] += weight * gated(gate, x.double(), given.get(key))
+            expected[:, columns] += weight * gated(gate, x.double(), scalings.get(key))
     return expected
 
 
-def gated(gate: Gate, x: Tensor, given: Tensor | None = None) -> Tensor:
+def gated(gate: Gate, x: Tensor, scalings: Tensor | None = None) -> Tensor:
     """``Σ_k α_k b_kᵀ a_k x``, ``[rows, out]`` float64."""
     a, b = gate.a.double(), gate.b.double()
     parts = [slice(*ends) for ends in pairwise(gate.rank_indptr)]
     v = x @ a.T
     if isinstance(gate.score, GivenScore):
-        assert given is not None
-        alphas = given[:, gate.score.module].double()
+        assert scalings is not None
+        alphas = scalings[:, gate.score.module].double()
     else:
         alphas = _scores(gate, x, v, parts).softmax(1)
     each = [alphas[:, k : k + 1] * (v[:, p] @ b[p]) for k, p in enumerate(parts)]
