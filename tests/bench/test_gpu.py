@@ -175,7 +175,7 @@ def test_a_step_runs_on_a_bare_machine(tmp_path: Path):
 
 @pytest.mark.slow
 @WITHOUT_GPU
-def test_the_tests_it_names_run_on_a_bare_machine():
+def test_the_tests_that_the_script_names_run_on_a_bare_machine():
     run_bare(TESTS, "--collect-only", *named_tests())
     # The tests of graphs also run on a bare machine, on fakes.
     run_bare(TESTS, "tests/engine/gpu/test_decode_graphs.py")
@@ -189,7 +189,7 @@ def named_tests() -> list[str]:
 
 
 @WITHOUT_GPU
-def test_the_tests_it_names_exist_and_are_not_reference_tests():
+def test_the_tests_that_the_script_names_exist_and_are_not_reference_tests():
     """A missing file would end pytest before its first test."""
     named = named_tests()
     # The tests of every kernel that also run without a GPU.

@@ -54,7 +54,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Served:
-    """A server with two adapters, its administrator, and its resource use when idle."""
+    """A server with two adapters, its administrator, and its resource use when idle.
+
+    The letters x, y, z, v and w are names of adapters; a, b and c are directories with checkpoints.
+    """
 
     def __init__(self, life: Life, root: Path, *, loads: bool = True) -> None:
         self.life = life

@@ -87,6 +87,10 @@ def test_the_matcher_accepts_exactly_what_its_mask_allows(
     constraint = compiler._compile(ConstraintSpec(kind, (text,)))
     rng = np.random.default_rng(0)
     num_taken = 0
+    # After each token of a random answer, ``whole`` has the tokens that the grammar allows, and
+    # ``allowed`` has those of them that the mask allows. Some allowed and some random tokens are
+    # tried without the mask. ``taken`` is the token by which the matcher advances, or None if the
+    # matcher needs the mask to decide.
     for withheld in (set[int](), {END}, set(map(int, rng.integers(0, 400, 200)))):
         answer: list[int] = []
         while len(answer) < 20:
@@ -114,9 +118,7 @@ def test_the_matcher_accepts_exactly_what_its_mask_allows(
             if token == END and matcher._native.is_accepting():
                 break
             answer.append(token)
-    # Only choices accept a forced token in place of another one, so this grammar may accept few
-    # tokens.
-    assert num_taken > 10 or text == "start: (<call> | /some/)+"
+    assert num_taken > 10
 
 
 def compiler_is_sure(compiler: ConstraintCompiler, token: int) -> bool:

@@ -51,8 +51,8 @@ def compile_in(executor: GpuExecutor) -> None:
     compile_steps(executor, lambda *_: None)
 
 
-def asked(launches: Callable[[], object]) -> set[str]:
-    """Everything that identifies the code which Triton is asked for, without compiling it."""
+def specialisations(launches: Callable[[], object]) -> set[str]:
+    """Triton's specialisation data of each kernel that is launched, which is not compiled."""
     found: set[str] = set()
 
     def note(*, compile: Any, **_: Any) -> bool:
@@ -68,7 +68,7 @@ def asked(launches: Callable[[], object]) -> set[str]:
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_launches_with_memory_ask_for_what_was_compiled_without(method: str) -> None:
     ahead = decode_step(META)
-    known = asked(lambda: compile_launches(lambda: compile_in(ahead._executor), 80))
+    known = specialisations(lambda: compile_launches(lambda: compile_in(ahead._executor), 80))
     step = decode_step(CPU)
     scenario = bench_module("cuda.step").Scenario(method, SLOT_OF_ROW, (12, 64), method)
     made = step.adapters(scenario)
@@ -81,15 +81,15 @@ def test_launches_with_memory_ask_for_what_was_compiled_without(method: str) -> 
     target: Any = Target(80)
     driver.set_active(target)
     with torch.inference_mode():
-        found = asked(lambda: compile_in(step._executor))
+        found = specialisations(lambda: compile_in(step._executor))
         assert found == known
         assert len(known) > 40
         for slots in (SLOT_OF_ROW, (0,) * 4):
             planned = step.plan([made[slot - 1] if slot else None for slot in slots])
-            used = asked(lambda planned=planned: step.run(planned))
+            used = specialisations(lambda planned=planned: step.run(planned))
             assert used
             assert used <= known
-    other = asked(lambda: compile_launches(lambda: compile_in(ahead._executor), 90))
+    other = specialisations(lambda: compile_launches(lambda: compile_in(ahead._executor), 90))
     assert not other & known
 
 
@@ -100,7 +100,7 @@ def test_the_command_compiles_for_several_gpus_and_needs_none(tmp_path: Path) ->
         model = ["--model", str(twin("llama").folder), "--device", "cuda"]
         arguments = ["compile", "--compute-capability", "8.0", "8.9", *model]
         with patch.dict(os.environ, places):
-            found[memory] = asked(
+            found[memory] = specialisations(
                 lambda arguments=arguments, memory=memory: main(
                     [*arguments, "--adapter-device-bytes", memory]
                 )

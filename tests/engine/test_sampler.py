@@ -248,8 +248,8 @@ def test_flat_distributions_over_many_tokens_are_filtered_exactly(params: dict[s
     kept = set(expected(logits, **params).nonzero().flatten().tolist())
     found = set(shares(logits, **params).nonzero().flatten().tolist())
     assert found <= kept
-    # A sweep of 1000 steps over nearly equal tokens hits at least half of them.
-    assert len(found) >= min(len(kept), NUM_UNIFORMS) * 0.45
+    # A sweep over nearly equal tokens hits all of them, or another one in every step.
+    assert len(found) >= min(len(kept), NUM_UNIFORMS) * 0.95
 
 
 def test_penalties_shift_logits_by_their_definition() -> None:

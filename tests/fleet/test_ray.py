@@ -18,6 +18,8 @@ from turret.server.errors import UnavailableError
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray")
 
+# Checks the corrections of ``ingress.prepare`` in a worker's process: limits of bodies and
+# messages, checks before messages arrive, ports on loopback only, and a new HAProxy if one dies.
 _PREPARED = """
 import asyncio, sys
 import grpc.aio

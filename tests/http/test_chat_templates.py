@@ -128,7 +128,7 @@ async def test_a_mix_has_the_template_of_its_first_member_with_one(protocols: Pr
     assert await protocols.tokens("same+own", ASK) == await protocols.tokens("base", ASK)
 
 
-async def test_every_protocol_answers_a_chat_in_it(protocols: Protocols) -> None:
+async def test_every_protocol_answers_a_chat_in_the_adapters_template(protocols: Protocols) -> None:
     prompt = await protocols.tokens("own", ASK)
     oracle = save(protocols.root.parent / "again", "own", seed=1)
     expected, _ = oracle_greedy(oracle, prompt, 6)

@@ -53,6 +53,11 @@ def how(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> tuple[float, float, float, float, float]:
+    """A row of the table.
+
+    Tokens are kept by the distance of their scaled logits from the largest. A probability of
+    ``min_p`` times the largest has the distance -log(min_p).
+    """
     distance = 0.0 - math.log(min_p) if min_p else INF
     return uniform, temperature, top_p, distance, float(top_k)
 

@@ -85,15 +85,15 @@ async def test_one_call_gives_the_bits_of_many(architecture: str, tmp_path: Path
         assert any(adapters is not None for adapters in calls)
 
 
-# At least one method per operator. Steps with the other methods may take several calls.
-METHODS = ["lora", "dora", "loha", "lokr", "shira", "road", "c3a", "beft", "randlora"]
-METHODS += ["ln_tuning", "oft", "boft"]
-OTHER_METHODS = ["ia3", "hira"]
+# At least one method per operator. A step runs all layers in one call, except with some methods.
+IN_ONE_CALL = ["lora", "dora", "loha", "lokr", "shira", "road", "c3a", "beft", "randlora"]
+IN_ONE_CALL += ["ln_tuning", "oft", "boft"]
+IN_SEVERAL_CALLS = ["ia3", "hira"]
 
 
 async def answers_alone(folder: Path, root: Path) -> list[Any]:
     """The base's and every adapter's answers to one prompt, alone and mixed, in separate steps."""
-    names = [*METHODS, *OTHER_METHODS, "fusion"]
+    names = [*IN_ONE_CALL, *IN_SEVERAL_CALLS, "fusion"]
     mixes: list[tuple[AdapterRef, ...]] = [()]
     for name in names:
         mixed = (AdapterRef(name=name, weight=0.7), AdapterRef(name="other", weight=0.5))
@@ -108,7 +108,7 @@ async def answers_alone(folder: Path, root: Path) -> list[Any]:
 
 async def test_every_operator_gives_the_same_bits_in_one_call(tmp_path: Path) -> None:
     base = twin("qwen2")
-    for seed, name in enumerate((*METHODS, *OTHER_METHODS)):
+    for seed, name in enumerate((*IN_ONE_CALL, *IN_SEVERAL_CALLS)):
         save_adapter(base.model, make_config(name), tmp_path / name, seed=seed)
     save_adapter(base.model, make_config("lora", r=3), tmp_path / "other", seed=99)
     save_fusion(base.model, tmp_path, "fusion", ("lora", "other"), ("q_proj", "up_proj"))
@@ -140,4 +140,4 @@ async def test_every_operator_gives_the_same_bits_in_one_call(tmp_path: Path) ->
     assert len(set(one)) == len(one)
     # Three steps for each request. IA3's gain must not scale another member's change, so only IA3
     # alone is one call.
-    assert calls == 3 * (1 + 2 * len(METHODS) + 1)
+    assert calls == 3 * (1 + 2 * len(IN_ONE_CALL) + 1)

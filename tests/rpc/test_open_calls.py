@@ -240,7 +240,7 @@ async def test_calls_of_one_token_do_not_block_other_tokens(
             pytest.fail("calls that ended are counted still")
 
 
-async def test_calls_that_are_reset_at_once_delay_others_by_a_bounded_number_of_calls(
+async def test_calls_reset_at_once_delay_others_by_a_bounded_number(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Calls of other connections wait until the server has taken those that came before."""

@@ -50,7 +50,7 @@ HOST_BYTES, DEVICE_BYTES = 420 * KIB, 300 * KIB
 # Large blocks are returned to the system when they are freed, so that RSS shows the held memory.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
 MAX_GROWTH_BYTES = 16 * MIB
-# For about a minute, memory grows, because the library keeps the compiled products of the last
+# For about a minute, memory grows, because oneDNN keeps the compiled products of the last
 # 1,024 shapes (about half a megabyte each).
 LONG_SECONDS = 240.0
 
@@ -119,7 +119,7 @@ async def content_names(client: AsyncTurretClient) -> dict[str, str]:
 def what_answered(
     record: Record, contents: Mapping[str, str]
 ) -> list[tuple[Shape, Mix, Answer, str]]:
-    """Every answer with known weights, with the checkpoints of its adapters as its mix."""
+    """The shape, checkpoints with weights, answer and status of each request that was answered."""
     found = []
     for ended in record.ended:
         answer = ended.answer

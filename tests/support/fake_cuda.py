@@ -7,7 +7,8 @@ A stream runs nothing until something waits for it. So a buffer that is overwrit
 for its copy, or read too early, always has wrong values here. Copies with ``non_blocking=True`` are
 put on the current stream; ``launch`` puts other work there. Memory pools and cuBLAS workspaces of
 graphs follow torch 2.11 or, on request, later versions. The memory of a workspace that was freed
-can be used until its pool is gone; without a pool, it cannot.
+can be used until its pool is gone; without a pool, it cannot. Errors have the texts
+of torch's own.
 """
 
 from __future__ import annotations
@@ -133,7 +134,8 @@ class FakeCuda:
         self.handed_out: list[FakeStream] = []
         self._streams: dict[int, list[FakeStream]] = {}
         self._pools = 0
-        self._has_failed = False
+        # Whether a capture began and has not succeeded.
+        self._is_unfinished = False
         # Graphs that are alive, by pool.
         self._alive: dict[int | None, int] = {}
         # cuBLAS has one handle per thread.
@@ -204,7 +206,7 @@ class FakeCuda:
             stream.synchronize()
 
     def _empty_cache(self) -> None:
-        if self._has_failed and not self._frees_workspaces:
+        if self._is_unfinished and not self._frees_workspaces:
             raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
 
     @contextlib.contextmanager
@@ -235,7 +237,7 @@ class FakeCuda:
             raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
         before, self.current = self.current, stream
         stream.capturing, graph.pool = graph, pool
-        self._has_failed = True
+        self._is_unfinished = True
         try:
             yield
             if graph.is_spoiled:
@@ -243,7 +245,7 @@ class FakeCuda:
         finally:
             stream.capturing = None
         # This is not reached after an error, because the end of a failed capture raises earlier.
-        self.current, self._has_failed = before, False
+        self.current, self._is_unfinished = before, False
         self.num_captures += 1
         self._alive[pool] = self._alive.get(pool, 0) + 1
         weakref.finalize(graph, self._ended, stream, pool)

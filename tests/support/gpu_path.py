@@ -59,7 +59,7 @@ class FakeCapture:
     """Replays captured work, including Python objects, so that only device buffers may differ.
 
     As with a CUDA graph, a step that reads a host value at its launch would repeat the value of the
-    captured step.
+    captured step. ``counted_steps.Capture`` counts launches instead.
 
     Attributes:
         num_captures: The number of captured bodies.

@@ -153,8 +153,8 @@ def test_a_row_has_the_bits_that_it_has_alone() -> None:
     assert not torch.equal(together[0], together[1])
 
 
-def neighbours(dtype: torch.dtype) -> dict[str, Resident]:
-    """Other adapters with tables by slot of the pack."""
+def without_gates(dtype: torch.dtype) -> dict[str, Resident]:
+    """Adapters with low-rank updates, gains and biases, which the pack has in tables by slot."""
 
     def module(out: int) -> ModuleOperators:
         return ModuleOperators(
@@ -178,7 +178,7 @@ def test_a_reused_slot_gives_the_same_results() -> None:
     adapters = adapters_of(gates_of(torch.float32))
     x, y = torch.randn(5, INNER, device=DEVICE), torch.randn(5, WIDTH, device=DEVICE)
     fresh, used = store_of(torch.float32, adapters), store_of(torch.float32, {})
-    others = neighbours(torch.float32)
+    others = without_gates(torch.float32)
     used.prepare(others.values())
     before = {place.slot for place in used._pack.places.values()}
     # Because of the adapters that stay, the kernels read the tables for every row of the batch.
@@ -208,7 +208,7 @@ def test_unused_parts_of_a_step_do_not_change_its_bits(dtype: torch.dtype) -> No
     )
     adapters = {
         **adapters_of(gates_of(dtype)),
-        "gain 0": neighbours(dtype)["gain 0"],
+        "gain 0": without_gates(dtype)["gain 0"],
         "loha": resident("loha", AdapterOperators({"model.layers.0.q": hadamard})),
         "low": resident("low", AdapterOperators({"model.layers.0.k": low})),
     }

@@ -107,6 +107,7 @@ def test_the_state_is_consistent_after_a_crash_at_any_disk_operation(
     digests = {path: make().load(path, path).facts.digest for path in "ab"}
     is_new = kind in ("load", "upload")
     path = "a" if keep_generations or is_new else "b"
+    # By the number of steps before the crash: whether the operation took effect.
     outcomes, was_cut = [], True
     for stop_at in range(60):
         state_path = tmp_path / f"{stop_at}"
@@ -135,7 +136,7 @@ def test_the_state_is_consistent_after_a_crash_at_any_disk_operation(
             break
     assert not was_cut
     assert outcomes[-1]
-    # There is exactly one point at which the operation takes effect.
+    # The operation takes effect at exactly one point. False comes before True.
     assert outcomes == sorted(outcomes)
     assert len(outcomes) > 2
     assert not outcomes[0]
@@ -146,6 +147,7 @@ def test_no_alias_ever_loses_its_target(
     make: Registries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process may end at every step of a move that drops the alias's previous target."""
+    # By the number of steps before the end: whether the alias moved.
     outcomes, was_cut = [], True
     for stop_at in range(60):
         state_path = tmp_path / f"{stop_at}"

@@ -43,6 +43,7 @@ def start(make: Registries, tmp_path: Path) -> Start:
 
 
 def versions(registry: AdapterRegistry, name: str = "x") -> tuple[int, tuple[int, ...]]:
+    """The current generation, and the kept ones."""
     record = registry.get(name)
     return record.generation, record.kept_generations
 

@@ -77,6 +77,10 @@ class Clock:
         return self.started[sequence] - sequence.arrival
 
 
+# A request of a mix or tenant that runs in too many places ("hog") yields its place to a waiting
+# one ("polite").
+
+
 def test_a_mix_that_occupies_all_places_yields_one() -> None:
     clock = Clock()
     hogs = [clock.ask("hog", LONG) for _ in range(100)]
@@ -188,6 +192,9 @@ def test_a_mix_that_fills_the_cache_yields_blocks() -> None:
     while polite not in clock.started:
         clock.step()
         assert clock.now - before < AFTER_SECONDS + 20 * STEP_SECONDS
+
+
+# A request yields the memory of its adapters to one whose adapters do not fit (``yield_memory``).
 
 
 def taken(clock: Clock, waiting: Sequence, since: float = 0.0) -> list[Sequence]:

@@ -38,7 +38,8 @@ weights = st.sampled_from([1.0, 1.0, 0.5])
 class PrefixCacheMachine(RuleBasedStateMachine):
     """Requests run concurrently while adapters are replaced, loaded again, and merged.
 
-    ``written`` maps each block to its last computed content.
+    ``written`` maps each block to its last computed content. ``ever`` has every content that was
+    computed in any block.
     """
 
     num_blocks = 12

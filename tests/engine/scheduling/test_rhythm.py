@@ -37,6 +37,7 @@ def decoding(scheduler: Scheduler, count: int) -> None:
     assert len(scheduler.running) == count
 
 
+# The tokens of a chunk are ``decodes + fixed_rows``, but at least 16.
 @pytest.mark.parametrize(
     ("decodes", "fixed_rows", "expected"), [(4, 7.0, 16), (15, 7.0, 22), (15, 40.0, 55)]
 )
@@ -61,7 +62,7 @@ def test_each_chunk_of_a_prompt_costs_at_most_one_more_step(
 @pytest.mark.parametrize(
     ("decodes", "prompts", "max_num_seqs", "cost", "expected"),
     [
-        # Several prompts share the tokens of a step.
+        # Several prompts share the tokens of a step: 15 decodes and the initial 7 fixed rows.
         (15, [10] * 3, 64, StepCost(), 22),
         # A burst takes a whole step, but only if all of its prompts find a place.
         (15, [51] * 4, 64, StepCost(), 204),
@@ -86,14 +87,16 @@ def test_the_tokens_of_prompts_in_a_step(
 @pytest.mark.parametrize(
     ("readers", "writers", "expected"),
     [
-        # However many prompts another tenant sends, they take no more time than the answer.
+        # However many prompts another tenant sends, they take no more time than the answer. With so
+        # few decodes, that is the smallest chunk, 16.
         ([b"a"], [b"b"], 16),
         ([b"a"] * 9, [b"b"], 16),
-        # Tenants have equal shares of the time.
+        # Tenants have equal shares of the time: 16 for each reader, divided by the writers, but at
+        # least 16.
         ([b"a", b"c", b"d"], [b"b"], 48),
         ([b"a", b"c", b"d"], [b"b", b"e"], 24),
         ([b"a"], [b"b", b"e"], 16),
-        # A tenant's own prompts may delay its answer.
+        # A tenant's own prompts may delay its answer: all of a step but the decode.
         ([b"b"], [b"b"], 511),
     ],
 )

@@ -60,6 +60,7 @@ def names_in(folder: Path, pattern: str) -> list[str]:
 
 
 def tables(one: Served) -> TableTraining:
+    """The fake trainer of the client's server, whose adapters are tables of logits."""
     training = one.server.gate.enter().training
     assert isinstance(training, TableTraining)
     return training

@@ -5,7 +5,7 @@ Planted faults, and how many of ``test_gates``, ``test_gates_in_fp32`` and
 
 - first part of v only: 2
 - first part of the queries only: 2
-- query of slice 0: 2
+- query of slice 0 for all slices: 2
 - key dimensions past the first block dropped: 2
 - keys of the first component for all: 2
 - every query item of an adapter is the first: 2
@@ -13,11 +13,11 @@ Planted faults, and how many of ``test_gates``, ``test_gates_in_fp32`` and
 
 Faults in the reference, and the number of all tests here that fail:
 
-- three ranks per component: 1
-- signs kept: 3
-- the last of equal ones: 7
-- no temperature: 3
-- one component too many: 11
+- fusion: three ranks per component: 1
+- prototypes: signs of similarities kept: 3
+- top-k: the last of equal scores kept: 7
+- prototypes: no temperature: 3
+- top-k: one component too many: 11
 """
 
 from __future__ import annotations

@@ -37,12 +37,14 @@ static void check_attention(int64_t heads, int64_t kv_heads, int64_t dim, int64_
     turret_rope_kv_write_f32(qkv, cos, sin, slots, q, k, v, rows, heads, kv_heads, dim, dim / 2, 0, threads);
     for (int64_t r = 0; r < rows; r++)
         for (int64_t h = 0; h < heads + kv_heads; h++)
-            for (int64_t i = 0; i < dim / 2; i++) {
+            for (int64_t i = 0; i < dim; i++) {
                 const float *head = qkv + (r * per + h) * dim;
-                double first = head[i] * (double)cos[r * dim / 2 + i] - head[dim / 2 + i] * (double)sin[r * dim / 2 + i];
+                double c = cos[r * dim / 2 + i % (dim / 2)], s = sin[r * dim / 2 + i % (dim / 2)];
+                double turned = i < dim / 2 ? head[i] * c - head[i + dim / 2] * s : head[i] * c + head[i - dim / 2] * s;
                 float found = h < heads ? q[(r * heads + h) * dim + i] : k[(slots[r] * kv_heads + h - heads) * dim + i];
-                if (!(fabs(found - first) < 1e-5)) fail("rope", "value", i, found, first);
+                if (!(fabs(found - turned) < 1e-5)) fail("rope", "value", i, found, turned);
             }
+    /* softmax(q k / 8) v over the keys that a row sees. A sink only adds to the sum of the softmax. */
     for (int s = 0; s < 2; s++)
         for (int64_t n = 0; n < spans[s].num_new; n++)
             for (int64_t h = 0; h < heads; h++) {

@@ -41,6 +41,7 @@ static double norm_value(const double *x, const float *w, const float *grad, int
     return sum;
 }
 
+/* The same for silu or gelu of the gates, times the ups. */
 static double gate_value(const double *gate, const double *up, const float *grad, int64_t width, int is_gelu) {
     double sum = 0;
     for (int64_t i = 0; i < width; i++) {
@@ -50,6 +51,7 @@ static double gate_value(const double *gate, const double *up, const float *grad
     return sum;
 }
 
+/* Checks the gradients of a norm and of a gate, for every input, against differences of the two values above. */
 static void check_between(int64_t width, int is_gelu) {
     bf16 *half = halves(MAX_ROWS * 2 * width);
     float *x = floats(MAX_ROWS * 2 * width), *w = floats(width), *grad = floats(MAX_ROWS * width);
@@ -120,6 +122,8 @@ static double attention_value(const AttentionGradient *a, const double *qkv, int
     return sum;
 }
 
+/* Checks the gradients of queries, keys and values before their rotation, for 40 random inputs of each of three
+ * sequences, against differences of attention_value. */
 static void check_attention_gradient(int64_t heads, int64_t kv_heads, int64_t dim, int64_t window, double cap,
                                      int has_others, int64_t long_length) {
     int64_t starts[] = {0, 5, 6, 6 + long_length}, rows = starts[3], per = heads + 2 * kv_heads, width = per * dim;
@@ -163,7 +167,8 @@ static void check_attention_gradient(int64_t heads, int64_t kv_heads, int64_t di
     free((void *)a.sinks), free((void *)a.grad), free(a.scratch);
 }
 
-/* Two segments, the first with updates of two slices of the outputs. */
+/* Checks the gradients of a, b and x against sums in double precision, for two segments. The first segment has updates
+ * of two slices of the outputs. */
 static void check_low_rank_gradients(int64_t in, int64_t out, int64_t rank) {
     enum { ROWS = 70, SPLIT = 41 };
     bf16 *x = halves(ROWS * in);
@@ -214,6 +219,7 @@ static void check_low_rank_gradients(int64_t in, int64_t out, int64_t rank) {
     free(x), free(grad), free(of_x), free(before), free(again), free(expected), free(of_a), free(of_b);
 }
 
+/* Checks the log softmax, and the gradient of the targets' log probabilities by the logits, against their formulas. */
 static void check_logits(int64_t width) {
     bf16 *x = halves(MAX_ROWS * width), *grads = halves(MAX_ROWS * width), *one = halves(width);
     float *wide = floats(MAX_ROWS * width), *out = floats(MAX_ROWS * width), *slopes = floats(MAX_ROWS);

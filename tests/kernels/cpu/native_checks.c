@@ -22,6 +22,7 @@ static void check_gated(int64_t width, int is_gelu) {
     float *x = floats(MAX_ROWS * 2 * width), *y = floats(MAX_ROWS * width), *one = floats(width);
     bf16 *hx = halves(MAX_ROWS * 2 * width), *hy = halves(MAX_ROWS * width), *hone = halves(width);
     double *expected = calloc(MAX_ROWS * width, sizeof(double)), *hexpected = calloc(MAX_ROWS * width, 8);
+    /* gate sigmoid(gate) up, or for gelu gate sigmoid(2 sqrt(2 / pi) (gate + 0.044715 gate^3)) up */
     for (int64_t r = 0; r < MAX_ROWS; r++)
         for (int64_t i = 0; i < width; i++) {
             double gate = x[r * 2 * width + i], hgate = to_f32(hx[r * 2 * width + i]);
@@ -49,6 +50,7 @@ static void check_clamped(int64_t width) {
     bf16 *hx = halves(MAX_ROWS * 2 * width), *hy = halves(MAX_ROWS * width), *hone = halves(width);
     double *expected = calloc(MAX_ROWS * width, sizeof(double)), *hexpected = calloc(MAX_ROWS * width, 8);
     double alpha = 1.5, limit = 0.25;
+    /* (up + 1) gate sigmoid(alpha gate) of the clamped gate and up */
     for (int64_t i = 0; i < MAX_ROWS * width; i++) {
         double gate = fmin(x[2 * i], limit), up = fmax(fmin(x[2 * i + 1], limit), -limit);
         expected[i] = (up + 1) * gate / (1 + exp(-alpha * gate));
@@ -77,6 +79,7 @@ static void check_elementwise(int64_t width) {
     double *expected = calloc(MAX_ROWS * width, sizeof(double)), *hexpected = calloc(MAX_ROWS * width, 8);
     memcpy(sum, x, MAX_ROWS * width * sizeof(float));
     memcpy(hsum, hx, MAX_ROWS * width * sizeof(bf16));
+    /* v / sqrt(mean of v^2 + 1e-6) w, for v = x + delta, or v = x in bf16 */
     for (int64_t r = 0; r < MAX_ROWS; r++) {
         double squares = 0, hsquares = 0;
         for (int64_t i = 0; i < width; i++) {
@@ -166,6 +169,8 @@ static void check_adapters(int64_t in, int64_t out, int64_t rank, int64_t side) 
     Dense whole = {halves(out * in), in};
     Module module = {a, b, gain, bias, l, rank, &h, &k, &d, 0, 0, &s, &whole};
     double *expected = calloc(MAX_ROWS * out, sizeof(double)), weight = -0.75;
+    /* y with the gain and the bias, and x times each change of the weight: the entries; the dense change; b a; the
+     * product of w1a w1b and w2a w2b element by element; the Kronecker product of w1 and w2. */
     for (int64_t r = 0; r < MAX_ROWS; r++) {
         double *e = expected + r * out;
 #define X(i) (double)to_f32(x[r * in + (i)])
@@ -212,6 +217,7 @@ static void check_adapters(int64_t in, int64_t out, int64_t rank, int64_t side) 
         turret_adapt(&step, shape, x, in, start, out, 0);
         same("adapters", start + r * out, y + r * out, out * sizeof(bf16));
         turret_input_change(&step, 0, in, x, in, &r, members, 1, 1.0, gained);
+        /* x with the gain of the inputs, and x times each block */
         for (int64_t i = 0; i < in; i++) {
             double g = X(i) * (1 + weight * (l[i] - 1.0));
             for (int64_t j = 0; j < size; j++)
@@ -233,6 +239,7 @@ static void check_low_rank(int64_t in, int64_t out, int64_t rank, float scale) {
     for (int64_t i = 0; i < rank * in; i++) a[i] = to_bf16(to_f32(a[i]) * scale);
     for (int64_t i = 0; i < OTHER * in; i++) a2[i] = to_bf16(to_f32(a2[i]) * scale);
     if (scale < 1) memset(y, 0, ROWS * out * sizeof(bf16));
+    /* y plus each component's weight times b a x */
     for (int64_t r = 0; r < ROWS; r++)
         for (int64_t o = 0; o < out; o++) {
             double *e = expected + r * out + o;
@@ -275,6 +282,7 @@ static void check_low_rank(int64_t in, int64_t out, int64_t rank, float scale) {
 static void check_pieces(int64_t in, int64_t out, int64_t rank) {
     bf16 *b = halves(rank * out), *x = halves(MAX_ROWS * in), *y = halves(MAX_ROWS * out), *start = halves(MAX_ROWS * out);
     double *expected = calloc(MAX_ROWS * out, sizeof(double));
+    /* y - 0.75 b z, where z_j is the sum of the inputs j, j + rank, j + 2 rank, ... */
     for (int64_t r = 0; r < MAX_ROWS; r++)
         for (int64_t o = 0; o < out; o++) {
             double *e = &expected[r * out + o];
@@ -321,6 +329,7 @@ static void check_experts(int64_t in, int64_t out, int64_t rank) {
     int64_t pairs[] = {(int64_t)x, (int64_t)y, (int64_t)row, (int64_t)expert, (int64_t)row, PAIRS, in, in, out, 1};
     memcpy(start, y, PAIRS * out * sizeof(bf16));
     double *expected = calloc(PAIRS * out, sizeof(double));
+    /* y plus the weights of the row's members that have an update, times b a x with the factors of the pair's expert */
     for (int64_t p = 0; p < PAIRS; p++)
         for (int64_t o = 0; o < out; o++) {
             double w = 0;

@@ -17,11 +17,13 @@ static float noise(void) {
     state = state * 6364136223846793005u + 1442695040888963407u;
     return (float)((double)(state >> 40) / (1 << 24) * 2 - 1);
 }
+/* Allocates n random numbers from -1 to 1, aligned for vectors. */
 static float *floats(int64_t n) {
     float *p = aligned_alloc(64, (n * sizeof(float) / 64 + 2) * 64);
     for (int64_t i = 0; i < n; i++) p[i] = noise();
     return p;
 }
+/* The same in bf16. */
 static bf16 *halves(int64_t n) {
     bf16 *p = aligned_alloc(64, (n * sizeof(bf16) / 64 + 2) * 64);
     for (int64_t i = 0; i < n; i++) p[i] = to_bf16(noise());
@@ -31,6 +33,7 @@ static void fail(const char *name, const char *what, int64_t at, double found, d
     failures++;
     if (failures < 20) printf("FAILED %s: %s at %ld: %.9g, not %.9g\n", name, what, (long)at, found, expected);
 }
+/* Checks that each result is off by at most `error` times the largest expected value. */
 static void near(const char *name, const float *y, const double *expected, int64_t n, double error) {
     double most = 0;
     for (int64_t i = 0; i < n; i++) most = fmax(most, fabs(expected[i]));
@@ -48,6 +51,7 @@ static uint64_t sum_of_bits;
 static void add_bits(const bf16 *y, int64_t n) {
     for (int64_t i = 0; i < n; i++) sum_of_bits = (sum_of_bits ^ y[i]) * 1099511628211u;
 }
+/* Checks that a row computed alone has the bits that it has in a batch. */
 static void same(const char *name, const void *a, const void *b, int64_t bytes) {
     if (memcmp(a, b, bytes)) fail(name, "a row alone has other bits", bytes, 0, 0);
 }

@@ -54,7 +54,11 @@ def lines_of(address: int, num_bytes: int) -> set[int]:
 def asked(
     adapters: RowAdapters, module: int, *, rows: int, part: int, parts: int, most: int
 ) -> list[tuple[int, int]]:
-    """At most ``most`` pairs (address, bytes) that a thread prefetches during one product."""
+    """At most ``most`` pairs (address, bytes) that a thread prefetches during one product.
+
+    The thread is number ``part`` of ``parts``. It prefetches the factors of as many modules as
+    ``ModuleSizes.reach`` returns, the product's first module included.
+    """
     lines = torch.zeros(most, 2, dtype=torch.int64)
     step = adapters.ahead(module).step
     count = native.functions().turret_ahead(step, module, rows, part, parts, lines.data_ptr(), most)

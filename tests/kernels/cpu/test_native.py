@@ -1,11 +1,20 @@
 """The compiled CPU kernels, compared with float64 and with each row alone.
 
-Faults that were planted in the C code, and how many tests failed for each: a low-rank component
-without its weight (22), one row's activations for all (31), a unit on the border of two threads'
-shares computed by neither (31), the bias before the gain (6), an input gain without - 1 (1) or
-without what it starts from (1), the ranks beyond a multiple of four (13) or the columns beyond the
-whole blocks (13) skipped; a window one too long (10), padding ignored (20), one query head for a
-whole group (12), the newest key unseen (20), no scale (20).
+Faults that were planted in the C code, and the number of tests that failed for each:
+
+- adapters: a low-rank component without its weight: 22
+- adapters: one row's activations for all rows: 31
+- adapters: a unit on the border of two threads' shares computed by neither: 31
+- adapters: the bias added before the gain: 6
+- adapters: an input gain without - 1: 1
+- adapters: an input gain without ``start``: 1
+- adapters: the ranks beyond a multiple of four skipped: 13
+- adapters: the columns beyond the whole blocks skipped: 13
+- attention: a window one too long: 10
+- attention: padding read as keys: 20
+- attention: one query head for a whole group: 12
+- attention: the newest key unseen: 20
+- attention: no scale: 20
 """
 
 from __future__ import annotations

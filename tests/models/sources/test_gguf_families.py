@@ -8,7 +8,7 @@ directory's config contains the values that llama.cpp assumes and that no key st
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,12 +37,27 @@ from turret.server.models.sources.gguf_file import open_gguf, read_gguf_config
 
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
-# Kind of tiny model → changes to the config that files of its family can store, and further keys.
-FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    **{family: ({"rope_parameters": PLAIN}, {}) for family in ("llama", "qwen2", "qwen3")},
-    "gemma": ({}, {}),
-    "gemma2": ({"query_pre_attn_scalar": 64}, {}),
-    "gemma3_text": (
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the files of a family differ from its tiny model.
+
+    Attributes:
+        changes: Changes to the tiny model's config, so that a file can store it.
+        more_keys: Keys that the file has in addition.
+    """
+
+    changes: dict[str, Any] = field(default_factory=dict)
+    more_keys: dict[str, Any] = field(default_factory=dict)
+
+
+# By the kind of tiny model.
+FAMILIES: dict[str, Family] = {
+    **{family: Family({"rope_parameters": PLAIN}) for family in ("llama", "qwen2", "qwen3")},
+    "gemma": Family(),
+    "gemma2": Family({"query_pre_attn_scalar": 64}),
+    "gemma3_text": Family(
         {
             "query_pre_attn_scalar": 64,
             "rope_parameters": {
@@ -58,19 +73,19 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "vision.block_count": 27,
         },
     ),
-    "glm4": ({}, {}),
-    "gpt_oss": ({"swiglu_limit": 7.0}, {}),
-    "granite": ({}, {}),
-    "granitemoehybrid": ({"position_embedding_type": "rope"}, {}),
-    "mistral": ({"sliding_window": None, "head_dim": 32}, {}),
-    "ministral3": ({}, {}),
-    "mixtral": ({"sliding_window": None}, {}),
-    "olmo2": ({"rope_parameters": {**YARN, "rope_theta": 500000.0}}, {}),
-    "olmo3": ({}, {}),
-    "olmoe": ({"norm_topk_prob": False}, {}),
-    "phi3": ({}, {}),
-    "qwen3_moe": ({"mlp_only_layers": [], "norm_topk_prob": True}, {}),
-    "smollm3": ({}, {}),
+    "glm4": Family(),
+    "gpt_oss": Family({"swiglu_limit": 7.0}),
+    "granite": Family(),
+    "granitemoehybrid": Family({"position_embedding_type": "rope"}),
+    "mistral": Family({"sliding_window": None, "head_dim": 32}),
+    "ministral3": Family(),
+    "mixtral": Family({"sliding_window": None}),
+    "olmo2": Family({"rope_parameters": {**YARN, "rope_theta": 500000.0}}),
+    "olmo3": Family(),
+    "olmoe": Family({"norm_topk_prob": False}),
+    "phi3": Family(),
+    "qwen3_moe": Family({"mlp_only_layers": [], "norm_topk_prob": True}),
+    "smollm3": Family(),
 }
 
 
@@ -110,10 +125,10 @@ async def assert_is_the_directory(file: Path, folder: Path, tmp_path: Path) -> N
 async def test_a_gguf_file_equals_the_directory_it_was_made_from(
     family: str, kind: Kind, tmp_path: Path, tiny_model: Any
 ) -> None:
-    changes, more = FAMILIES[family]
-    folder = tiny_model(family, changes=changes)
+    differences = FAMILIES[family]
+    folder = tiny_model(family, changes=differences.changes)
     file = tmp_path / "tiny.gguf"
-    write_gguf(folder, file, kind, more=more)
+    write_gguf(folder, file, kind, more=differences.more_keys)
     if kind is not Kind.BF16:
         dequantised_copy(folder, kind)
     await assert_is_the_directory(file, folder, tmp_path)
@@ -139,10 +154,10 @@ def in_mxfp4(folder: Path) -> None:
 
 async def test_experts_in_mxfp4_are_unchanged(tmp_path: Path, tiny_model: Any) -> None:
     """gpt-oss is released like this, as Hugging Face's checkpoint and in ggml-org's files."""
-    changes, more = FAMILIES["gpt_oss"]
-    folder = tiny_model("gpt_oss", changes=changes)
+    differences = FAMILIES["gpt_oss"]
+    folder = tiny_model("gpt_oss", changes=differences.changes)
     file = tmp_path / "tiny.gguf"
-    write_gguf(folder, file, Kind.BF16, more=more, experts=Kind.MXFP4)
+    write_gguf(folder, file, Kind.BF16, more=differences.more_keys, experts=Kind.MXFP4)
     kinds = {t.tensor_type for t in gguf.GGUFReader(file).tensors if "_exps.weight" in t.name}
     assert kinds == {Kind.MXFP4}
     in_mxfp4(folder)
@@ -156,10 +171,10 @@ async def test_experts_in_mxfp4_are_unchanged(tmp_path: Path, tiny_model: Any) -
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
 def test_tensors_match_those_that_transformers_reads(family: str, tmp_path: Path) -> None:
     """For the families whose files transformers reads itself."""
-    changes, more = FAMILIES[family]
-    folder = save_tiny_model(family, tmp_path / "model", changes=changes)
+    differences = FAMILIES[family]
+    folder = save_tiny_model(family, tmp_path / "model", changes=differences.changes)
     file = tmp_path / "tiny.gguf"
-    write_gguf(folder, file, Kind.Q8_0, more=more)
+    write_gguf(folder, file, Kind.Q8_0, more=differences.more_keys)
     theirs = AutoModelForCausalLM.from_pretrained(
         tmp_path,
         gguf_file=file.name,
@@ -231,7 +246,7 @@ def test_tensors_match_those_that_transformers_reads(family: str, tmp_path: Path
 def test_missing_and_contradictory_keys_are_rejected(
     family: str, more: dict[str, Any], said: Any, tmp_path: Path
 ) -> None:
-    folder = save_tiny_model(family, tmp_path / "model", changes=FAMILIES[family][0])
+    folder = save_tiny_model(family, tmp_path / "model", changes=FAMILIES[family].changes)
     file = tmp_path / "tiny.gguf"
     lost = more.get("without")
     write_gguf(folder, file, Kind.BF16, more=None if lost else more, without=lost)

@@ -518,11 +518,14 @@ async def test_owners_take_turns_and_then_their_adapters(
         begin = asyncio.Event()
         many = [train("many", 21, 4) for _ in range(4)]
         *ends, long, one = await asyncio.gather(*many, train("long", 81, 4), train("one", 21, 4))
-        # While "long" trains one sequence, each of the others trains four.
+        # While "long" trains one sequence, each of the others trains four. So while "one" trains
+        # its four, "many" trains four and "long" one.
         assert one <= 4 + 4 + 1
-        assert long <= 16 + 4 + 4
-        # The adapters of an owner take turns, too.
-        assert min(ends) >= 13
+        # Before the last of "long" ends, "many" has trained twelve, and "one" all of its four.
+        assert long >= 4 + 12 + 4
+        # The adapters of an owner take turns, too: when one of "many" ends, the others have at most
+        # one sequence left.
+        assert min(ends) >= 4 + 3 * 3
 
 
 async def test_soft_tokens_count_as_tokens_of_a_pass(

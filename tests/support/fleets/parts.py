@@ -27,7 +27,7 @@ class Crash(Exception):
     """A simulated end of the registry's process."""
 
 
-def named(saved: SavedRegistration) -> list[SavedRegistration]:
+def nameable_generations(saved: SavedRegistration) -> list[SavedRegistration]:
     """The registration with each generation that requests may name; the current one is first."""
     return [
         dataclasses.replace(saved, generation=g.generation, source=g.source, facts=g.facts, kept=())
@@ -183,7 +183,7 @@ class Replica:
 
     def _is_old(self, saved: SavedRegistration) -> bool:
         current = self.state.names.get(saved.name)
-        return current is None or key_of(saved) not in map(key_of, named(current))
+        return current is None or key_of(saved) not in map(key_of, nameable_generations(current))
 
     def prepared(self) -> Mapping[str, TurretError | None]:
         return dict(self.made)

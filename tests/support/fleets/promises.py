@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fleets.parts import Disk, Replica, named
+from fleets.parts import Disk, Replica, nameable_generations
 
 from turret.fleet import protocol as m
 
@@ -73,7 +73,7 @@ class Promises:
         """Check one replica that would answer now."""
         for name in NAMES:
             saved = replica.resolve(name)
-            for each in [] if saved is None else named(saved):
+            for each in [] if saved is None else nameable_generations(saved):
                 key = (each.uuid, each.generation)
                 served = self.digests.setdefault(key, each.facts.digest)
                 assert served == each.facts.digest, f"two weights under {key}"
@@ -92,7 +92,9 @@ class Promises:
             for target in () if alias is None else alias.targets:
                 saved = replica.resolve(target.name)
                 assert saved is not None, f"{name} stands for nothing"
-                assert f"{target.uuid}.{target.generation}" in map(m.key_of, named(saved))
+                assert f"{target.uuid}.{target.generation}" in map(
+                    m.key_of, nameable_generations(saved)
+                )
         base = replica.state.base
         merged = "" if base.merge is None else base.merge.uuid
         assert self.bases.setdefault(base.generation, merged) == merged, "two bases under a number"
@@ -106,7 +108,7 @@ class Promises:
             assert not held, f"{name} is removed under a request on {replica.name}"
 
     def _check_unread(self, path: str) -> None:
-        saved = [each for known in self.disk.names.values() for each in named(known)]
+        saved = [each for known in self.disk.names.values() for each in nameable_generations(known)]
         assert all(each.source.path != path for each in saved)
         for replica in self._promising():
             held = [saved for saved in replica.requests if saved.source.path == path]

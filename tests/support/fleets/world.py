@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from builders.facts import facts_of
-from fleets.parts import Crash, Disk, Replica, named
+from fleets.parts import Crash, Disk, Replica, nameable_generations
 from fleets.promises import ALIASES, NAMES, Caller, Promises
 
 from turret.fleet import protocol as m
@@ -197,7 +197,7 @@ class World:
         _, replica = self._replica()
         saved = replica.resolve(NAMES[self.draw(len(NAMES))])
         if saved is not None and replica.is_serving(self.now):
-            generations = named(saved)
+            generations = nameable_generations(saved)
             replica.requests.append(generations[self.draw(len(generations))])
 
     def _end(self) -> None:
@@ -297,12 +297,12 @@ class World:
             )
             return m.Merge(members=(member,), precision="BF16", time=self.now)
         if kind in (11, 12) and known is not None:
-            generations = named(known)
+            generations = nameable_generations(known)
             back = generations[self.draw(len(generations))].generation
             replaces = (known.uuid, known.generation)
             return m.Rollback(name=name, generation=back, replaces=replaces)
         if kind == 13 and known is not None:
-            generations = named(known)
+            generations = nameable_generations(known)
             count = 1 + self.draw(len(generations))
             targets = [
                 AliasTarget(name=name, uuid=known.uuid, generation=each.generation)
@@ -385,7 +385,7 @@ class World:
         for member in () if merge is None else merge.members:
             saved = registry.state.names.get(member.name)
             assert saved is not None, "a merged adapter is gone"
-            kept = {key_of(each) for each in named(saved)}
+            kept = {key_of(each) for each in nameable_generations(saved)}
             assert f"{member.uuid}.{member.generation}" in kept, "a merged generation is gone"
 
     def _settle(self, registry: FleetRegistry, replica: Replica) -> None:
@@ -399,7 +399,7 @@ class World:
             replica.made.setdefault(replica.state.preparing.uuid, None)
 
     def _check_files(self, names: dict[str, SavedRegistration]) -> None:
-        for saved in [each for known in names.values() for each in named(known)]:
+        for saved in [each for known in names.values() for each in nameable_generations(known)]:
             if saved.source.is_upload:
                 assert saved.source.path == f"files/{key_of(saved)}"
                 assert self.disk.files[saved.source.path] == saved.facts.digest

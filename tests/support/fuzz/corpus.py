@@ -123,7 +123,7 @@ def _recipes() -> dict[str, tuple[str, bytes]]:
 
 
 def _sessions() -> dict[str, list[tuple[str, Any]]]:
-    """Calls for training, by the kind of session; those in JSON with their fields."""
+    """Calls for training, by the kind of session: paths, each with a message or a JSON object."""
     model, session = {"model_id": MODEL.decode()}, {"session_id": SESSION.decode()}
     path = f"tinker://{MODEL.decode()}/weights/a"
     a_pass = tinker_pb2.TinkerPass(loss_fn="cross_entropy")

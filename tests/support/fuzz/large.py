@@ -73,6 +73,7 @@ def bodies(*, is_short: bool) -> Iterator[Large]:
                 data = with_others(place, body)
                 what = f"{place.blamed}, up to {times} times: {len(data)} bytes of {entry!r}"
                 yield Large(place.path, what, data)
+        # In a short run, each place is tried with the next kind of entry and the other count.
         counts = (place.most, MAX_BODY_BYTES)
         for entry in [next(kinds)] if is_short else ENTRIES:
             for count in [counts[len(seen) % 2]] if is_short else counts:
@@ -84,6 +85,7 @@ def bodies(*, is_short: bool) -> Iterator[Large]:
             if is_short and name in seen:
                 continue
             seen.add(name)
+            # A short run tries every fourth field, each with the next kind of value.
             if is_short and len(seen) % 4:
                 continue
             chosen = len(seen) // 4 % len(_VALUES) if is_short else None

@@ -211,6 +211,8 @@ class Protocols:
                 result = asyncio.ensure_future(self._post(f"{_TINKER}/retrieve_future", answer))
                 if (await asyncio.wait([result], timeout=_RESULT_SECONDS))[0]:
                     status, answer = await result
+                    # The result of failed work has status 200, so count the server's failures as a
+                    # second status, 500.
                     statuses += [status, *[500] * (b'"category":"server"' in answer)]
                 result.cancel()
                 await asyncio.wait([result])

@@ -76,6 +76,10 @@ class GlobalMemory:
 
     A program may read another one's write if the writer, after a barrier, did a releasing atomic
     addition, and the reader then did an acquiring one to the same word.
+
+    For example, program 0 stores a value, passes its first barrier, and adds to a counter, whose
+    entry in ``_released`` becomes ``{0: 1}``. Program 1 adds to the counter, so its ``_acquired``
+    becomes ``{0: 1}``, and at its next barrier its ``_known``. Now it may load the value.
     """
 
     def __init__(self) -> None:

@@ -57,7 +57,7 @@ class SharedMemory:
 
     Attributes:
         data: The bytes.
-        written: The stamp of the last write to a byte, -1 before the first.
+        written: The stamp (see ``_WARPS``) of the last write to a byte, -1 before the first.
         read_by: The stamp of the last read, as far as it was looked up.
         pending: The number of running copies to a byte.
         fenced: Whether tensor cores see the stores.

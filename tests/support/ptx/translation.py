@@ -19,7 +19,25 @@ _NOTHING = ("fence.acq_rel", "bar.warp", "wgmma.fence")
 
 
 class Translation:
-    """A program that can be run on a CTA."""
+    """A program that can be run on a CTA.
+
+    The program becomes a Python function like this one. A register (``r_…``) is an array over the
+    threads, and the name of a constant contains its bits and its value::
+
+        def kernel(cta):
+         block = 0
+         while True:
+          if block == 0:
+           r_r1 = cta.tid
+           r_rd2 = multiply(r_r1, k32_4, 32, 'wide', False)
+           r_p1 = r_r1.view(i4) < k32_64.view(i4)
+           block = 1
+          if block == 1:
+           r_r2, = cta.load('global', r_rd2, (4, 1), r_p1, [cta.never_written(32)])
+           if cta.taken(r_p1): block = 1; continue
+           return
+          return
+    """
 
     def __init__(self, program: Program) -> None:
         self._program = program

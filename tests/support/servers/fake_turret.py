@@ -27,7 +27,8 @@ from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_
 FOREVER = "forever"
 # For prompts that end in one of these words, the server truncates the answer or disappears.
 CUT, GONE = "cut", "gone"
-# A directory with an adapter's current weights and their config.
+# A path with this ending, or a config file with this content, stands for an adapter's current
+# weights.
 SAME = "same"
 PEFT_FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 2000}
 

@@ -74,9 +74,9 @@ class World:
         lock = threading.RLock()
         silent: Any = Silent()
         # Some servers have less memory for adapters, and long answers, which hold all of it.
-        is_short = self.random.random() < 0.3
-        self._lengths = (60,) if is_short else (1, 3, 8, 40)
-        self._host_bytes = HOST_BYTES - 2 if is_short else HOST_BYTES
+        is_memory_short = self.random.random() < 0.3
+        self._lengths = (60,) if is_memory_short else (1, 3, 8, 40)
+        self._host_bytes = HOST_BYTES - 2 if is_memory_short else HOST_BYTES
         self.leases = Leases(self._host_bytes, self.files.reload, lock=lock, metrics=silent)
         self.leases._executor.shutdown()
         self.leases._executor = self.threads  # type: ignore[assignment]
@@ -100,7 +100,7 @@ class World:
             max_num_batched_tokens=MAX_TOKENS,
             is_ready=lambda sequence: self.loop.is_ready(sequence),
             preempt_after_seconds=PREEMPT_SECONDS,
-            speculation=None if is_short else Speculation(cost),
+            speculation=None if is_memory_short else Speculation(cost),
             cost=cost,
         )
         # Every other device computes while the host does something else.
@@ -124,7 +124,7 @@ class World:
         self.change: BaseChange | None = None
         self._blocked: tuple[Sequence | None, float] = (None, 0.0)
         self._numbers = 0
-        for _ in range(12 if is_short else 0):
+        for _ in range(12 if is_memory_short else 0):
             self._load()
 
     # The registry's methods for the engine.

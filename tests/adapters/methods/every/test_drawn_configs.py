@@ -1,4 +1,7 @@
-"""Random configs that PEFT accepts, for every method; results are compared with PEFT's modules."""
+"""Random configs that PEFT accepts, for every method; results are compared with PEFT's modules.
+
+Each function that has the name of a method, or of one of its ``FORMS``, draws a config for it.
+"""
 
 from __future__ import annotations
 

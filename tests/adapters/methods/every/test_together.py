@@ -2,6 +2,10 @@
 
 Methods with very different code paths have several variants here; ``test_drawn_configs.py`` covers
 the other settings.
+
+``OLDER`` and ``VARIANTS`` are compared with PEFT one by one, and the mixes ``SUMS`` with the sums
+of PEFT's changes. Requests for any method or for ``MIXES``, which include ``SUMS``, get the bits
+that they get alone.
 """
 
 from __future__ import annotations

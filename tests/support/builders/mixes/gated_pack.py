@@ -35,7 +35,8 @@ class GatedPack:
     Attributes:
         a: ``[ranks, slices, in]``.
         slice_ranks: ``[slots, slices]`` int32.
-        words: ``[slots, slices, WORDS]`` int64.
+        words: ``[slots, slices, WORDS]`` int64: the addresses of the query's weight and the keys,
+            the query's length, and 0.
     """
 
     def __init__(
@@ -62,8 +63,8 @@ class GatedPack:
         self.a = (torch.randn(total, num_slices, inner) / inner**0.5).to(DEVICE, dtype)
         self.slice_ranks = torch.zeros(len(gated) + 2, num_slices, dtype=torch.int32, device=DEVICE)
         self.slice_ranks[1] = PLAIN_RANK
-        # The queries and the keys, by name and slice.
-        self._asked: dict[tuple[str, int], Tensor] = {}
+        # The weights of the queries, and the keys, by name and slice.
+        self._queries: dict[tuple[str, int], Tensor] = {}
         self._keys: dict[tuple[str, int], Tensor] = {}
         rows = [[[0] * WORDS] * num_slices for _ in range(len(gated) + 2)]
         for name, one in gated.items():
@@ -81,9 +82,9 @@ class GatedPack:
             return [0] * WORDS
         self.slice_ranks[slot, s] = max(one.widths)
         query = torch.randn(d_k, self._inner) / self._inner**0.5
-        self._asked[name, s] = query.to(DEVICE, self.dtype)
+        self._queries[name, s] = query.to(DEVICE, self.dtype)
         self._keys[name, s] = torch.randn(sum(one.widths), d_k, device=DEVICE)
-        return [address_of(self._asked[name, s]), address_of(self._keys[name, s]), d_k, 0]
+        return [address_of(self._queries[name, s]), address_of(self._keys[name, s]), d_k, 0]
 
     def table(self, max_rows: int = 64, **sizes: int | bool) -> SegmentTable:
         """A table with room for mixes of some of the adapters."""
@@ -101,19 +102,19 @@ class GatedPack:
             first, slot = len(members), self._slots[name]
             members += [SegmentMember(*bound, slot, weight) for bound in self._bounds[name]]
             one = self._gated[name]
-            asked = max(d_k or 0 for d_k in one.d_k)
-            gated.append(GatedMembers(first, len(members), asked))
+            longest = max(d_k or 0 for d_k in one.d_k)
+            gated.append(GatedMembers(first, len(members), longest))
         return LongSegment(start, end, tuple(members), tuple(gated))
 
     def exact(self, name: str, s: int, x: Tensor) -> Tensor | None:
         """The gates of an adapter's components for one row, float64; None in a missing slice."""
         x = x.double().cpu()
-        if (name, s) not in self._asked:
+        if (name, s) not in self._queries:
             return None
-        asked = self._asked[name, s].double().cpu() @ x
+        query = self._queries[name, s].double().cpu() @ x
         keys, first = self._keys[name, s].double().cpu(), self._bounds[name][0][0]
         scores = [
-            asked @ (keys[low - first : high - first].T @ (self.a[low:high, s].double().cpu() @ x))
+            query @ (keys[low - first : high - first].T @ (self.a[low:high, s].double().cpu() @ x))
             for low, high in self._bounds[name]
         ]
         return torch.stack(scores).softmax(0)

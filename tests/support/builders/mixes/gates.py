@@ -17,7 +17,8 @@ INNER = 192
 OUTS = {"q": 96, "k": 32, "v": 32}
 WIDTH = sum(OUTS.values())
 LAYOUT = ProjectionLayout(1, {"qkv": tuple(SliceShape(n, out, INNER) for n, out in OUTS.items())})
-# The components' ranks, by adapter and module. One crosses rank windows, one has empty parts.
+# The components' ranks, by adapter and module: a to c are fusions, d and e are routers, and f takes
+# its gates from a first pass. One crosses rank windows, one has empty parts.
 RANKS = {
     "a": {"q": (4, 8), "v": (4, 0)},
     "b": {"q": (16, 16, 1), "k": (16, 0, 1), "v": (16, 16, 1)},
@@ -27,10 +28,10 @@ RANKS = {
     "f": {"q": (4, 8, 3), "v": (0, 16, 8)},
 }
 D_K = {"a": 16, "b": 32, "c": 48}
-# Adapters with prototypes: the number that counts, and the temperature.
+# The routers' top_k and temperature.
 ROUTING = {"d": (2, 0.7), "e": (1, 1.0)}
-# Adapters with gates from a first pass: the number of each module in the router.
-TOLD = {"f": {"q": 1, "v": 0}}
+# The number of each module in the results of the first pass.
+FIRST_PASS = {"f": {"q": 1, "v": 0}}
 MIXES: tuple[Members, ...] = (
     (("a", 1.0),),
     (("b", 1.0),),
@@ -48,7 +49,7 @@ MIXES: tuple[Members, ...] = (
 
 def scalings_of(num_rows: int) -> dict[str, Tensor]:
     """The results of first passes for this number of rows (``StepMembers.scalings``)."""
-    return {key: torch.randn(num_rows, len(TOLD[key]), 3) for key in TOLD}
+    return {key: torch.randn(num_rows, len(FIRST_PASS[key]), 3) for key in FIRST_PASS}
 
 
 def rows_of(scalings: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
@@ -70,8 +71,8 @@ def gate_of(key: str, module: str, dtype: torch.dtype) -> Gate:
     a, b = noise(full, INNER), noise(full, out)
     if key in ROUTING:
         score = PrototypeScore(torch.randn(len(ranks), INNER) / 14, *ROUTING[key])
-    elif key in TOLD:
-        score = GivenScore(TOLD[key][module])
+    elif key in FIRST_PASS:
+        score = GivenScore(FIRST_PASS[key][module])
     else:
         keys = b.float() @ torch.randn(D_K[key], out).T
         score = QueryScore(torch.randn(D_K[key], INNER).to(dtype) / 14, keys)
