@@ -143,18 +143,18 @@ async def compare(args: argparse.Namespace) -> bool:
     try:
         for streams, ms in zip(args.streams, args.ms, strict=True):
             found: dict[bool, list[tuple[float, ...]]] = {}
-            for beside in ([False] if args.cpu else [False, True]) * args.rounds:
-                loops[0]._runner.is_asynchronous = beside
+            for is_during_step in ([False] if args.cpu else [False, True]) * args.rounds:
+                loops[0]._runner.is_asynchronous = is_during_step
                 device = SleepingDevice(None if args.cpu else 1e-3 * ms, streams)
                 figures = await measure(app, device, args.tokens, is_http=args.http)
-                found.setdefault(beside, []).append(figures)
-            for beside, results in found.items():
+                found.setdefault(is_during_step, []).append(figures)
+            for is_during_step, results in found.items():
                 seconds, waits, share, *spent = map(statistics.median, zip(*results, strict=True))
-                if beside or args.cpu:
+                if is_during_step or args.cpu:
                     is_good &= share >= (LEAST_SHARE_ON_CPU if args.cpu else LEAST_SHARE)
-                name = "beside" if beside else "before"
+                handed_out = "during" if is_during_step else "before"
                 print(
-                    f"{streams:>8}{1e3 * seconds:>11.1f}{name:>12}{1e3 * waits:>10.2f}"
+                    f"{streams:>8}{1e3 * seconds:>11.1f}{handed_out:>12}{1e3 * waits:>10.2f}"
                     f"{share:>10.0%}{1e6 * spent[0]:>11.1f}{1e6 * spent[1]:>11.1f}",
                     flush=True,
                 )

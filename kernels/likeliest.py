@@ -126,26 +126,26 @@ class _Screen(ctypes.Structure):
 
 
 @dataclass(slots=True)
-class _Patience:
+class _Backoff:
     """Skips calls after a useless one, twice as many each consecutive time."""
 
-    left_out: int = 0
+    num_to_skip: int = 0
     next_pause: int = 1
-    was_told: bool = False
+    was_useful: bool = False
 
     def wants(self) -> bool:
         """Whether to make the next call."""
-        if self.left_out:
-            self.left_out -= 1
+        if self.num_to_skip:
+            self.num_to_skip -= 1
             return False
-        if self.was_told:
-            self.was_told, self.next_pause = False, 1
+        if self.was_useful:
+            self.was_useful, self.next_pause = False, 1
         return True
 
     def pause(self) -> None:
         """Record that the last call was useless."""
-        self.was_told = False
-        self.left_out = self.next_pause
+        self.was_useful = False
+        self.num_to_skip = self.next_pause
         self.next_pause = min(2 * self.next_pause, _MOST_PAUSE)
 
 
@@ -183,7 +183,7 @@ class Screen:
         )
         self._found = torch.empty(out_features // _MOST_SHARE, dtype=torch.int64)
         self._memory = torch.empty(0, dtype=torch.uint8)
-        self._patience = _Patience()
+        self._backoff = _Backoff()
 
     @staticmethod
     def serves(weight: torch.Tensor) -> bool:
@@ -207,7 +207,7 @@ class Screen:
             ``[outputs]`` int64, ascending, to be used before the next call; None if there are too
             many, a row is not finite, or earlier calls were useless.
         """
-        if not self._patience.wants():
+        if not self._backoff.wants():
             return None
         if x.stride(1) != 1:
             x = x.contiguous()
@@ -228,11 +228,11 @@ class Screen:
             num_threads(),
         )
         if count < 0:
-            self._patience.pause()
+            self._backoff.pause()
             return None
-        self._patience.was_told = True
+        self._backoff.was_useful = True
         return self._found[:count]
 
     def pause(self) -> None:
         """Record that the last call's result was useless; skip the next calls, at first one."""
-        self._patience.pause()
+        self._backoff.pause()

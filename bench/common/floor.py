@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -14,7 +13,8 @@ _BF16_BYTES = 2
 _BANDWIDTH_BYTES = 256 << 20
 
 
-def _read() -> float:
+def read_bandwidth() -> float:
+    """The bytes per second that all cores together read from memory; the best of several runs."""
     data = torch.ones(_BANDWIDTH_BYTES // 4, dtype=torch.float32)
     best = float("inf")
     for _ in range(8):
@@ -22,15 +22,6 @@ def _read() -> float:
         data.sum()
         best = min(best, time.perf_counter() - start)
     return data.nbytes / best
-
-
-def read_bandwidth() -> float:
-    """The bytes per second that all cores together read from memory; the best of several runs.
-
-    This runs on a thread that then ends, and torch's thread pool with it.
-    """
-    with ThreadPoolExecutor(1) as short_lived:
-        return short_lived.submit(_read).result()
 
 
 def step_bytes(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from turret.kernels.gpu.tables import LongSegment, SegmentMember, SegmentTable
+from turret.kernels.gpu.tables import RunOfRows, SegmentMember, SegmentTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def make_table(
     for row, slot in enumerate(slot_of_row):
         low, high = bounds[slot]
         mix = (SegmentMember(low, high, slot, 1.0),) if slot else ()
-        runs.append(LongSegment(row, row + 1, mix))
+        runs.append(RunOfRows(row, row + 1, mix))
     table.load(runs)
     return table
 

@@ -88,8 +88,8 @@ def _low_rank(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object
             y, v, b, ranks, table, gain_delta=per_slot, bias=per_slot, base_bias=_empty(width)
         )
         words = _empty(_SLOTS, slices, WORDS, dtype=torch.int64)
-        asked = gate_shrink(x, words, table)
-        gates = fusion_gate(asked, v, words, table, _ROWS)
+        q = gate_shrink(x, words, table)
+        gates = fusion_gate(q, v, words, table, _ROWS)
         segmented_expand(y, v, b, ranks, table, gates=gates)
 
     yield launch
@@ -128,6 +128,8 @@ def _base(inner: int, outs: tuple[int, ...], gated: bool) -> None:
         nf4_matmul(_empty(rows, inner), weight)
     a, ranks = _empty(_RANK, len(outs), inner), _empty(_SLOTS, len(outs), dtype=torch.int32)
     for rows in (16, 32, _ROWS):
+        # Compile every number of rows only for wide inputs: registers depend little on the other
+        # constants.
         if rows == 16 or inner >= 4096:
             nf4_shrink(_empty(_ROWS, inner), rows, weight, Shrink(a, ranks, _segments()))
         if gated:
@@ -188,7 +190,7 @@ def _segments() -> SegmentTable:
         max_row_rank=256,
         max_components=16,
         max_gates=2,
-        max_row_asked=128,
+        max_row_query=128,
         device=_META,
     )
 

@@ -47,6 +47,7 @@ class ExpertTable:
 
     def __init__(self, updates: Sequence[tuple[torch.Tensor, torch.Tensor] | None]) -> None:
         self._kept = updates
+        # Each row is an ``Update`` in ``experts.c``.
         rows = [
             [0, 0, 0] if pair is None else [*(t.data_ptr() for t in pair), pair[0].shape[1]]
             for pair in updates
@@ -80,6 +81,7 @@ class ExpertAdapters:
         width = max((sum(table.width for table, _ in row) for row in rows), default=0)
         threads = num_threads()
         self._scratch = torch.empty(threads * width)
+        # ``ExpertStep`` in ``experts.c``, whose ``Member`` is a row of ``_members``.
         self._step = (ctypes.c_int64 * 6)(
             self._members.data_ptr(),
             self._first.data_ptr(),
@@ -107,6 +109,7 @@ class ExpertAdapters:
             rows: The row of ``x`` that each pair reads, ``[pairs]`` int64; None if each pair has
                 its own.
         """
+        # ``Pairs`` in ``experts.c``.
         pairs = (ctypes.c_int64 * 10)(
             x.data_ptr(),
             y.data_ptr(),
@@ -526,6 +529,8 @@ class RowAdapters:
                 size += (segment.end - segment.start) * max_slices * table.width
             rows.append([segment.start, segment.end, first, len(members)])
         self._tables = {table for segment in segments for table, _ in segment.members}
+        # The structs of ``adapters.h``: each row of ``_segments`` is a ``Segment``, of ``_members``
+        # a ``Component``, and of ``_marks`` a ``Mark``; ``_step`` is the ``Step``.
         self._segments = torch.tensor(rows, dtype=torch.int64)
         self._members = torch.tensor(members, dtype=torch.int64).view(-1, 4)
         self._members.view(torch.float64)[:, 3] = torch.tensor(weights, dtype=torch.float64)

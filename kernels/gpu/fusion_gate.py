@@ -38,17 +38,24 @@ from turret.kernels.gpu.tables import GATE_RECORD, GATES, RANK_TILE, RECORD, TIL
 WORDS = 4
 _RECORD, _GATE_RECORD = tl.constexpr(RECORD), tl.constexpr(GATE_RECORD)
 _GATES, _WORDS = tl.constexpr(GATES), tl.constexpr(WORDS)
+# The fields of a slot's words, and of the records that ``tables.py`` describes, in their order.
+(_QUERY, _KEYS, _D_K, _) = map(tl.constexpr, range(WORDS))
+(_POSITION, _COUNT, _COMPONENT, _COMPONENTS, _COLUMN, _SLOT, _V_BASE, _V_STRIDE, _Q_BASE,
+ _Q_STRIDE) = map(tl.constexpr, range(GATE_RECORD))  # fmt: skip
+(_ITEM_POSITION, _ITEM_COUNT, _ITEM_VECTOR, _ITEM_VECTORS, _ITEM_SLOT, _ITEM_Q_BASE,
+ _ITEM_Q_STRIDE, _) = map(tl.constexpr, range(RECORD))  # fmt: skip
+(_RANK_START, _RANK_END, _, _OFFSET, *_) = map(tl.constexpr, range(RECORD))
 
 
 @triton.jit
 def gate_shrink_kernel(
     x_ptr,  # [num_rows, in_features]
     words_ptr,  # [num_slots, NUM_SLICES, WORDS] int64
-    asked_ptr,  # [SPLITS, asked_capacity * NUM_SLICES] fp32
+    q_ptr,  # [SPLITS, query_capacity * NUM_SLICES] fp32
     table_ptr,
     x_stride,
     in_features,
-    asked_width,
+    q_width,
     NUM_SLICES: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -65,18 +72,19 @@ def gate_shrink_kernel(
         split = work % SPLITS
         s = (work // SPLITS) % NUM_SLICES
         query_item_ptr = query_items_ptr + (work // (SPLITS * NUM_SLICES)) * _RECORD
-        live = m < tl.load(query_item_ptr + 1)
-        first = tl.load(query_item_ptr + 2)
-        slot = tl.load(query_item_ptr + 4)
-        rows = tl.load(rows_ptr + tl.load(query_item_ptr) + m, mask=live, other=0).to(tl.int64)
+        live = m < tl.load(query_item_ptr + _ITEM_COUNT)
+        first = tl.load(query_item_ptr + _ITEM_VECTOR)
+        slot = tl.load(query_item_ptr + _ITEM_SLOT)
+        position = tl.load(query_item_ptr + _ITEM_POSITION)
+        rows = tl.load(rows_ptr + position + m, mask=live, other=0).to(tl.int64)
         own_ptr = words_ptr + (slot * NUM_SLICES + s) * _WORDS
         # A missing slice has no vectors, so it reads nothing.
-        left = tl.load(own_ptr + 2).to(tl.int32) - first
+        left = tl.load(own_ptr + _D_K).to(tl.int32) - first
         held = (r < left)[:, None]
         start = split * split_width
         end = tl.where(left > 0, tl.minimum(start + split_width, in_features), start)
         x_rows = x_ptr + rows[:, None] * x_stride
-        w_rows = pointer_to(tl.load(own_ptr), x_ptr)
+        w_rows = pointer_to(tl.load(own_ptr + _QUERY), x_ptr)
         w_rows += (first + r).to(tl.int64)[:, None] * in_features
         acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         for k0 in range(start, end, BLOCK_K):
@@ -84,11 +92,12 @@ def gate_shrink_kernel(
             x = tl.load(x_rows + cols, mask=live[:, None] & (cols < end), other=0.0)
             w = tl.load(w_rows + cols, mask=held & (cols < end), other=0.0)
             acc = dot(x, tl.trans(w), acc)
-        row_stride = tl.load(query_item_ptr + 6)
-        asked = (tl.load(query_item_ptr + 5) + m * row_stride)[:, None].to(tl.int64) + r[None, :]
-        keep = live[:, None] & (r < tl.load(query_item_ptr + 3) - first)[None, :]
-        asked_split = asked_ptr + split.to(tl.int64) * asked_width
-        tl.store(asked_split + asked * NUM_SLICES + s, acc, mask=keep)
+        q_base = tl.load(query_item_ptr + _ITEM_Q_BASE)
+        q_stride = tl.load(query_item_ptr + _ITEM_Q_STRIDE)
+        q_at = (q_base + m * q_stride)[:, None].to(tl.int64) + r[None, :]
+        keep = live[:, None] & (r < tl.load(query_item_ptr + _ITEM_VECTORS) - first)[None, :]
+        q_split = q_ptr + split.to(tl.int64) * q_width
+        tl.store(q_split + q_at * NUM_SLICES + s, acc, mask=keep)
 
 
 @triton.jit
@@ -102,9 +111,9 @@ def _parts(ptr, at, stride, keep, SPLITS: tl.constexpr):
 
 @triton.jit
 def _score(
-    asked_ptr,  # queries of the gate's first row, in the slice
-    asked_stride,
-    asked_row,
+    q_ptr,  # queries of the gate's first row, in the slice
+    q_stride,
+    q_row_stride,
     live,
     v_ptr,  # rank activations of the chunk's first row, this component and slice
     v_stride,
@@ -128,9 +137,9 @@ def _score(
         for d0 in range(0, d_k, BLOCK_D):
             d = d0 + tl.arange(0, BLOCK_D)
             inside = d < d_k
-            q_at = (m * asked_row + d[None, :]) * NUM_SLICES
+            q_at = (m * q_row_stride + d[None, :]) * NUM_SLICES
             keep = live[:, None] & inside[None, :]
-            q = _parts(asked_ptr, q_at, asked_stride, keep, SPLITS)
+            q = _parts(q_ptr, q_at, q_stride, keep, SPLITS)
             keys_at = keys_ptr + ranks[None, :] * d_k + d[:, None]
             keys = tl.load(keys_at, mask=held[None, :] & inside[:, None], other=0.0)
             products = dot(q, keys, products)
@@ -142,12 +151,12 @@ def _score(
 
 @triton.jit
 def fusion_gate_kernel(
-    asked_ptr,  # [SPLITS, asked_capacity * NUM_SLICES] fp32
+    q_ptr,  # [SPLITS, query_capacity * NUM_SLICES] fp32
     v_ptr,  # [SPLITS, rank_capacity * NUM_SLICES] fp32
     words_ptr,  # [num_slots, NUM_SLICES, WORDS] int64
     gates_ptr,  # [num_rows, NUM_SLICES, max_components] fp32
     table_ptr,
-    asked_stride,
+    q_stride,
     v_stride,
     max_components,
     NUM_SLICES: tl.constexpr,
@@ -167,27 +176,27 @@ def fusion_gate_kernel(
     ):
         s = work % NUM_SLICES
         gate_ptr = list_ptr + (work // NUM_SLICES) * _GATE_RECORD
-        live = m < tl.load(gate_ptr + 1)
+        live = m < tl.load(gate_ptr + _COUNT)
         # Use 32-bit indices: the wrapper rejects sizes from 2³¹ on, and 64 bits would not fit in
         # registers.
-        rows = tl.load(rows_ptr + tl.load(gate_ptr) + m, mask=live, other=0)
-        component_ptr = components_ptr + tl.load(gate_ptr + 2) * _RECORD
-        count = tl.load(gate_ptr + 3)
-        own_ptr = words_ptr + (tl.load(gate_ptr + 5) * NUM_SLICES + s) * _WORDS
+        rows = tl.load(rows_ptr + tl.load(gate_ptr + _POSITION) + m, mask=live, other=0)
+        component_ptr = components_ptr + tl.load(gate_ptr + _COMPONENT) * _RECORD
+        count = tl.load(gate_ptr + _COMPONENTS)
+        own_ptr = words_ptr + (tl.load(gate_ptr + _SLOT) * NUM_SLICES + s) * _WORDS
         keep = live[:, None] & (columns < count)
         scores = tl.where(keep, 0.0, float("-inf"))
-        d_k = tl.load(own_ptr + 2).to(tl.int32)
-        keys_ptr = pointer_to(tl.load(own_ptr + 1), asked_ptr)
-        asked_at = asked_ptr + s + tl.load(gate_ptr + 8) * NUM_SLICES
-        first = tl.load(component_ptr)
+        d_k = tl.load(own_ptr + _D_K).to(tl.int32)
+        keys_ptr = pointer_to(tl.load(own_ptr + _KEYS), q_ptr)
+        q_at = q_ptr + s + tl.load(gate_ptr + _Q_BASE) * NUM_SLICES
+        first = tl.load(component_ptr + _RANK_START)
         for c in range(count):
             own = component_ptr + c * _RECORD
-            rank = tl.load(own)
-            v_at = v_ptr + s + (tl.load(gate_ptr + 6) + tl.load(own + 3)) * NUM_SLICES
+            rank = tl.load(own + _RANK_START)
+            v_at = tl.load(gate_ptr + _V_BASE) + tl.load(own + _OFFSET)
             score = _score(
-                asked_at, asked_stride, tl.load(gate_ptr + 9), live, v_at, v_stride,
-                tl.load(gate_ptr + 7), keys_ptr + (rank - first) * d_k, tl.load(own + 1) - rank,
-                d_k, NUM_SLICES, SPLITS, BLOCK_M, BLOCK_R, BLOCK_D,
+                q_at, q_stride, tl.load(gate_ptr + _Q_STRIDE), live, v_ptr + s + v_at * NUM_SLICES,
+                v_stride, tl.load(gate_ptr + _V_STRIDE), keys_ptr + (rank - first) * d_k,
+                tl.load(own + _RANK_END) - rank, d_k, NUM_SLICES, SPLITS, BLOCK_M, BLOCK_R, BLOCK_D,
             )  # fmt: skip
             scores = tl.where(keep & (columns == c), score[:, None], scores)
         top = tl.max(scores, axis=1)
@@ -196,7 +205,8 @@ def fusion_gate_kernel(
         total = tl.zeros((BLOCK_M,), dtype=tl.float32)
         for c in range(count):
             total += tl.sum(tl.where(columns == c, weights, 0.0), axis=1)
-        at = (rows * NUM_SLICES + s)[:, None] * max_components + tl.load(gate_ptr + 4) + columns
+        column = tl.load(gate_ptr + _COLUMN)
+        at = (rows * NUM_SLICES + s)[:, None] * max_components + column + columns
         tl.store(gates_ptr + at, weights / tl.where(live, total, 1.0)[:, None], mask=keep)
 
 
@@ -211,7 +221,7 @@ def gate_shrink(x: torch.Tensor, words: torch.Tensor, table: SegmentTable) -> to
         table: The step's segments, loaded.
 
     Returns:
-        ``[splits, asked_capacity · num_slices]`` fp32, for ``fusion_gate``, with a row's queries at
+        ``[splits, query_capacity · num_slices]`` fp32, for ``fusion_gate``, with a row's queries at
         the positions that ``tables.py`` defines and the slice innermost. The sum over the first
         axis is the query. Positions without a row are undefined.
 
@@ -224,29 +234,29 @@ def gate_shrink(x: torch.Tensor, words: torch.Tensor, table: SegmentTable) -> to
     check_rows("x", x)
     _check_words(words)
     num_slices, in_features = words.shape[1], x.shape[1]
-    asked = empty_parts(table.asked_capacity * num_slices, in_features, x.device)
+    q = empty_parts(table.query_capacity * num_slices, in_features, x.device)
     gate_shrink_kernel[(tuning(x.device).programs,)](
         x,
         words,
-        asked,
+        q,
         table.buffer,
         x.stride(0),
         in_features,
-        asked.shape[1],
+        q.shape[1],
         NUM_SLICES=num_slices,
-        SPLITS=asked.shape[0],
+        SPLITS=q.shape[0],
         **shrink_options(x.device),
     )
-    return asked
+    return q
 
 
 def fusion_gate(
-    asked: torch.Tensor, v: torch.Tensor, words: torch.Tensor, table: SegmentTable, num_rows: int
+    q: torch.Tensor, v: torch.Tensor, words: torch.Tensor, table: SegmentTable, num_rows: int
 ) -> torch.Tensor:
     """Compute the gates of a step.
 
     Args:
-        asked: Result of ``gate_shrink`` for the same table.
+        q: Result of ``gate_shrink`` for the same table.
         v: Result of ``segmented_shrink`` for the same table.
         words: Words of the gates by slot, as for ``gate_shrink``.
         table: The step's segments. The gated members of a mix that belong to one adapter share a
@@ -263,22 +273,22 @@ def fusion_gate(
     _check_words(words)
     num_slices = words.shape[1]
     check_shape("v", v, -1, table.rank_capacity * num_slices)
-    check_shape("asked", asked, v.shape[0], table.asked_capacity * num_slices)
+    check_shape("q", q, v.shape[0], table.query_capacity * num_slices)
     shape = (num_rows, num_slices, table.max_components)
     gates = torch.empty(shape, dtype=torch.float32, device=v.device)
-    for name, values in {"asked": asked, "v": v, "gates": gates}.items():
+    for name, values in {"q": q, "v": v, "gates": gates}.items():
         check_float(name, values, torch.float32)
         check_contiguous(name, values)
         if values.numel() >= 1 << 31:
             raise ValueError(f"{name} has {values.numel()} elements; 2³¹ are too many")
     tuned = tuning(v.device)
     fusion_gate_kernel[(tuned.programs,)](
-        asked,
+        q,
         v,
         words,
         gates,
         table.buffer,
-        asked.shape[1],
+        q.shape[1],
         v.shape[1],
         table.max_components,
         NUM_SLICES=num_slices,

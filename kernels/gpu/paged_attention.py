@@ -1,9 +1,13 @@
 """Triton form of ``paged_attention``: decode and chunked prefill over KV blocks.
 
 Query heads that share a KV head, and neighbouring tokens of a chunk, are rows of one tile: keys and
-values are read once for all of them. Within a split, the softmax is updated tile by tile. The
-results of the splits are merged in order, in the same program or by the one that finishes an item
-last (see ``AttentionTable``). If heads have sinks, the sums begin with those.
+values are read once for all of them. An *item* is the tokens of such a tile; a *split* is a fixed
+range of a sequence's positions; a *record* is an item with the splits that one program computes.
+An item is *spread* if each of its splits has a record of its own (see ``AttentionTable``).
+
+Within a split, the softmax is updated tile by tile. The results of the splits are merged in order,
+in the same program or by the one that finishes an item last. If heads have sinks, the sums begin
+with those.
 """
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false

@@ -1,4 +1,8 @@
-"""Tables on the device that change with every step: at fixed addresses, filled by few copies."""
+"""Tables on the device that change with every step: at fixed addresses, filled by few copies.
+
+``StagedMemory`` holds ``RowTable``, ``SamplingTable``, ``SegmentTable`` (with the gates) and
+``AttentionTable``. The comment above each of these classes shows the layout of its table.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +46,8 @@ class GatedMembers:
 
 
 @dataclass(frozen=True, slots=True)
-class LongSegment:
-    """A run of rows that share one mix.
+class RunOfRows:
+    """Rows ``[start, end)``, one or more, that share one mix.
 
     ``gated`` lists the gated adapters among the members; equal mixes have equal lists.
     """
@@ -354,8 +358,8 @@ class SamplingTable:
 # with these vectors are stored like its rank activations::
 #
 #     gate       position · count · component · components · column · slot · v_base · v_stride
-#                · asked_base · asked_stride
-#     query item position · count · vector · vectors · slot · asked_base · asked_stride · 0
+#                · q_base · q_stride
+#     query item position · count · vector · vectors · slot · q_base · q_stride · 0
 
 RANK_TILE = 16
 # Rows per chunk. All steps use the same number, so that every row goes through the same MMA
@@ -376,25 +380,25 @@ class _Gates:
     Attributes:
         gates: The gates' records.
         query_items: The records of their query items.
-        asked: Rows times vectors so far.
+        num_products: Rows times vectors so far.
         longest: The largest number of gates of one mix.
     """
 
     gates: list[int] = field(default_factory=list)
     query_items: list[int] = field(default_factory=list)
-    asked: int = 0
+    num_products: int = 0
     longest: int = 0
 
     def add(self, gated: GatedMembers, slot: int, chunk: Sequence[int]) -> None:
         """Add the gate of one adapter for the rows of a chunk; ``chunk`` is the chunk's record."""
         position, count, first, _, v_base, v_stride = chunk[:6]
-        asked, vectors = self.asked, gated.query_length
+        q_base, vectors = self.num_products, gated.query_length
         components = (first + gated.begin, gated.end - gated.begin, gated.begin)
         self.gates.extend((position, count, *components, slot, v_base, v_stride))
-        self.gates.extend((asked, vectors))
+        self.gates.extend((q_base, vectors))
         for j in range(0, vectors, RANK_TILE):
-            self.query_items.extend((position, count, j, vectors, slot, asked + j, vectors, 0))
-        self.asked += count * vectors
+            self.query_items.extend((position, count, j, vectors, slot, q_base + j, vectors, 0))
+        self.num_products += count * vectors
 
 
 class SegmentTable:
@@ -405,7 +409,7 @@ class SegmentTable:
         max_gates: The maximum number of gated adapters of one row's mix.
         rank_capacity: The maximum of rows times ranks in a step, which determines the size of
             ``v``.
-        asked_capacity: The maximum of rows times vectors of the gates' query items.
+        query_capacity: The maximum of rows times vectors of the gates' query items.
     """
 
     def __init__(
@@ -416,7 +420,7 @@ class SegmentTable:
         max_components: int,
         device: torch.device,
         max_gates: int = 0,
-        max_row_asked: int = 0,
+        max_row_query: int = 0,
         memory: StagedMemory | None = None,
     ) -> None:
         """Allocate for the largest step.
@@ -427,17 +431,17 @@ class SegmentTable:
             max_components: Components of one row's mix.
             device: The device of the kernels.
             max_gates: Gated adapters of one row's mix.
-            max_row_asked: The sum of ``GatedMembers.query_length`` over one row's mix.
+            max_row_query: The sum of ``GatedMembers.query_length`` over one row's mix.
             memory: The memory that holds the table; None for memory of its own.
         """
         self.max_rows = max_rows
         self.max_components = max_components
         self.rank_capacity = max_rows * max_row_rank
         self.max_gates = max_gates
-        self.asked_capacity = max_rows * max_row_asked
+        self.query_capacity = max_rows * max_row_query
         # Worst case: every row has its own mix, with one chunk and at most max_row_items items.
         max_row_items = max_components + max_row_rank // RANK_TILE
-        max_row_query_items = max_gates + max_row_asked // RANK_TILE
+        max_row_query_items = max_gates + max_row_query // RANK_TILE
         row_records = max_components + 1 + max_row_items + max_row_query_items
         row_words = 1 + RECORD * row_records + GATE_RECORD * max_gates
         capacity = HEADER + max_rows * row_words
@@ -445,7 +449,7 @@ class SegmentTable:
         self._part = memory.part(capacity, torch.int32)
         self.buffer = self._part.buffer
 
-    def load(self, runs: Sequence[LongSegment]) -> None:
+    def load(self, runs: Sequence[RunOfRows]) -> None:
         """Describe a step and start copying the description to the device.
 
         Args:
@@ -457,9 +461,9 @@ class SegmentTable:
         """
         self._part.load(self._words(runs))
 
-    def _words(self, runs: Sequence[LongSegment]) -> list[int]:
+    def _words(self, runs: Sequence[RunOfRows]) -> list[int]:
         segments: dict[tuple[SegmentMember, ...], list[int]] = {}
-        last_of: dict[tuple[SegmentMember, ...], LongSegment] = {}
+        last_of: dict[tuple[SegmentMember, ...], RunOfRows] = {}
         for run in runs:
             segments.setdefault(run.members, []).extend(range(run.start, run.end))
             last_of[run.members] = run
@@ -524,10 +528,10 @@ class SegmentTable:
     def _check_gates(self, gates: _Gates) -> None:
         if gates.longest > self.max_gates:
             raise ValueError(f"a mix has {gates.longest} gates; {self.max_gates} are allocated")
-        if gates.asked > self.asked_capacity:
+        if gates.num_products > self.query_capacity:
             raise ValueError(
-                f"the gates of the step ask {gates.asked} times; {self.asked_capacity} are "
-                "allocated"
+                f"the gates of the step have {gates.num_products} products with queries; "
+                f"{self.query_capacity} are allocated"
             )
 
     @staticmethod
@@ -543,10 +547,10 @@ class SegmentTable:
         words.extend(rows)
         words[2] = len(words)
         words.extend(components)
-        asked = (gates.gates, gates.query_items)
+        gated = (gates.gates, gates.query_items)
         for position, record, (heads, parts) in (
             (CHUNKS, RECORD, cut),
-            (GATES, GATE_RECORD, asked),
+            (GATES, GATE_RECORD, gated),
         ):
             words[position] = len(heads) // record
             words[position + 1] = len(words)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from turret.kernels.gpu import common as tuning_module
 from turret.kernels.gpu.common import Tuning
-from turret.kernels.gpu.tables import LongSegment, RowTable, SegmentTable
+from turret.kernels.gpu.tables import RowTable, RunOfRows, SegmentTable
 from turret.server.engine.step.gpu.decode_graphs import Outputs, StepBody
 
 # Large tiles, because the interpreter's time depends on the number of operations, not on their
@@ -97,13 +97,13 @@ class OneStepTables:
         self._max_rows = max_rows
         self._device = device
 
-    def load_segments(self, runs: Sequence[LongSegment]) -> SegmentTable:
+    def load_segments(self, runs: Sequence[RunOfRows]) -> SegmentTable:
         table = SegmentTable(
             max_rows=self._max_rows,
             max_row_rank=512,
             max_components=16,
             max_gates=4,
-            max_row_asked=128,
+            max_row_query=128,
             device=self._device,
         )
         table.load(runs)

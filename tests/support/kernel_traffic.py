@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from turret.kernels.gpu.tables import LongSegment, SegmentMember
+from turret.kernels.gpu.tables import RunOfRows, SegmentMember
 
 RANKS = (1, 3, 8, 16, 64, 128)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -106,13 +106,13 @@ def make_pack(
     )
 
 
-def traffic(pack: Pack) -> Iterator[tuple[str, list[LongSegment], int]]:
+def traffic(pack: Pack) -> Iterator[tuple[str, list[RunOfRows], int]]:
     """Name, runs and number of rows of each traffic shape. Rows after the runs have no adapters."""
     draw = random.Random(7)
     slots = range(1, len(pack.bounds))
 
-    def ones(mixes: Sequence[Sequence[tuple[int, float]]]) -> list[LongSegment]:
-        return [LongSegment(i, i + 1, pack.mix(*mix)) for i, mix in enumerate(mixes)]
+    def ones(mixes: Sequence[Sequence[tuple[int, float]]]) -> list[RunOfRows]:
+        return [RunOfRows(i, i + 1, pack.mix(*mix)) for i, mix in enumerate(mixes)]
 
     yield "empty", [], 3
     yield "one row", ones([[(4, 1.0)]]), 1
@@ -120,7 +120,7 @@ def traffic(pack: Pack) -> Iterator[tuple[str, list[LongSegment], int]]:
     yield "identical", ones([[(3, 1.0)]] * 21), 21
     zipf = [min(int(1 / (1 - draw.random())), len(slots)) for _ in range(20)]
     yield "zipf", ones([[(slot, 1.0)] for slot in zipf]), 20
-    yield "base only", [LongSegment(0, 5, ())], 5
+    yield "base only", [RunOfRows(0, 5, ())], 5
     mixed = [[(2, 1.0)], [], [(5, -1.5)], [], [], [(1, 0.5), (6, 2.0)]]
     yield "base rows between", ones(mixed), 7
     mixes = [
@@ -132,19 +132,19 @@ def traffic(pack: Pack) -> Iterator[tuple[str, list[LongSegment], int]]:
     ]
     yield "mixes", ones(mixes), len(mixes)
     for length in (15, 16, 17, 32, 33):
-        runs = [LongSegment(0, length, pack.mix((4, 1.0))), LongSegment(length, length + 1, ())]
+        runs = [RunOfRows(0, length, pack.mix((4, 1.0))), RunOfRows(length, length + 1, ())]
         yield f"run of {length}", runs, length + 1
     runs = [
-        LongSegment(0, 2, pack.mix((6, 1.0))),
-        LongSegment(2, 3, ()),
-        LongSegment(3, 40, pack.mix((5, 1.0), (3, -1.0))),
-        LongSegment(40, 41, pack.mix((6, 1.0))),
+        RunOfRows(0, 2, pack.mix((6, 1.0))),
+        RunOfRows(2, 3, ()),
+        RunOfRows(3, 40, pack.mix((5, 1.0), (3, -1.0))),
+        RunOfRows(40, 41, pack.mix((6, 1.0))),
     ]
     yield "decode beside prefill", runs, 43
 
 
 def update_in_float64(
-    pack: Pack, runs: Sequence[LongSegment], x: torch.Tensor, outs: Sequence[int]
+    pack: Pack, runs: Sequence[RunOfRows], x: torch.Tensor, outs: Sequence[int]
 ) -> torch.Tensor:
     """``Σ_k w_k Δ_k(x)`` per row, ``[rows, sum(outs)]``, by plain loops."""
     total = torch.zeros(x.shape[0], sum(outs), dtype=torch.float64, device=x.device)

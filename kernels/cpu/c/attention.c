@@ -60,35 +60,36 @@ INLINE void score(const float *q, int64_t vectors, int64_t group, const Slice *k
     }
 }
 
-#define TOGETHER (WIDTH == 16 ? 4 : 2) /* queries whose sums fit into the registers */
+#define QUERIES_AT_ONCE (WIDTH == 16 ? 4 : 2) /* queries whose sums fit into the registers */
 
 /* Converts up to 16 keys to fp32 and transposes them, to [dimensions, 16 keys]. Missing keys are 0. */
-INLINE void turn_keys(const Slice *k, int64_t vectors, float *turned) {
+INLINE void transpose_keys(const Slice *k, int64_t vectors, float *transposed) {
     for (int64_t d = 0; d < vectors * LANES; d += WIDTH)
         for (int64_t t = 0; t < LANES; t += WIDTH) {
             fvec v[WIDTH];
             for (int64_t i = 0; i < WIDTH; i++)
                 v[i] = t + i < k->count ? fvec_element(k->at + (t + i) * k->stride + d) : (fvec){0};
             transpose(v);
-            for (int64_t i = 0; i < WIDTH; i++) *(fvec_at *)(turned + (d + i) * LANES + t) = v[i];
+            for (int64_t i = 0; i < WIDTH; i++) *(fvec_at *)(transposed + (d + i) * LANES + t) = v[i];
         }
 }
 
-/* The scores of TOGETHER queries with 16 transposed keys. The order of each sum is that of `score`. */
-INLINE void score_turned(const float *q, int64_t vectors, const float *turned, float *scores, int64_t scores_stride) {
-    for (int p = 0; p < PARTS; p++, turned += WIDTH, scores += WIDTH) {
-        fvec fours[4][TOGETHER];
+/* The scores of QUERIES_AT_ONCE queries with 16 transposed keys. The order of each sum is that of `score`. */
+INLINE void score_transposed(const float *q, int64_t vectors, const float *transposed, float *scores,
+                             int64_t scores_stride) {
+    for (int p = 0; p < PARTS; p++, transposed += WIDTH, scores += WIDTH) {
+        fvec fours[4][QUERIES_AT_ONCE];
         for (int n = 0; n < 4; n++) {
-            fvec s[4][TOGETHER] = {{{0}}};
+            fvec s[4][QUERIES_AT_ONCE] = {{{0}}};
             for (int64_t d = 4 * n; d < vectors * LANES; d += LANES)
                 for (int i = 0; i < 4; i++) {
-                    fvec key = fvec_f32(turned + (d + i) * LANES);
-                    for (int j = 0; j < TOGETHER; j++)
+                    fvec key = fvec_f32(transposed + (d + i) * LANES);
+                    for (int j = 0; j < QUERIES_AT_ONCE; j++)
                         s[i][j] = add_product(s[i][j], q[j * vectors * LANES + d + i] - (fvec){0}, key);
                 }
-            for (int j = 0; j < TOGETHER; j++) fours[n][j] = (s[0][j] + s[1][j]) + (s[2][j] + s[3][j]);
+            for (int j = 0; j < QUERIES_AT_ONCE; j++) fours[n][j] = (s[0][j] + s[1][j]) + (s[2][j] + s[3][j]);
         }
-        for (int j = 0; j < TOGETHER; j++)
+        for (int j = 0; j < QUERIES_AT_ONCE; j++)
             *(fvec_at *)(scores + j * scores_stride) = (fours[0][j] + fours[1][j]) + (fours[2][j] + fours[3][j]);
     }
 }
@@ -120,7 +121,8 @@ INLINE float softmax(float *s, int64_t count, const float *sink) {
     return sum_lanes(sum);
 }
 
-/* acc[j] += sum_t p[j][t] v_t for a constant number of heads. Values are elements, or fp32 if `wide` holds them. */
+/* acc[j] += sum_t p[j][t] v_t for a constant number of heads. `wide` holds the values of the slice in fp32,
+ * [count, dimensions]; if it is null, they are read from the cache. */
 INLINE void gather(const float *p, int64_t p_stride, int64_t vectors, const int heads,
                    const Slice *v, const float *wide, float *acc) {
     int64_t all = vectors * PARTS, some = WIDTH == 16 ? all : 8 / heads; /* registers of a head */
@@ -239,7 +241,9 @@ INLINE void attend_rows(const Plan *plan, const Heads *h, const Chunk *chunk, in
     int64_t low = low_of(plan, span, chunk->number), last_low = low_of(plan, span, chunk->number + chunk->rows - 1);
     int64_t scores_stride = (end - low + LANES - 1) / LANES * LANES + LANES;
     float *q = scratch, *acc = q + MOST_QUERIES * dim, *scores = acc + MOST_QUERIES * dim;
-    float sums[MOST_QUERIES], wide[dim * LANES] __attribute__((aligned(64)));
+    float sums[MOST_QUERIES];
+    /* First the transposed keys of a slice, later the values of a slice. */
+    float wide[dim * LANES] __attribute__((aligned(64)));
     for (int64_t i = 0; i < chunk->rows; i++)
         for (int64_t d = 0; d < group * dim; d += LANES)
             store_f32(q + i * group * dim + d, load_f32(h->q + first_query(h, chunk, i, kv) + d) * (float)h->scale);
@@ -249,9 +253,9 @@ INLINE void attend_rows(const Plan *plan, const Heads *h, const Chunk *chunk, in
         Slice k = slice_of(h, span, h->k, t, end, kv);
         k.count = least(k.count, LANES);
         stop = t + k.count;
-        turn_keys(&k, vectors, wide);
-        for (int64_t n = 0; n < queries; n += TOGETHER)
-            score_turned(q + n * dim, vectors, wide, scores + n * scores_stride + t - low, scores_stride);
+        transpose_keys(&k, vectors, wide);
+        for (int64_t n = 0; n < queries; n += QUERIES_AT_ONCE)
+            score_transposed(q + n * dim, vectors, wide, scores + n * scores_stride + t - low, scores_stride);
     }
     for (int64_t n = 0; n < queries; n++) {
         int64_t own = low_of(plan, span, chunk->number + n / group), count = first_end + n / group - own;

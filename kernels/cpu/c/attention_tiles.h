@@ -54,7 +54,7 @@ INLINE int64_t query_at(const Pack *p, int64_t q) {
 }
 
 /* Transposes the queries for the tiles, to [dimensions / 32, high and low, 16 pairs, 16 queries]. */
-static void turn_queries(const Pack *p, bf16 *turned) {
+static void transpose_queries(const Pack *p, bf16 *transposed) {
     int64_t queries = p->rows * p->heads;
     for (int64_t d = 0; d < p->h->head_dim; d += TILE_INPUTS) {
         bf16 both[SPLIT][QUERIES][TILE_INPUTS] __attribute__((aligned(64)));
@@ -69,7 +69,7 @@ static void turn_queries(const Pack *p, bf16 *turned) {
             fvec v[WIDTH];
             for (int q = 0; q < QUERIES; q++) v[q] = load_f32((const float *)both[part][q]);
             transpose(v);
-            for (int i = 0; i < LANES; i++, turned += TILE_INPUTS) store_f32((float *)turned, v[i]);
+            for (int i = 0; i < LANES; i++, transposed += TILE_INPUTS) store_f32((float *)transposed, v[i]);
         }
     }
 }
@@ -84,11 +84,11 @@ static void turn_queries(const Pack *p, bf16 *turned) {
     if (tiles > tile) tile_store(tile, scores + (t - start + tile * KEYS) * QUERIES, TILE_BYTES);
 
 /* Computes the scores from position `start` on, [keys, 16 queries]. */
-static void score_tiles(const Pack *p, const bf16 *turned, int64_t start, float *scores) {
+static void score_tiles(const Pack *p, const bf16 *transposed, int64_t start, float *scores) {
     int64_t row_bytes = p->h->kv_heads * p->h->head_dim * sizeof(bf16);
     for (int64_t t = start; t < p->end; t += 4 * KEYS) {
         int64_t tiles = least((p->end - t + KEYS - 1) / KEYS, 4);
-        const bf16 *at[4], *q = turned;
+        const bf16 *at[4], *q = transposed;
         for (int64_t i = 0; i < tiles; i++) at[i] = keys_at(p, p->h->k, t + i * KEYS);
         tile_zero(0);
         tile_zero(1);
@@ -114,7 +114,7 @@ INLINE __mmask16 seen(const Pack *p, int64_t q, int64_t t) {
 
 /* Transposes scores to [keys / 16, 16 queries, 16 keys], with -inf where a query does not see a key, and
  * finds each query's largest score. */
-static void turn_scores(const Pack *p, int64_t start, float *scores, float *tops) {
+static void transpose_scores(const Pack *p, int64_t start, float *scores, float *tops) {
     int64_t queries = p->rows * p->heads;
     float cap = (float)p->h->softcap;
     f32x16 top[QUERIES];
@@ -143,7 +143,7 @@ static void turn_scores(const Pack *p, int64_t start, float *scores, float *tops
 static void weigh(const Pack *p, int64_t start, float *scores, float *sums) {
     float tops[QUERIES];
     int64_t first = p->kv * (p->h->heads / p->h->kv_heads) + p->head;
-    turn_scores(p, start, scores, tops);
+    transpose_scores(p, start, scores, tops);
     for (int64_t q = 0; q < p->rows * p->heads; q++) {
         f32x16 sum = {0};
         const float *sink = p->h->sinks ? p->h->sinks + first + q % p->heads : 0;
@@ -237,11 +237,11 @@ static void attend_pack(Pack *p, float *scratch) {
         }
         return;
     }
-    bf16 *turned = (bf16 *)scratch;
+    bf16 *transposed = (bf16 *)scratch;
     float *scores = scratch + dim * QUERIES, sums[QUERIES];
     int64_t start = p->low / KEYS * KEYS;
-    turn_queries(p, turned);
-    score_tiles(p, turned, start, scores);
+    transpose_queries(p, transposed);
+    score_tiles(p, transposed, start, scores);
     weigh(p, start, scores, sums);
     for (int64_t d = 0; d < dim; d += 4 * LANES)
         add_values(p, start, scores, d, least(dim - d, 4 * LANES), sums);

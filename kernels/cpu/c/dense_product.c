@@ -19,7 +19,7 @@
 typedef struct {
     const bf16 *x, *w;
     bf16 *y;
-    const bf16 *turned; /* see turn_rows */
+    const bf16 *transposed; /* see transpose_rows */
     int64_t x_stride, y_stride, rows, out_features, in_features;
 } Product;
 
@@ -90,7 +90,7 @@ EXPORT void turret_dense_product(const bf16 *x, int64_t x_stride, int64_t rows, 
     Work *work = multiply_chunk;
 #if HAS_TILES
     if (tiles_serve(&p)) {
-        turn_rows(&p, (bf16 *)scratch);
+        transpose_rows(&p, (bf16 *)scratch);
         work = multiply_chunk_of_tiles;
     }
 #endif

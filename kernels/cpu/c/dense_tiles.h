@@ -21,7 +21,7 @@ INLINE int tiles_serve(const Product *p) {
 }
 
 /* Transposes the rows for the tiles, to [rows / 16, inputs / 32, 16 pairs, 16 rows]. Missing rows are 0. */
-static void turn_rows(const Product *p, bf16 *turned) {
+static void transpose_rows(const Product *p, bf16 *transposed) {
     for (int64_t first = 0; first < p->rows; first += GROUP)
         for (int64_t k = 0; k < p->in_features; k += TILE_INPUTS) {
             fvec v[WIDTH];
@@ -30,7 +30,7 @@ static void turn_rows(const Product *p, bf16 *turned) {
                            ? load_f32((const float *)(p->x + (first + r) * p->x_stride + k))
                            : (f32x16){0};
             transpose(v);
-            for (int i = 0; i < LANES; i++, turned += TILE_INPUTS) store_f32((float *)turned, v[i]);
+            for (int i = 0; i < LANES; i++, transposed += TILE_INPUTS) store_f32((float *)transposed, v[i]);
         }
 }
 
@@ -45,13 +45,13 @@ INLINE void store_sums(const Product *p, const float *sums, int64_t first, int64
 
 /* Computes outputs [out, out + 32) for one or two groups of rows. Missing outputs are replaced by earlier ones,
  * which are computed again. Prefetches the weights at `ahead`. */
-INLINE void multiply_tiles(const Product *p, const bf16 *turned, int64_t first, const int two, int64_t out,
+INLINE void multiply_tiles(const Product *p, const bf16 *transposed, int64_t first, const int two, int64_t out,
                            const bf16 *ahead) {
     int64_t outs[2] = {least(out, p->out_features - TILE_ROWS),
                        least(out + TILE_ROWS, p->out_features - TILE_ROWS)};
     int64_t n = p->in_features, row_bytes = n * sizeof(bf16);
     const bf16 *w[2] = {p->w + outs[0] * n, p->w + outs[1] * n};
-    const bf16 *x[2] = {turned + first * n, turned + (first + (two ? GROUP : 0)) * n};
+    const bf16 *x[2] = {transposed + first * n, transposed + (first + (two ? GROUP : 0)) * n};
     float sums[4][TILE_ROWS * LANES] __attribute__((aligned(64)));
     tile_zero(SUM_00);
     tile_zero(SUM_10);
@@ -93,8 +93,8 @@ static void multiply_chunk_of_tiles(const void *job, int64_t thread, int64_t chu
         for (int64_t out = low; out < high; out += 2 * TILE_ROWS) {
             const bf16 *ahead = p->w + (out + 2 * TILE_ROWS) * p->in_features;
             if (first || out + 4 * TILE_ROWS > p->out_features) ahead = 0;
-            if (first + GROUP < p->rows) multiply_tiles(p, p->turned, first, 1, out, ahead);
-            else multiply_tiles(p, p->turned, first, 0, out, ahead);
+            if (first + GROUP < p->rows) multiply_tiles(p, p->transposed, first, 1, out, ahead);
+            else multiply_tiles(p, p->transposed, first, 0, out, ahead);
         }
     tiles_end();
 }

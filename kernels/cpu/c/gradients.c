@@ -19,7 +19,7 @@ typedef struct {
 } Rows;
 
 /* Adds the gradient of x in rms_norm(x) * weight to `out`. */
-KERNEL static void norm_row(const void *job, int64_t thread, int64_t row) {
+KERNEL static void norm_gradient_row(const void *job, int64_t thread, int64_t row) {
     const Rows *j = job;
     int64_t width = j->width, i = 0;
     const element *x = j->x + row * width;
@@ -49,7 +49,7 @@ KERNEL static void norm_row(const void *job, int64_t thread, int64_t row) {
 EXPORT void EXPORTED(turret_norm_gradient)(const element *x, const float *weight, const float *grad, double eps,
                                            float *out, int64_t rows, int64_t width, int64_t threads) {
     Rows job = {x, weight, grad, out, width, eps, 0};
-    in_pieces(norm_row, &job, rows, rows * width > SMALL ? threads : 1);
+    in_pieces(norm_gradient_row, &job, rows, rows * width > SMALL ? threads : 1);
 }
 
 /* The gradients of gate and up in activation(gate) * up; see elementwise.c. */
@@ -64,7 +64,7 @@ INLINE void gate_gradient(f32x16 gate, f32x16 up, f32x16 grad, int64_t is_gelu, 
     store_f32(of_gate, grad * up * (share + gate * share * (1.0f - share) * slope));
 }
 
-KERNEL static void gate_row(const void *job, int64_t thread, int64_t row) {
+KERNEL static void gate_gradient_row(const void *job, int64_t thread, int64_t row) {
     const Rows *j = job;
     int64_t width = j->width, i = 0;
     const element *gate = j->x + 2 * row * width, *up = gate + width;
@@ -90,7 +90,7 @@ KERNEL static void gate_row(const void *job, int64_t thread, int64_t row) {
 EXPORT void EXPORTED(turret_gate_gradient)(const element *gate_up, const float *grad, float *out, int64_t rows,
                                            int64_t width, int64_t is_gelu, int64_t threads) {
     Rows job = {gate_up, 0, grad, out, width, 0, is_gelu};
-    in_pieces(gate_row, &job, rows, rows * width > SMALL ? threads : 1);
+    in_pieces(gate_gradient_row, &job, rows, rows * width > SMALL ? threads : 1);
 }
 
 /* Attention of whole sequences; kernels/cpu/gradients.py fills in this structure. */
@@ -154,7 +154,7 @@ KERNEL static void add_matrix_product(Matrix x, const float *w, int64_t w_row, i
 }
 
 /* Applies a row's rotary positions to a head (see `rotate` in elementwise.c), or undoes them (sign -1). */
-INLINE void turn_head(const Attention *a, int64_t row, float sign, float *x) {
+INLINE void rotate_head(const Attention *a, int64_t row, float sign, float *x) {
     if (!a->cos) return;
     const float *cos = a->cos + row * a->pairs, *sin = a->sin + row * a->pairs;
     int64_t second = a->is_interleaved ? 1 : a->pairs, step = a->is_interleaved ? 2 : 1, i = 0;
@@ -215,7 +215,7 @@ INLINE void softmax_gradient(const Attention *a, int64_t head, float *scores, fl
 /* One sequence's memory for one KV head. Positions are padded to whole vectors. */
 typedef struct {
     float *keys, *of_keys, *of_values;    /* [positions, dim] */
-    float *turned_keys, *turned_values;   /* [dim, positions] */
+    float *transposed_keys, *transposed_values; /* [dim, positions] */
     float *queries, *of_queries, *grads;  /* [QUERIES * group, dim] */
     float *scores, *of_scores;            /* [QUERIES * group, positions] */
     float *slopes;                        /* [positions] */
@@ -224,7 +224,7 @@ typedef struct {
 /* Divides scratch memory into the arrays of `Memory`; kernels/cpu/gradients.py computes how many floats they need. */
 INLINE Memory divide(float *at, int64_t positions, int64_t dim, int64_t queries) {
     Memory m;
-    float **parts[] = {&m.keys, &m.of_keys, &m.of_values, &m.turned_keys, &m.turned_values};
+    float **parts[] = {&m.keys, &m.of_keys, &m.of_values, &m.transposed_keys, &m.transposed_values};
     for (int i = 0; i < 5; i++, at += positions * dim) *parts[i] = at;
     float **heads[] = {&m.queries, &m.of_queries, &m.grads};
     for (int i = 0; i < 3; i++, at += queries * dim) *heads[i] = at;
@@ -246,7 +246,7 @@ static void attend_queries(const Attention *a, const Memory *m, int64_t start, i
             float *q = m->queries + n * dim, scale = (float)a->scale;
             if (a->growth) scale *= a->growth[start + t];
             widen_head(a, start + t, head, q);
-            turn_head(a, start + t, 1, q);
+            rotate_head(a, start + t, 1, q);
             for (int64_t i = 0; i < dim; i++) q[i] *= scale;
             memcpy(m->grads + n * dim, a->grad + ((start + t) * a->heads + head) * dim, dim * sizeof(float));
         }
@@ -254,24 +254,26 @@ static void attend_queries(const Attention *a, const Memory *m, int64_t start, i
     memset(m->scores, 0, count * positions * sizeof(float));
     memset(m->of_scores, 0, count * positions * sizeof(float));
     memset(m->of_queries, 0, count * dim * sizeof(float));
-    add_matrix_product(queries, m->turned_keys + low, positions, dim, m->scores + low, positions, count, high - low);
-    add_matrix_product(grads, m->turned_values + low, positions, dim, m->of_scores + low, positions, count, high - low);
+    add_matrix_product(queries, m->transposed_keys + low, positions, dim, m->scores + low, positions, count,
+                       high - low);
+    add_matrix_product(grads, m->transposed_values + low, positions, dim, m->of_scores + low, positions, count,
+                       high - low);
     for (n = 0; n < count; n++) {
         int64_t t = begin + n / group, first = a->window && t + 1 > a->window ? t + 1 - a->window : 0;
         softmax_gradient(a, kv_head * group + n % group, m->scores + n * positions, m->of_scores + n * positions,
                          m->slopes, low, high, first, t + 1);
     }
-    Matrix of_scores = {m->of_scores + low, positions, 1}, turned = {m->of_scores + low, 1, positions};
+    Matrix of_scores = {m->of_scores + low, positions, 1}, transposed = {m->of_scores + low, 1, positions};
     Matrix shares = {m->scores + low, 1, positions};
     add_matrix_product(of_scores, m->keys + low * dim, dim, high - low, m->of_queries, dim, count, dim);
-    add_matrix_product(turned, m->queries, dim, count, m->of_keys + low * dim, dim, high - low, dim);
+    add_matrix_product(transposed, m->queries, dim, count, m->of_keys + low * dim, dim, high - low, dim);
     add_matrix_product(shares, m->grads, dim, count, m->of_values + low * dim, dim, high - low, dim);
     for (n = 0; n < count; n++) {
         int64_t row = start + begin + n / group;
         float *q = m->of_queries + n * dim, scale = (float)a->scale;
         if (a->growth) scale *= a->growth[row];
         for (int64_t i = 0; i < dim; i++) q[i] *= scale;
-        turn_head(a, row, -1, q);
+        rotate_head(a, row, -1, q);
         memcpy(out_head(a, row, kv_head * group + n % group), q, dim * sizeof(float));
     }
 }
@@ -287,16 +289,16 @@ static void attend_piece(const void *job, int64_t thread, int64_t piece) {
     for (int64_t t = 0; t < length; t++) {
         float *key = m.keys + t * dim, value[MAX_HEAD_DIM];
         widen_head(a, start + t, a->heads + kv_head, key);
-        turn_head(a, start + t, 1, key);
+        rotate_head(a, start + t, 1, key);
         widen_head(a, start + t, a->heads + a->kv_heads + kv_head, value);
         for (int64_t i = 0; i < dim; i++) {
-            m.turned_keys[i * positions + t] = key[i];
-            m.turned_values[i * positions + t] = value[i];
+            m.transposed_keys[i * positions + t] = key[i];
+            m.transposed_values[i * positions + t] = value[i];
         }
     }
     for (int64_t begin = 0; begin < length; begin += QUERIES) attend_queries(a, &m, start, length, kv_head, begin);
     for (int64_t t = 0; t < length; t++) {
-        turn_head(a, start + t, -1, m.of_keys + t * dim);
+        rotate_head(a, start + t, -1, m.of_keys + t * dim);
         memcpy(out_head(a, start + t, a->heads + kv_head), m.of_keys + t * dim, dim * sizeof(float));
         memcpy(out_head(a, start + t, a->heads + a->kv_heads + kv_head), m.of_values + t * dim, dim * sizeof(float));
     }

@@ -2,8 +2,12 @@
  * this file.
  *
  * For each panel of 32 outputs and each block of inputs, products of bf16 numbers are summed in fp32, in
- * the same order for any number of rows (nf4_pairs.h, nf4_tiles.h). The sum times the block's absmax is added
- * to the output.
+ * the same order for any number of rows. The sum times the block's absmax is added to the output. The function
+ * that does this, multiply_tile, is in one of three files, which is included below:
+ *
+ *     nf4_tiles.h      with AMX tiles
+ *     nf4_pairs.h      with VDPBF16PS, but without tiles
+ *     nf4_vectors.h    without instructions for bf16
  *
  * With pairs and several rows, computing takes longer than reading the weight. The kernel uses that time to
  * prefetch the adapters that are read next (ahead.h). With tiles, or with few rows, the memory is busy anyway.

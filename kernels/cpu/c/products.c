@@ -213,8 +213,9 @@ EXPORT void turret_dense_product(const bf16 *x, int64_t x_stride, int64_t rows, 
                                  int64_t y_stride, int64_t out_features, int64_t in_features,
                                  int64_t num_threads, float *scratch) {
     Rows all = {x, scratch, x_stride, in_features};
-    Product p = {scratch, w, y, 1, rows, out_features, in_features, 0, in_features, 0, in_features,
-                 0, y_stride, BF16, 0, num_threads, 1, 1};
+    Product p = {.x = scratch, .w = w, .y = y, .batches = 1, .rows = rows, .columns = out_features,
+                 .inner = in_features, .x_row = in_features, .w_row = in_features, .y_row = y_stride,
+                 .kind = BF16, .threads = num_threads, .narrows = 1, .x_inner = 1};
     in_pieces(widen_row, &all, rows, rows * in_features > SMALL ? num_threads : 1);
     turret_dots(&p);
 }

@@ -1,5 +1,6 @@
 /* The two products of products.c for one type of weight. The including file defines ELEMENT, the type; LOAD,
- * which loads WIDTH elements as floats; and NAME, which adds a suffix to the names of functions. */
+ * which loads WIDTH elements as floats; and NAME, which adds a suffix to the names of functions:
+ * with bf16 weights, NAME(dots) is dots_of_bf16. */
 
 /* Loads the q-th WIDTH of the LANES elements at p, of which only the first `count` exist. The others are 0. */
 INLINE fvec NAME(load_some)(const ELEMENT *p, int64_t count, int q) {

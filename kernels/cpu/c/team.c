@@ -237,8 +237,18 @@ static int is_suspended(const Worker *worker) {
     return processor_time(worker) == before;
 }
 
-/* Computes the pieces of suspended workers. Returns how many pieces are now done: those, and the ones that these
- * workers had finished but not reported. */
+/* Computes the pieces of suspended workers. For each of them:
+ *
+ * 1. The worker puts its piece into `held` and sets `can_leave` before it computes the piece (compute_repeatable).
+ * 2. If the worker uses no processor time, the caller replaces `held` by TAKEN. If the worker was faster and has
+ *    finished the piece, this fails, and the piece stays the worker's.
+ * 3. The caller sends the signal. If that fails, it gives the piece back.
+ * 4. The caller calls membarrier. From then on, the worker does not compute the piece.
+ * 5. The worker's signal handler, leave_piece, jumps to the beginning of compute_repeatable, where the worker claims
+ *    other pieces.
+ * 6. The caller computes the piece.
+ *
+ * Returns how many pieces are now done: those, and the ones that these workers had finished but not reported. */
 static int64_t take_over(uint64_t number, int64_t threads, Work *work, const void *job) {
     int64_t taken = 0;
     for (int64_t thread = 1; thread < threads; thread++) {

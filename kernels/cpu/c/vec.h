@@ -12,8 +12,9 @@
 
 #define LANES 16
 #define INLINE static inline __attribute__((always_inline))
-
+/* A kernel is compiled once and not into each of its callers, whose copies might round differently (isas.py). */
 #define KERNEL __attribute__((noinline))
+
 /* The library is compiled once per instruction set (pyproject.toml), and native.py loads the best one that
  * the processor supports. Products of bf16 pairs use VDPBF16PS where the instruction set has it. */
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
@@ -23,6 +24,10 @@
 #endif
 #define EXPORT __attribute__((visibility("default")))
 
+/* There are vectors of two lengths. f32x16 and the types that follow it have LANES lanes on every processor. fvec
+ * and the types that follow it have WIDTH lanes, which fill one register; PARTS of them have LANES lanes together.
+ * If a register is shorter than LANES, GCC keeps an f32x16 in memory, so that each operation loads and stores it.
+ * Loops that are limited by arithmetic therefore use fvec. */
 typedef float f32x16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t i32x16 __attribute__((vector_size(64), aligned(4), may_alias));
@@ -30,8 +35,6 @@ typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint8_t u8x16 __attribute__((vector_size(16), aligned(1), may_alias));
 typedef uint16_t bf16;
 
-/* Vectors that one register holds. GCC keeps a wider vector in memory, so that each operation loads and stores
- * it; loops that are limited by arithmetic use these. */
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #define WIDTH 16
@@ -41,10 +44,10 @@ typedef uint16_t bf16;
 #else
 #define WIDTH 4
 #endif
-#define PARTS (LANES / WIDTH) /* registers that hold sixteen lanes together */
+#define PARTS (LANES / WIDTH)
 
 typedef float fvec __attribute__((vector_size(4 * WIDTH), may_alias));
-typedef float fvec_at __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias)); /* in memory, at any float */
+typedef float fvec_at __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias)); /* at the address of any float */
 typedef int32_t ivec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef uint32_t uvec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef uint16_t hvec __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));

@@ -122,14 +122,14 @@ class Gate(Operator):
 
     def add(self, y: torch.Tensor, x: torch.Tensor, base: BaseRows, weight: float) -> None:
         found = row_linear(x, self._down)
-        v, asked = found[:, : len(self.a)], found[:, len(self.a) :]
-        scale = (self._weights(x, v, asked, base.scalings) * weight).index_select(
+        v, q = found[:, : len(self.a)], found[:, len(self.a) :]
+        scale = (self._weights(x, v, q, base.scalings) * weight).index_select(
             1, self._component_of_rank
         )
         row_addmm_(y, v * scale, self.b)
 
     def _weights(
-        self, x: torch.Tensor, v: torch.Tensor, asked: torch.Tensor, scalings: torch.Tensor | None
+        self, x: torch.Tensor, v: torch.Tensor, q: torch.Tensor, scalings: torch.Tensor | None
     ) -> torch.Tensor:
         """``α``, ``[rows, K]`` fp32."""
         if isinstance(self.score, GivenScore):
@@ -138,4 +138,4 @@ class Gate(Operator):
         if isinstance(self.score, PrototypeScore):
             similar = row_linear(x.float(), self._prototypes)[:, : len(self.score.prototypes)]
             return routing_gate_reference(similar, self.score.top_k, self.score.temperature)
-        return fusion_gate_reference(asked, v, self.score.keys, self.rank_indptr)
+        return fusion_gate_reference(q, v, self.score.keys, self.rank_indptr)

@@ -70,8 +70,8 @@ def mix_of(row):
 
 def gates_by(pack, table, x):
     v = segmented_shrink(x, pack.a, pack.slice_ranks, table)
-    asked = gate_shrink(x, pack.words, table)
-    return fusion_gate(asked, v, pack.words, table, NUM_ROWS)
+    q = gate_shrink(x, pack.words, table)
+    return fusion_gate(q, v, pack.words, table, NUM_ROWS)
 
 
 def check(pack, x, gates, rows):
@@ -147,9 +147,9 @@ def test_steps_over_the_capacity_are_refused(pack):
     mix = [("fusion", 1.0), ("narrow", 1.0)]
     with pytest.raises(ValueError, match="2 gates"):
         pack.table(max_gates=1).load([pack.run(0, 1, mix)])
-    with pytest.raises(ValueError, match="ask 64 times"):
-        pack.table(1, max_row_asked=63).load([pack.run(0, 1, mix)])
-    pack.table(1, max_row_asked=64).load([pack.run(0, 1, mix)])
+    with pytest.raises(ValueError, match="64 products with queries"):
+        pack.table(1, max_row_query=63).load([pack.run(0, 1, mix)])
+    pack.table(1, max_row_query=64).load([pack.run(0, 1, mix)])
 
 
 def some_similarities(*shape):

@@ -40,7 +40,7 @@ from kernel_traffic import (
 )
 
 from turret.kernels.gpu.low_rank import segmented_expand, segmented_shrink
-from turret.kernels.gpu.tables import GatedMembers, LongSegment, SegmentTable
+from turret.kernels.gpu.tables import GatedMembers, RunOfRows, SegmentTable
 
 INNER, OUTS = 100, (70, 33, 5)
 NAMES = [name for name, _, _ in traffic(make_pack(8, (8,), HALF))]
@@ -56,7 +56,7 @@ def make_table(max_gates: int = 0) -> SegmentTable:
     )
 
 
-def shape_of(pack: Pack, name: str) -> tuple[list[LongSegment], int]:
+def shape_of(pack: Pack, name: str) -> tuple[list[RunOfRows], int]:
     return next((runs, rows) for found, runs, rows in traffic(pack) if found == name)
 
 
@@ -67,7 +67,7 @@ def run(pack: Pack, table: SegmentTable, x: torch.Tensor, y: torch.Tensor, **ext
     return out
 
 
-def rows_of(runs: list[LongSegment]) -> list[int]:
+def rows_of(runs: list[RunOfRows]) -> list[int]:
     return [row for run in runs if run.members for row in range(run.start, run.end)]
 
 
@@ -94,7 +94,7 @@ def test_shrink_is_rank_exact():
     x = torch.randn(18, INNER).to(DEVICE, HALF)
     slots = (3, 5, 6, 2)
     table = make_table()
-    table.load([LongSegment(0, 18, pack.mix(*((slot, 1.0) for slot in slots)))])
+    table.load([RunOfRows(0, 18, pack.mix(*((slot, 1.0) for slot in slots)))])
     v = segmented_shrink(x, pack.a, pack.slice_ranks, table).sum(0)
     widths = [pack.bounds[slot][1] - pack.bounds[slot][0] for slot in slots]
     v = v[: 18 * sum(widths) * len(OUTS)].view(18, sum(widths), len(OUTS))
@@ -131,7 +131,7 @@ def test_gain_biases_and_gates():
             added = base_bias.double()
             for i, c in enumerate(segment.members):
                 gain += c.weight * pack.gain_delta[c.slot].double()
-                alone = [LongSegment(row, row + 1, pack.mix((c.slot, 1.0)))]
+                alone = [RunOfRows(row, row + 1, pack.mix((c.slot, 1.0)))]
                 delta = update_in_float64(pack, alone, x, OUTS)[row]
                 gate = gates[row, in_slice.to(DEVICE), i].double() if i == 0 else 1.0
                 added = added + c.weight * gate * (delta + pack.bias[c.slot].double())
@@ -160,7 +160,7 @@ def test_gates_of_other_rows_do_not_change_a_rows_bits():
 def test_base_rows_get_the_base_bias_with_one_rounding():
     pack = make_pack(INNER, OUTS, HALF)
     table = make_table()
-    table.load([LongSegment(0, 20, ())])
+    table.load([RunOfRows(0, 20, ())])
     y = torch.randn(21, sum(OUTS)).to(DEVICE, HALF)
     base_bias = torch.randn(sum(OUTS)).to(DEVICE, HALF)
     x = torch.randn(21, INNER).to(DEVICE, HALF)
@@ -181,14 +181,14 @@ def test_a_row_has_the_same_bits_in_any_batch():
     for segment in runs:
         for start in range(segment.start, segment.end, 16):
             end = min(start + 16, segment.end)
-            table.load([LongSegment(start, end, segment.members)])
+            table.load([RunOfRows(start, end, segment.members)])
             alone = run(pack, table, x, y)
             assert torch.equal(alone[start:end], together[start:end]), (start, end)
 
 
 def test_an_equal_mix_is_one_segment_wherever_its_rows_are():
     pack = make_pack(INNER, OUTS, HALF)
-    apart = [LongSegment(i, i + 1, pack.mix((3 + i % 2, 1.0))) for i in range(12)]
+    apart = [RunOfRows(i, i + 1, pack.mix((3 + i % 2, 1.0))) for i in range(12)]
     table = make_table()
     table.load(apart)
     assert table.buffer[4].item() == 2, "two chunks"
@@ -217,7 +217,7 @@ def test_an_adapter_that_overflows_does_not_touch_other_rows():
     pack = make_pack(INNER, OUTS, HALF)
     low, high = pack.bounds[3]
     pack.b[1][low:high] = float("inf")
-    runs = [LongSegment(0, 1, pack.mix((3, 1.0))), LongSegment(1, 2, pack.mix((4, 1.0), (3, 0.0)))]
+    runs = [RunOfRows(0, 1, pack.mix((3, 1.0))), RunOfRows(1, 2, pack.mix((4, 1.0), (3, 0.0)))]
     x = torch.randn(2, INNER).to(DEVICE, HALF)
     y = torch.randn(2, sum(OUTS)).to(DEVICE, HALF)
     table = make_table()
@@ -247,8 +247,8 @@ def test_steps_over_the_capacity_are_refused():
     pack = make_pack(INNER, OUTS, HALF)
     table = SegmentTable(max_rows=8, max_row_rank=16, max_components=1, device=DEVICE)
     with pytest.raises(ValueError, match="9 rows"):
-        table.load([LongSegment(0, 9, pack.mix((1, 1.0)))])
+        table.load([RunOfRows(0, 9, pack.mix((1, 1.0)))])
     with pytest.raises(ValueError, match="rows times ranks"):
-        table.load([LongSegment(0, 2, pack.mix((6, 1.0)))])
+        table.load([RunOfRows(0, 2, pack.mix((6, 1.0)))])
     with pytest.raises(ValueError, match="2 components"):
-        table.load([LongSegment(0, 1, pack.mix((1, 1.0), (2, 1.0)))])
+        table.load([RunOfRows(0, 1, pack.mix((1, 1.0), (2, 1.0)))])

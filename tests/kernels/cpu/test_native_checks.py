@@ -136,7 +136,7 @@ TILE_FAULTS = {
     "the lower halves of rank activations left out": ("adapters/low_rank_tiles.h",
         "high, _mm512_slli_epi32(low, 16)", "high, high"),
     "the factor's entries for the inputs before": ("adapters/low_rank_tiles.h",
-        "*now = turned[i % 2]", "*now = turned[(i + 1) % 2]"),
+        "*now = transposed[i % 2]", "*now = transposed[(i + 1) % 2]"),
     "second tile of rows one row too early": ("adapters/low_rank_tiles.h",
         "acc + TILE_ROWS * COLUMNS,", "acc + (TILE_ROWS - 1) * COLUMNS,"),
     "a row alone summed in another order": ("adapters/low_rank_tiles.h", "odd[j] += rest",

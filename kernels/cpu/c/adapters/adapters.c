@@ -22,8 +22,9 @@ typedef struct {
     int64_t module; /* index of the first slice's module */
 } Projection;
 
-/* A thread's share of a pass: the units that begin in [low, high) on the axis of summed costs. The first walk
- * over the units has high = 0 and only computes the total cost. */
+/* A thread's share of a pass: the units that begin in [low, high) on the axis of summed costs. `at` is where the
+ * next unit begins: the cost of all units before it. The first walk over the units has high = 0 and only computes
+ * the total cost, which is `at` at its end. */
 typedef struct {
     int64_t low, high, at;
 } Share;
@@ -43,6 +44,7 @@ INLINE int skip(Share *share, int64_t count, int64_t cost) {
     return 1;
 }
 
+/* Part number `part` of the units that the walk of `share` passed, divided into `parts` of equal cost. */
 INLINE Share next_walk(const Share *share, int64_t part, int64_t parts) {
     return (Share){share->at * part / parts, share->at * (part + 1) / parts, 0};
 }
@@ -104,8 +106,9 @@ static void shrink_module(const Step *step, const Projection *p, const Segment *
     if (m->a && !skip(share, (m->rank + ranks - 1) / ranks, cost))
         for (int64_t r = 0; r < m->rank; r += ranks)
             if (take(share, cost)) {
-                Rows rows = {p->x + row * p->x_stride, activations(step, p, seg, c, row, j), 0,
-                             stop - row, p->x_stride, p->num_slices * c->width, next ? next->a : 0, n};
+                Rows rows = {.x = p->x + row * p->x_stride, .v = activations(step, p, seg, c, row, j),
+                             .count = stop - row, .x_stride = p->x_stride, .v_stride = p->num_slices * c->width,
+                             .next = next ? next->a : 0, .next_stride = n};
                 low_rank_shrink(m, &rows, &size, (float)c->weight, r);
             }
     if (m->hadamard) {
@@ -202,8 +205,8 @@ KERNEL static void expand_columns(const Step *step, const Projection *p, const S
         const Component *c = &step->components[k];
         const Module *m = &c->modules[p->module + j];
         float w = (float)c->weight;
-        Rows part = {p->x + row * p->x_stride, activations(step, p, seg, c, row, j), acc, rows,
-                     p->x_stride, p->num_slices * c->width};
+        Rows part = {.x = p->x + row * p->x_stride, .v = activations(step, p, seg, c, row, j), .acc = acc,
+                     .count = rows, .x_stride = p->x_stride, .v_stride = p->num_slices * c->width};
         int64_t width = p->widths[j];
         if (m->bias)
             for (int64_t i = 0; i < rows; i++)

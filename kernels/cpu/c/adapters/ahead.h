@@ -78,7 +78,12 @@ INLINE void ask_for_entry(const Module *m) {
     __builtin_prefetch(&m->rank);
 }
 
-/* Finds the next factor of which lines are left. A thread prefetches only its own share of the ranks. */
+/* Finds the next factor of which lines are left. A thread prefetches only its own share of the ranks. If the ranks
+ * of all of the module's components are numbered from 0 to R - 1, the share of thread `part` of `parts` is
+ *
+ *     [R part / parts, R (part + 1) / parts)
+ *
+ * R is mark->all_ranks, and the ranks of this component begin at number mark->ranks. */
 __attribute__((unused, noinline)) static void find_lines(Walk *walk) {
     const Step *step = walk->step;
     for (Mark *mark = &walk->mark; mark->module < walk->end; move_on(step, mark)) {

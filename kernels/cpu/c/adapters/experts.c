@@ -48,7 +48,7 @@ KERNEL static void adapt(const ExpertStep *step, const Pairs *p, int64_t pair, f
     for (int64_t k = first; k < last; k++) {
         const Update *u = step->members[k].updates + p->update;
         Module m = {.a = u->a + expert * u->rank * p->in_features, .rank = u->rank};
-        Rows rows = {x, v, 0, 1, p->x_stride, 0, 0, 0};
+        Rows rows = {.x = x, .v = v, .count = 1, .x_stride = p->x_stride};
         float w = (float)step->members[k].weight;
         for (int64_t r = 0; r < u->rank; r += low_rank_step(&size)) low_rank_shrink(&m, &rows, &size, w, r);
         v += PADDED(u->rank);
@@ -63,7 +63,7 @@ KERNEL static void adapt(const ExpertStep *step, const Pairs *p, int64_t pair, f
         for (int64_t k = first; k < last; k++) {
             const Update *u = step->members[k].updates + p->update;
             Module m = {.b = u->b + expert * u->rank * p->out_features, .rank = u->rank};
-            Rows rows = {0, v, acc, 1, 0, 0, 0, 0};
+            Rows rows = {.v = v, .acc = acc, .count = 1};
             if (u->rank) low_rank_expand(&m, &rows, &size, low, count);
             v += PADDED(u->rank);
         }

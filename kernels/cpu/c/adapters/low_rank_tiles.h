@@ -16,31 +16,31 @@
 #define RIGHT_0 4
 #define RIGHT_1 5
 
-/* The tile shapes that this thread has set: a positive number of rows (at most 32), a negative number of
- * ranks for one row, or 0 for none. Setting other shapes takes as long as a dozen products. */
-static __thread int64_t shaped;
+/* The form of the tiles that this thread has set: a number of rows (at most 32); for one row, minus the number of
+ * ranks; or 0 for none. Setting another form takes as long as a dozen products. */
+static __thread int64_t tile_form;
 
-INLINE void shape_tiles(int64_t wanted) {
-    if (wanted == shaped) return;
+INLINE void shape_tiles(int64_t form) {
+    if (form == tile_form) return;
     TileShapes shapes = tile_shapes(0, 0);
-    if (wanted < 0) {
-        shapes.rows[SUM_0] = shapes.rows[LEFT_0] = shapes.rows[LEFT_1] = (uint8_t)-wanted;
+    if (form < 0) {
+        shapes.rows[SUM_0] = shapes.rows[LEFT_0] = shapes.rows[LEFT_1] = (uint8_t)-form;
         shapes.row_bytes[SUM_0] = sizeof(float);
         shapes.row_bytes[RIGHT_0] = shapes.row_bytes[RIGHT_1] = 2 * sizeof(bf16);
     } else {
-        shapes.rows[SUM_0] = shapes.rows[LEFT_0] = (uint8_t)least(wanted, TILE_ROWS);
-        if (wanted > TILE_ROWS) shapes.rows[SUM_1] = shapes.rows[LEFT_1] = (uint8_t)(wanted - TILE_ROWS);
+        shapes.rows[SUM_0] = shapes.rows[LEFT_0] = (uint8_t)least(form, TILE_ROWS);
+        if (form > TILE_ROWS) shapes.rows[SUM_1] = shapes.rows[LEFT_1] = (uint8_t)(form - TILE_ROWS);
     }
     tiles_begin(&shapes);
-    shaped = wanted;
+    tile_form = form;
 }
 
 /* A piece that was left (team.h) has not reached low_rank_end, and its tiles may have been reset since. */
-void low_rank_begin(void) { shaped = 0; }
+void low_rank_begin(void) { tile_form = 0; }
 
 void low_rank_end(void) {
-    if (shaped) tiles_end();
-    shaped = 0;
+    if (tile_form) tiles_end();
+    tile_form = 0;
 }
 
 /* Stores sixteen values as pairs of bf16 numbers, (high, low). */
@@ -77,27 +77,27 @@ INLINE void shrink_row(const bf16 *a, const bf16 *x, int64_t n, int64_t ranks, f
 }
 
 /* Transposes 32 inputs of `ranks` rows of A to [16 pairs, 16 ranks]. Missing inputs and ranks are 0. */
-INLINE void turn_ranks(const bf16 *a, int64_t n, int64_t ranks, bf16 *turned) {
+INLINE void transpose_ranks(const bf16 *a, int64_t n, int64_t ranks, bf16 *transposed) {
     fvec v[WIDTH];
     for (int r = 0; r < TILE_ROWS; r++)
         v[r] = r < ranks ? load_f32((const float *)(a + r * n)) : (f32x16){0};
     transpose(v);
-    for (int i = 0; i < TILE_ROWS; i++) store_f32((float *)turned + i * LANES, v[i]);
+    for (int i = 0; i < TILE_ROWS; i++) store_f32((float *)transposed + i * LANES, v[i]);
 }
 
 /* Shrinks at most 16 rows, or two groups of 16 if `two`. */
 INLINE void shrink_groups(const Rows *rows, const bf16 *a, int64_t n, int64_t ranks, float w, const int two) {
-    bf16 turned[2][TILE_ROWS * TILE_INPUTS] __attribute__((aligned(64)));
+    bf16 transposed[2][TILE_ROWS * TILE_INPUTS] __attribute__((aligned(64)));
     float sums[2 * TILE_ROWS * LANES] __attribute__((aligned(64)));
     int64_t row_bytes = rows->x_stride * sizeof(bf16);
     const bf16 *x = rows->x, *second = x + TILE_ROWS * rows->x_stride;
     shape_tiles(rows->count);
     tile_zero(SUM_0);
     if (two) tile_zero(SUM_1);
-    turn_ranks(a, n, ranks, turned[0]);
+    transpose_ranks(a, n, ranks, transposed[0]);
     for (int64_t k = 0, i = 0; k < n; k += TILE_INPUTS, i++) {
-        const bf16 *now = turned[i % 2];
-        if (k + TILE_INPUTS < n) turn_ranks(a + k + TILE_INPUTS, n, ranks, turned[(i + 1) % 2]);
+        const bf16 *now = transposed[i % 2];
+        if (k + TILE_INPUTS < n) transpose_ranks(a + k + TILE_INPUTS, n, ranks, transposed[(i + 1) % 2]);
         tile_load(RIGHT_0, now, TILE_BYTES);
         tile_load(LEFT_0, x + k, row_bytes);
         tile_add_product(SUM_0, LEFT_0, RIGHT_0);

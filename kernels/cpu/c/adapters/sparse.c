@@ -141,7 +141,7 @@ typedef struct {
 } Reader;
 
 INLINE Reader read_group(const Sparse *s, int64_t group) {
-    const int32_t *start = s->starts + 2 * group;
+    const int32_t *start = s->starts + 2 * group; /* start[2] is the first step of the next group */
     return (Reader){s->values + start[1], s->places + start[1], start[0], start[2]};
 }
 

@@ -17,7 +17,7 @@ import torch
 from turret.kernels.gpu.fusion_gate import WORDS, fusion_gate, gate_shrink
 from turret.kernels.gpu.tables import (
     GatedMembers,
-    LongSegment,
+    RunOfRows,
     SegmentMember,
     SegmentTable,
     host_tensor,
@@ -83,8 +83,8 @@ class GpuStepGates:
         if projection not in self.tables:
             return None
         words = self.tables[projection][layer]
-        asked = gate_shrink(x, words, table)
-        return fusion_gate(asked, v, words, table, x.shape[0])
+        q = gate_shrink(x, words, table)
+        return fusion_gate(q, v, words, table, x.shape[0])
 
 
 class GpuGates(Part):
@@ -148,14 +148,14 @@ class GpuGates(Part):
 
     def bind(
         self, runs: Sequence[tuple[int, int, Members]], form: StepForm
-    ) -> tuple[list[LongSegment], GpuStepGates]:
+    ) -> tuple[list[RunOfRows], GpuStepGates]:
         """The segments of a step, and its gates.
 
         Args:
             runs: Runs of rows, one for each sequence: first row, end, and mix.
             form: The kinds of kernels that the step launches.
         """
-        segments = [LongSegment(start, end, *self._members(mix)) for start, end, mix in runs]
+        segments = [RunOfRows(start, end, *self._members(mix)) for start, end, mix in runs]
         tables = {name: table for name, table in self._tables.items() if (Gate, name) in form}
         return segments, GpuStepGates(tables)
 

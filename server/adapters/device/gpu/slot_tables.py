@@ -19,8 +19,8 @@ from turret.kernels.gpu.hadamard import hadamard_expand, hadamard_shrink
 from turret.kernels.gpu.kronecker import kronecker
 from turret.kernels.gpu.tables import (
     ROW_TABLE_MULTIPLE,
-    LongSegment,
     RowTable,
+    RunOfRows,
     SegmentTable,
     upload,
 )
@@ -43,7 +43,7 @@ from turret.server.adapters.operators.operator import Operator
 class GpuTables(Protocol):
     """Tables of fixed address for the metadata of one kind of step."""
 
-    def load_segments(self, runs: Sequence[LongSegment]) -> SegmentTable:
+    def load_segments(self, runs: Sequence[RunOfRows]) -> SegmentTable:
         """Load and return the segment table."""
         ...
 

@@ -16,8 +16,8 @@ from turret.kernels.gpu.tables import (
     ROW_TABLE_MULTIPLE,
     SPLIT,
     AttentionTable,
-    LongSegment,
     RowTable,
+    RunOfRows,
     SamplingTable,
     SegmentTable,
     StagedMemory,
@@ -162,7 +162,7 @@ _FIRST_ROW_RANK = 256
 # A multiple of 16, like all later sizes, because kernels are compiled for that.
 _FIRST_MEMBERS = 16
 _FIRST_GATES = 2
-_FIRST_ROW_ASKED = 64
+_FIRST_ROW_QUERY = 64
 
 
 class StepTables:
@@ -208,7 +208,7 @@ class StepTables:
         self._adapter_memory = StagedMemory(device)
         self._row_tables: dict[Hashable, RowTable] = {}
         self._row_rank, self._members = _FIRST_ROW_RANK, _FIRST_MEMBERS
-        self._gates, self._asked = _FIRST_GATES, _FIRST_ROW_ASKED
+        self._gates, self._query_length = _FIRST_GATES, _FIRST_ROW_QUERY
         self._segments = self._make_segments()
 
     @property
@@ -283,13 +283,13 @@ class StepTables:
         """
         self._blocks.write(self._places.buffer[:num_rows], self._numbers.buffer[:num_rows])
 
-    def load_segments(self, runs: SequenceOf[LongSegment]) -> SegmentTable:
+    def load_segments(self, runs: SequenceOf[RunOfRows]) -> SegmentTable:
         """Load the segment table, and replace it by a larger one if a mix does not fit."""
         self._fit_segments(runs)
         self._segments.load(runs)
         return self._segments
 
-    def _fit_segments(self, runs: SequenceOf[LongSegment]) -> None:
+    def _fit_segments(self, runs: SequenceOf[RunOfRows]) -> None:
         mixes = [(run.members, run.gated) for run in runs]
         ranks = max((sum(m.rank_end - m.rank_start for m in mix) for mix, _ in mixes), default=0)
         sizes = (
@@ -298,10 +298,10 @@ class StepTables:
             max((len(gated) for _, gated in mixes), default=0),
             max((sum(one.query_length for one in gated) for _, gated in mixes), default=0),
         )
-        held = (self._row_rank, self._members, self._gates, self._asked)
+        held = (self._row_rank, self._members, self._gates, self._query_length)
         if all(size <= room for size, room in zip(sizes, held, strict=True)):
             return
-        self._row_rank, self._members, self._gates, self._asked = (
+        self._row_rank, self._members, self._gates, self._query_length = (
             _doubled(room, size) for size, room in zip(sizes, held, strict=True)
         )
         # The old table's memory is not reused, and steps captured with it are never replayed.
@@ -338,7 +338,7 @@ class StepTables:
             max_row_rank=self._row_rank,
             max_components=self._members,
             max_gates=self._gates,
-            max_row_asked=self._asked,
+            max_row_query=self._query_length,
             device=self._device,
             memory=self._adapter_memory,
         )

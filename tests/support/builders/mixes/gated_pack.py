@@ -12,7 +12,7 @@ from ptx.addresses import address_of
 from torch import Tensor
 
 from turret.kernels.gpu.fusion_gate import WORDS
-from turret.kernels.gpu.tables import GatedMembers, LongSegment, SegmentMember, SegmentTable
+from turret.kernels.gpu.tables import GatedMembers, RunOfRows, SegmentMember, SegmentTable
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,10 @@ class GatedPack:
 
     def table(self, max_rows: int = 64, **sizes: int | bool) -> SegmentTable:
         """A table with room for mixes of some of the adapters."""
-        room = {"max_row_rank": 256, "max_components": 16, "max_gates": 4, "max_row_asked": 160}
+        room = {"max_row_rank": 256, "max_components": 16, "max_gates": 4, "max_row_query": 160}
         return SegmentTable(max_rows=max_rows, device=DEVICE, **{**room, **sizes})  # type: ignore[arg-type]
 
-    def run(self, start: int, end: int, mix: Named) -> LongSegment:
+    def run(self, start: int, end: int, mix: Named) -> RunOfRows:
         """A run of rows that use some of the adapters."""
         members: list[SegmentMember] = []
         gated: list[GatedMembers] = []
@@ -104,7 +104,7 @@ class GatedPack:
             one = self._gated[name]
             longest = max(d_k or 0 for d_k in one.d_k)
             gated.append(GatedMembers(first, len(members), longest))
-        return LongSegment(start, end, tuple(members), tuple(gated))
+        return RunOfRows(start, end, tuple(members), tuple(gated))
 
     def exact(self, name: str, s: int, x: Tensor) -> Tensor | None:
         """The gates of an adapter's components for one row, float64; None in a missing slice."""
