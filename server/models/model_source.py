@@ -14,6 +14,7 @@ import json
 import math
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -559,11 +560,20 @@ def _read_cached(weights: Path, files: Path) -> ModelSource:
     return ModelSource(named, weights, files, digest, fidelity=fidelity)
 
 
+_UNFINISHED = ".building-"
+# No model takes this long to quantise, so what is older was left behind by a killed process.
+_ABANDONED_SECONDS = 86400.0
+
+
 @contextlib.contextmanager
 def _new_directory(target: Path) -> Iterator[Path]:
     """Fill a directory next to its final path, then rename it: readers see all or nothing."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    build = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
+    for each in target.parent.glob(f"{_UNFINISHED}*"):
+        with contextlib.suppress(FileNotFoundError):  # another process removes it as well
+            if time.time() - each.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(each, ignore_errors=True)
+    build = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=target.parent))
     try:
         yield build
         build.rename(target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import gguf
@@ -201,6 +202,17 @@ def test_reading_reports_progress_without_drawing_a_bar(
     total = len(open_gguf(file).tensors.formats())
     assert told == [(done, total) for done in range(total + 1)]
     assert capfd.readouterr().err == ""
+
+
+def test_what_killed_processes_left_in_the_cache_is_removed(tmp_path: Path) -> None:
+    folder, cache = tiny("llama", tmp_path / "model"), tmp_path / "cache"
+    old, new = (cache / f".building-{name}" for name in ("old", "new"))
+    for each in (old, new):
+        each.mkdir(parents=True)
+        (each / "model.safetensors").write_bytes(b"half")
+    os.utime(old, (0, 0))
+    made = resolve_model(folder, cache)
+    assert {each.name for each in cache.iterdir()} == {new.name, made.weights.name}
 
 
 def test_the_embedded_model_given_by_path_is_named_after_its_file(
