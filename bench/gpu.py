@@ -2,7 +2,8 @@
 
 It needs only Python, torch, triton and numpy; ``bench/gpu.sh`` sets the paths and runs it. Each
 part first checks its result against float64, and is not measured if the check fails; the other
-parts still run. Rows are appended to ``<results>/<gpu>.jsonl`` at once::
+parts still run. Each row is appended to ``<results>/<gpu>.jsonl`` as soon as it is measured.
+Examples::
 
     bench/gpu.sh --only step    one part
     bench/gpu.sh --tune         search launch parameters

@@ -24,7 +24,7 @@ _REPEATS = 30
 # Maximum ratio of the error's RMS to that of the exact result. It allows for one rounding, and for
 # sums in another order.
 MAX_ERROR = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
-# Memory bandwidth in 10⁹ bytes per second, by NVIDIA's data sheets. The keys are words of
+# Memory bandwidth in 10⁹ bytes per second, from NVIDIA's data sheets. The keys are words of
 # torch.cuda.get_device_name; the first entry whose words are all in the name applies.
 BANDWIDTHS = {
     ("B200",): 8000,
@@ -115,7 +115,7 @@ def _where(name: str) -> dict[str, str]:
 
 @dataclass(slots=True)
 class Report:
-    """Prints rows, and appends each of them at once to the file of this device.
+    """Prints rows, and immediately appends each one to the file of this device.
 
     Attributes:
         name: The name of the device.
@@ -182,7 +182,7 @@ class Setting:
         adapters: The number of distinct adapters in the scenarios.
         rank: The rank of uniform scenarios.
         mixed_ranks: The ranks of the mixed scenario, in turn.
-        row_counts: The numbers of rows of the base product.
+        row_counts: The numbers of rows for which the product with the base's weights is measured.
         device: The device.
         report: Collects rows.
         contexts: The contexts for which attention is measured.

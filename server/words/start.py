@@ -6,7 +6,7 @@ TEXTS = {
     "UNKNOWN_FLAG": "unknown flag {flag!q}",
     "NEEDS_VALUE": "requires a value",
     "TAKES_NO_VALUE": "takes no value",
-    "NOT_A_CAPABILITY": "must be a number such as 9.0, not {value!q}",
+    "NOT_A_CAPABILITY": "must have the form MAJOR.MINOR, such as 9.0, not {value!q}",
     "UNEXPECTED_ARGUMENTS": "{count!n:unexpected argument}: {values}",
     "UNQUOTED_TEXT": "{count!n:unexpected argument}: {values}; put text that contains spaces in"
     " quotes",

@@ -1,7 +1,7 @@
 """A request's tokens and logprobs have the same bits alone and in any batch.
 
 Answers are compared with ``==``. They must not depend on the batch, the chunking of prompts, the
-place of an adapter in the pack, preemption, the prefix cache and the number of threads.
+place of an adapter in the pack, preemption, the prefix cache or the number of threads.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SPECS = (
     AdapterSpec("rslora14", 14, ALL, is_rslora=True),
     AdapterSpec("lora15", 15, QV),
     AdapterSpec("lora16", 16),
-    # This rank exceeds one rank window in fp32.
+    # Two ranks far above the others.
     AdapterSpec("lora100", 100, QV),
     AdapterSpec("lora128", 128, ("q_proj", "o_proj")),
 )

@@ -64,7 +64,7 @@ class Asked:
 async def test_a_tenant_cannot_take_the_whole_memory_of_the_queue(tmp_path: Path) -> None:
     async with serve("llama", tmp_path) as harness:
         memory = harness.engine.memory
-        # Most of its memory is for the log probabilities of its prompt.
+        # Most of a scored request's memory is for the log probabilities of its prompt.
         size = make_request(PROMPT, score=True).num_bytes
         memory.most = 8 * size
         asked = Asked(harness, score=True)

@@ -97,7 +97,7 @@ def check(base: Base, peft_model: Any, learner: Learner, texts: list[list[int]],
     peft_model.train(False)
     with quiet():
         expected = mean_loss(
-            # The positions of a prompt come first.
+            # The positions of soft tokens come first.
             [peft_model(input_ids=torch.tensor([text])).logits[0, -len(text) :] for text in texts],
             texts,
         )

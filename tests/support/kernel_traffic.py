@@ -61,7 +61,7 @@ class Pack:
     bias: torch.Tensor
 
     def mix(self, *weighted: tuple[int, float]) -> tuple[SegmentMember, ...]:
-        """The components for ``(slot, weight)`` pairs, in the engine's form."""
+        """The members for ``(slot, weight)`` pairs, in the engine's form."""
         made = []
         for slot, weight in weighted:
             low, high = self.bounds[slot]

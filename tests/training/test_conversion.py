@@ -30,7 +30,7 @@ PSOFT = [
 ADAMSS = [
     {"r": 16, "num_subspaces": 3, "subspace_rank": 2},
     {"r": 24, "num_subspaces": 6, "subspace_rank": 4, "random_seed": 3},
-    # Fewer vectors than ranks of all clusters.
+    # Fewer vectors than the sum of all clusters' ranks.
     {"r": 5, "num_subspaces": 6, "subspace_rank": 4, "use_dynamic_rank": True},
 ]
 CASES = [*((peft.PsoftConfig, c) for c in PSOFT), *((peft.AdamssConfig, c) for c in ADAMSS)]
@@ -116,7 +116,8 @@ def test_every_length_of_the_series_matches_peft(terms: int) -> None:
     assert (found - theirs.get_matrix()).norm() < 1e-5 * found.norm()
 
 
-@pytest.mark.parametrize("has_bias", [True, False])  # wide and square modules
+# A bias makes the decomposed weight wider than high.
+@pytest.mark.parametrize("has_bias", [True, False])
 def test_clusters_are_recovered_if_the_seed_is_wrong(has_bias: bool, tmp_path: Path) -> None:
     model = tiny_llama(attention_bias=has_bias)
     make(peft.AdamssConfig, tmp_path, model=model, **ADAMSS[1])

@@ -39,9 +39,9 @@ OTHER = AdapterOperators({"model.layers.0.q": ModuleOperators()})
 
 
 class Base:
-    """A base with known results for the step's rows.
+    """A stand-in for the base's projection, with known results for the step's rows.
 
-    For other inputs, a slice returns the first columns of the input.
+    A slice returns the first columns of whatever input it is called with.
     """
 
     takes_own_inputs = False
@@ -118,6 +118,7 @@ def test_rows_match_the_formula(dtype: torch.dtype, bound: float) -> None:
     found = project(store, runs_of(), x, y, told)
     for start, end, mix in runs_of():
         rows = slice(start, end)
+        # The adapter of this mix has no operators, so it changes nothing.
         if mix == MIXES[4]:
             assert torch.equal(found[rows], y[rows])
             continue
@@ -199,7 +200,7 @@ def test_a_reused_slot_gives_the_same_results() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_unused_parts_of_a_step_do_not_change_its_bits(dtype: torch.dtype) -> None:
-    """Kernels for unused parts (gates, gains, biases, slot tables) find empty tables."""
+    """A step may launch more kernels (``form``) than its rows need; these find empty tables."""
     torch.manual_seed(8)
     factors = (torch.randn(OUTS["q"], 4), torch.randn(4, INNER)) * 2
     hadamard = ModuleOperators(hadamard=Hadamard(*(f.to(DEVICE, dtype) for f in factors)))
@@ -227,4 +228,4 @@ def test_unused_parts_of_a_step_do_not_change_its_bits(dtype: torch.dtype) -> No
         ]
         assert store.form(mix for _, _, mix in runs) < everything
         assert torch.equal(*found), key
-        assert torch.equal(found[1][0], y[0]), "of the base's row"
+        assert torch.equal(found[1][0], y[0]), "the base's row changed"

@@ -92,6 +92,7 @@ def test_an_adapter_that_did_not_fit_can_be_prepared_again() -> None:
 
     def fails(*args: Any) -> list[int]:
         made.append(args)
+        # Fail in the fourth adapter: each has 4 factors in each of 4 slot tables.
         if len(made) > 3 * 4 * 4 + 6:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return apart(*args)

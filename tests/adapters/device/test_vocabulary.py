@@ -1,4 +1,4 @@
-"""Adapters that change embedding and head, compared with PEFT's forward pass, and in a batch."""
+"""Adapters that change the embedding or the head, compared with PEFT, alone and in a batch."""
 
 from __future__ import annotations
 

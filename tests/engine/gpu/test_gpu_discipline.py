@@ -281,8 +281,8 @@ def test_a_step_never_waits_for_the_device(name: str, no_launches: list[str]):
             computed = executor.run(step)
     assert copies.waits == []
     # A decode step copies only its rows, because the first run copied the adapters. A step with
-    # prompts also copies adapters, soft tokens, a prefix, and the rows whose embeddings or heads
-    # change. A first pass counts as a step.
+    # prompts also copies soft tokens, a prefix, and the numbers of the rows whose embeddings or
+    # heads change. A first pass counts as a step.
     limits = {"prompts": 10, "prompts, two passes": 5, "decode, two passes": 6}
     assert copies.uploads <= limits.get(name, 1), copies.uploads
     assert computed.logits is not None
@@ -349,7 +349,8 @@ def test_nothing_is_compiled_inside_a_step(no_launches: Launched, budget: int, i
             sequence = _sequence(1, 0, prompt=prompt)
             sequence.blocks = list(range(1, 9))
             executor.run(Step((Scheduled(sequence, chunk),), (), 0))
-        # Mixes beyond the first sizes of a step's tables: members, components, ranks and queries.
+        # Mixes that exceed the initial sizes of a step's tables (members, components, ranks,
+        # queries).
         large = [(_gated(f"gated {components}", components), 1.0) for components in (9, 16, 33)]
         for count in (1, 2, 3):
             for prompt, chunk in ((6, 1), (66, 33)):
@@ -430,7 +431,7 @@ def test_one_copy_moves_an_adapter_into_the_pack():
     with torch.no_grad(), watched() as copies:
         executor.store.prepare([adapters["low"], adapters["other"]])
     assert copies.waits == []
-    # The addresses in slot tables need a separate copy.
+    # One copy for each adapter, and one for the addresses of the slot tables.
     assert copies.uploads == 3
     with torch.no_grad(), watched() as copies:
         executor.store.prepare([adapters["gated"]])
@@ -440,7 +441,8 @@ def test_one_copy_moves_an_adapter_into_the_pack():
     with torch.no_grad(), watched() as copies:
         executor.store.prepare([adapters["router"]])
     assert copies.waits == []
-    # The same copy contains the router, and its operator computes its gates.
+    # The router's tensors are in the one copy. It computes the gates itself, so there are no
+    # addresses of scores to copy.
     assert copies.uploads == 1
 
 

@@ -177,7 +177,7 @@ def test_files_that_are_not_gguf_fail_before_torch(tmp_path: Path) -> None:
     check_model(file)
     with pytest.raises(InvalidRequestError, check=says("GGUF_UNREADABLE")):
         open_gguf(file)
-    # Without the name of its tokenizer, transformers cannot read the file.
+    # transformers cannot read a file that does not name its tokenizer.
     file.write_bytes(whole.replace(b"tokenizer.ggml.model", b"tokenizer.ggml.medal"))
     check_model(file)
     with pytest.raises(InvalidRequestError, check=says("GGUF_UNREADABLE")):

@@ -8,6 +8,8 @@ from checkout import ROOT
 from pages.memory_page import render_memory
 from pages.parts import with_parts
 
+from turret.server.models.sources.check import MODEL_NAME
+
 RESULTS = ROOT / "bench" / "results" / "amd-epyc.jsonl"
 # Scenario of bench/decode.py → its name in the README.
 SHOWN = {
@@ -21,12 +23,12 @@ SHOWN = {
 
 
 def newest_rates() -> dict[str, float]:
-    """Decode tokens/s by scenario, of the last whole run."""
+    """Decode tokens/s of the bundled model by scenario, of the last whole run."""
     rates: dict[str, float] = {}
     for line in RESULTS.read_text().splitlines():
         row = json.loads(line)
         name = row["scenario"]["name"]
-        if row["bench"] == "decode" and name in SHOWN:
+        if row["bench"] == "decode" and name in SHOWN and row["scenario"]["model"] == MODEL_NAME:
             rates[name] = row["values"]["decode_tokens_per_second"]
     assert rates.keys() == SHOWN.keys()
     return rates

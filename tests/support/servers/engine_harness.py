@@ -42,9 +42,9 @@ GREEDY = SamplingParams(temperature=0.0)
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The whole result of a request; two answers are equal if all bits are.
+    """The whole result of a request.
 
-    The comparison excludes ``finish``, which contains times.
+    Compare answers by their ``bits``, because ``finish`` contains times.
     """
 
     token_ids: tuple[int, ...]

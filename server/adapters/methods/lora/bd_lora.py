@@ -1,6 +1,7 @@
 """BD-LoRA (``use_bdlora``): LoRA with one block-diagonal factor, so that shards exchange no sums.
 
-The file has the blocks side by side: ``lora_A`` ``[r, in / n]`` or ``lora_B`` ``[out, r / n]``.
+The file has the ``n`` blocks side by side: ``lora_A`` ``[r, in / n]`` or ``lora_B``
+``[out, r / n]``.
 """
 
 from __future__ import annotations
