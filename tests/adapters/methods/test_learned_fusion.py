@@ -23,7 +23,7 @@ COMPONENTS = {
     "rslora": ("rslora", {"r": 9, "target_modules": ["q_proj", "v_proj", "down_proj"]}),
     "adalora": ("adalora", {}),
     "vera": ("vera", {"target_modules": ["q_proj", "o_proj"]}),
-    # Together with the first component, this one exceeds one rank window in fp32.
+    # A rank far above the others.
     "wide": ("lora", {"r": 127, "target_modules": ["q_proj", "up_proj"]}),
 }
 FUSIONS = {
