@@ -155,18 +155,19 @@ class Learner:
     # Files.
 
     def files(self) -> AdapterFiles:
-        """The adapter in PEFT's layout, with copies of the tensors."""
-        tensors = {_in_file(name): p.detach().clone() for name, p in self.parameters.items()}
-        return AdapterFiles(self.config, tensors)
+        """The adapter in PEFT's layout. The tensors change with the next step."""
+        return AdapterFiles(self.config, self._tensors())
 
     def save(self, folder: Path, *, with_optimizer: bool) -> None:
         """Write the adapter in PEFT's layout, and the optimizer's state alongside it."""
-        tensors = {_in_file(name): p.detach() for name, p in self.parameters.items()}
-        save_tensors(tensors, folder / TENSORS_FILE)
+        save_tensors(self._tensors(), folder / TENSORS_FILE)
         text = json.dumps(self.config, indent=2, sort_keys=True) + "\n"
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
         if with_optimizer:
             save_tensors(self._state(), folder / OPTIMIZER_FILE)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {_in_file(name): p.detach() for name, p in self.parameters.items()}
 
     def _state(self) -> dict[str, torch.Tensor]:
         return {

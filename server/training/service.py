@@ -459,13 +459,15 @@ class TrainingService:
 
     async def publish(self, adapter_id: int, name: str) -> Published:
         """Register the current tensors as a generation of an adapter name, for sampling."""
-        files = self._learners[adapter_id].files()
-        return await asyncio.to_thread(
-            self._register,
-            name,
-            files.announced(),
-            lambda staged: files.write(staged, lambda: None),
-        )
+        learner = self._learners[adapter_id]
+
+        def run() -> Published:
+            files = learner.files()
+            return self._register(
+                name, files.announced(), lambda staged: files.write(staged, lambda: None)
+            )
+
+        return await asyncio.to_thread(run)
 
     async def serve(self, folder: Path, name: str) -> Published:
         """Register the files of ``save`` under an adapter's name, for sampling.

@@ -142,7 +142,7 @@ def test_a_truncated_answer_is_marked(run: RunFolder, tmp_path: Path):
     (tmp_path / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     text = render_report(RunFolder(tmp_path))
     assert answers(text) == ["r", "b…", "a"]
-    assert "it is cut a little past" in text
+    assert "was cut, a little past" in text
     (tmp_path / "samples.jsonl").write_text(json.dumps(sample | {"cut": []}) + "\n")
     text = render_report(RunFolder(tmp_path))
     assert answers(text) == ["r", "b", "a"]
