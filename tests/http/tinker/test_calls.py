@@ -588,6 +588,18 @@ async def test_waiting_passes_take_no_more_memory_than_their_bodies(tmp_path: Pa
         assert Process().memory_info().rss - before < 2 * sent + (16 << 20)
 
 
+async def test_waiting_commands_keep_no_ignored_field(tmp_path: Path) -> None:
+    async with tenant(tmp_path) as one:
+        body = {"model_id": await one.model(), "adam_params": {}, "type": ["optim_step"] * 200_000}
+        before = 0
+        # Without its predecessor, no command runs.
+        for number in range(2, 80):
+            await one.ask("/optim_step", body | {"seq_id": number})
+            if number == 10:
+                before = Process().memory_info().rss
+        assert Process().memory_info().rss - before < 32 << 20
+
+
 async def test_a_session_that_ends_while_a_sampler_is_created_leaves_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
