@@ -221,6 +221,9 @@ class Checkpoints:
         if before is None and len(self.owned(checkpoint.owner)) >= MAX_CHECKPOINTS:
             text = say("TRAINING_LIMIT_REACHED", most=MAX_CHECKPOINTS, what="checkpoints")
             raise InvalidRequestError.of("path", text)
+        if before is not None and before.is_expired:
+            # Otherwise ``sweep`` might remove the new one instead.
+            await self.remove(before)
         with reporting_disk_faults():
             incoming = Path(tempfile.mkdtemp(dir=self._folder / _INCOMING))
             try:
@@ -250,7 +253,9 @@ class Checkpoints:
     async def sweep(self) -> None:
         """Remove expired checkpoints."""
         for checkpoint in [each for each in self._all.values() if each.is_expired]:
-            await self.remove(checkpoint)
+            # Meanwhile, its owner may have saved another one with the same path.
+            if self._all.get(checkpoint.path) is checkpoint:
+                await self.remove(checkpoint)
 
     def _complete(self, checkpoint: Checkpoint, incoming: Path) -> Checkpoint:
         """Move a written directory to its place, where it replaces an older checkpoint."""

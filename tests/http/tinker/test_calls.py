@@ -671,6 +671,38 @@ async def test_checkpoints_outlive_the_server(tmp_path: Path) -> None:
         assert names_in(tmp_path, "incoming/*") == []
 
 
+async def test_the_removal_of_expired_checkpoints_spares_those_saved_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with tenant(tmp_path) as one:
+        model_id = await one.model()
+        tenants = one.server.server._tenants
+        assert tenants is not None
+        for number, name in enumerate(("a", "b"), start=1):
+            save = {"model_id": model_id, "seq_id": number, "path": name, "ttl_seconds": 1}
+            await one.result(await one.ask("/save_weights", save))
+        await asyncio.sleep(1.0)
+        is_removing, may_remove = asyncio.Event(), threading.Event()
+        loop, discard = asyncio.get_running_loop(), tenants.checkpoints._discard
+
+        def slow(folder: Path) -> None:
+            if folder.name == "a":
+                loop.call_soon_threadsafe(is_removing.set)
+                may_remove.wait()
+            discard(folder)
+
+        monkeypatch.setattr(tenants.checkpoints, "_discard", slow)
+        removing = asyncio.ensure_future(tenants.checkpoints.sweep())
+        await is_removing.wait()
+        save = {"model_id": model_id, "seq_id": 3, "path": "b"}
+        path = (await one.result(await one.ask("/save_weights", save)))["path"]
+        may_remove.set()
+        await removing
+        (listed,) = (await one.ask("/checkpoints", verb="GET"))["checkpoints"]
+        assert listed["tinker_path"] == path
+        assert names_in(tmp_path, "*/weights/*") == ["b"]
+
+
 async def test_the_wall_clock_ends_no_link_and_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
