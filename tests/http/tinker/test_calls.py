@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import errno
 import random
 import threading
 import time
@@ -701,6 +702,39 @@ async def test_the_removal_of_expired_checkpoints_spares_those_saved_meanwhile(
         (listed,) = (await one.ask("/checkpoints", verb="GET"))["checkpoints"]
         assert listed["tinker_path"] == path
         assert names_in(tmp_path, "*/weights/*") == ["b"]
+
+
+async def test_a_checkpoint_that_a_full_disk_keeps_is_removed_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with tenant(tmp_path) as one:
+        model_id = await one.model()
+        for number, name in enumerate(("a", "b", "c"), start=1):
+            save = {"model_id": model_id, "seq_id": number, "path": name}
+            save |= {} if name == "c" else {"ttl_seconds": 1}
+            await one.result(await one.ask("/save_weights", save))
+        await asyncio.sleep(1.0)
+        tenants = one.server.server._tenants
+        assert tenants is not None
+        discard = tenants.checkpoints._discard
+
+        def full(folder: Path) -> None:
+            if folder.name != "b":
+                raise OSError(errno.ENOSPC, "full")
+            discard(folder)
+
+        monkeypatch.setattr(tenants.checkpoints, "_discard", full)
+        url = f"/training_runs/{model_id}/checkpoints/weights/c"
+        refused = await one.send(url, verb="DELETE")
+        assert refused.json()["error"]["code"] == "storage_full"
+        await tenants.checkpoints.sweep()
+        assert names_in(tmp_path, "*/weights/*") == ["a", "c"]
+        assert sum(tenants.checkpoints.bytes_by_owner.values()) > 0
+        monkeypatch.undo()
+        assert len((await one.ask("/checkpoints", verb="GET"))["checkpoints"]) == 1
+        await one.ask(url, verb="DELETE")
+        await tenants.checkpoints.sweep()
+        assert names_in(tmp_path, "*/weights/*") == []
 
 
 async def test_the_wall_clock_ends_no_link_and_no_checkpoint(
