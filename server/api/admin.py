@@ -97,8 +97,11 @@ class SlowCalls:
         if self._num_running >= self._num_threads:
             raise QueueFullError(say("TOO_MANY_CALLS", most=self._num_threads))
 
-        def ended(_: Any) -> None:
+        def ended(call: asyncio.Future[_T]) -> None:
             self._num_running -= 1
+            # If the caller has gone, nobody else looks at a failure, and asyncio would log it.
+            if not call.cancelled():
+                call.exception()
 
         self._num_running += 1
         running = asyncio.ensure_future(self.run(b"", call, *args, **kwargs))

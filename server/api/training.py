@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 # A model is dropped after this time without a call. An open call counts until it ends.
 IDLE_SECONDS = 3600.0
 _LOOK_SECONDS = 60.0
-_MAX_TARGETS = 64
+_MAX_TARGETS, _MAX_PATH_CHARS = 64, 256
 _PIECE_BYTES = 256 << 10
 # The inputs of losses by the fields of ``TrainingDatum``.
 _INPUTS = {TARGETS: "target_ids", **{n: n for n in ("weights", "logprobs", "advantages")}}
@@ -140,12 +140,11 @@ class Training:
         self, message: training_pb2.SaveCheckpointRequest, call: Call
     ) -> training_pb2.Checkpoint:
         """Save a model with its optimizer."""
-        model = self._model(message.model_id, call)
+        model, name = self._model(message.model_id, call), _short(message.name, "name")
+        overwrite = message.overwrite
 
         async def run() -> Result:
-            saved = await self._tenants.save(
-                model, "weights", message.name, overwrite=message.overwrite
-            )
+            saved = await self._tenants.save(model, "weights", name, overwrite=overwrite)
             return Result(_checkpoint(saved).SerializeToString())
 
         with _renamed(lambda field: "name" if field == "path" else field):
@@ -156,10 +155,11 @@ class Training:
         self, message: training_pb2.LoadCheckpointRequest, call: Call
     ) -> training_pb2.TrainedModel:
         """Continue a model from a checkpoint."""
-        model = self._model(message.model_id, call)
+        model, path = self._model(message.model_id, call), _short(message.path, "path")
+        with_optimizer = message.optimizer
 
         async def run() -> Result:
-            await self._tenants.load(model, message.path, with_optimizer=message.optimizer)
+            await self._tenants.load(model, path, with_optimizer=with_optimizer)
             return Result(b"")
 
         await self._command(model, run)
@@ -218,7 +218,13 @@ class Training:
     async def _command(
         self, model: TenantModel, run: Callable[[], Awaitable[Result]], size: int = 0
     ) -> bytes:
-        """The result of a command, which runs to its end even if the caller is cancelled."""
+        """The result of a command, which runs to its end even if the caller is cancelled.
+
+        Args:
+            model: The model.
+            run: Does the work. It must not refer to the message, which counts only during the call.
+            size: See ``CommandLog.add``.
+        """
         futures, session = self._tenants.futures, self._tenants.sessions.of(model)
         number = model.log.next_number
         future = model.log.add(number, model.owner, f"{model.model_id}:{number}", run, size)
@@ -242,6 +248,14 @@ def _renamed(name: Callable[[str], str]) -> Iterator[None]:
 
 
 # Messages to values.
+
+
+def _short(text: str, field: str) -> str:
+    """The name or path of a checkpoint; a command that waits keeps it."""
+    violations = Violations()
+    violations.check_chars(text, _MAX_PATH_CHARS, field)
+    violations.raise_if_any()
+    return text
 
 
 def _config(message: training_pb2.TrainingConfig) -> LearnerConfig:

@@ -1,8 +1,8 @@
 """Turns any supported source into a bitsandbytes-4bit checkpoint directory, once.
 
 A plain Hugging Face directory or a GGUF file is quantised tensor by tensor (the bf16 model is never
-in memory as a whole) and written to the cache. Later starts read the cache. A directory that is
-already bitsandbytes-4bit is used unchanged.
+in memory as a whole) and written to the cache. Later starts read the cache, and check its weights
+against their digest. A directory that is already bitsandbytes-4bit is used unchanged.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import shutil
 import tempfile
@@ -23,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from turret.server import log
 from turret.server.basics.work import OnProgress
 from turret.server.errors import InvalidRequestError
 from turret.server.models.decoding.arch import Experts
@@ -45,6 +47,8 @@ from turret.server.models.sources.model_directory import (
 )
 from turret.server.models.weights.nf4 import BLOCKSIZE, Nf4Weight, reads_mxfp4
 from turret.server.words import say
+
+_log = logging.getLogger(__name__)
 
 # Multimodal models. Their checkpoints contain a language model, a vision tower, and a projector
 # between them. Only the language model is read, because requests are text.
@@ -415,7 +419,7 @@ def _resolve(
             raise InvalidRequestError.of("skip_modules", say("ALREADY_QUANTIZED", model=model))
         return ModelSource(name, model, model, "" if is_plan else _digest(shards))
     target = _target(cache_dir, [model / "config.json", *shards], skip)
-    if not (target / _MANIFEST).exists():
+    if not _is_cached(target, is_plan=is_plan):
         tensors = _read_plain(model, shards, scale_block(config))
         formats = {name: tensors.format(name) for name in tensors}
         quantizing = _Quantizing(formats, skip, progress)
@@ -435,7 +439,7 @@ def _resolve_gguf(
     is_plan: bool,
 ) -> ModelSource:
     target = _target(cache_dir, [model], skip)
-    if not (target / _MANIFEST).exists():
+    if not _is_cached(target, is_plan=is_plan):
         found = open_gguf(model)
         quantizing = _Quantizing(found.tensors.formats(), skip, progress)
         if is_plan:
@@ -551,6 +555,26 @@ class _Quantizing:
                 self._fidelity.count(key, "16-bit", source)
             return {key: tensor.contiguous().clone()}
         return quantize(key, tensor, source, self._fidelity).to_tensors(key)
+
+
+def _is_cached(target: Path, *, is_plan: bool) -> bool:
+    """Whether the cache has a checkpoint; removes a damaged one, unless ``is_plan``.
+
+    With ``is_plan``, the weights are not read.
+    """
+    if not (target / _MANIFEST).exists():
+        return False
+    # After a power failure, a file may be shorter than it was written, or have no content.
+    with contextlib.suppress(FileNotFoundError, ValueError, LookupError, TypeError):
+        source = _read_cached(target, target)
+        if is_plan or source.digest == _digest([target / WEIGHTS]):
+            return True
+    if not is_plan:
+        _log.warning(
+            "quantising again: the cached weights are damaged", extra=log.fields(path=target)
+        )
+        shutil.rmtree(target)
+    return False
 
 
 def _read_cached(weights: Path, files: Path) -> ModelSource:

@@ -448,11 +448,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             # The health service sets a status itself.
             code = Code[(context.code() or grpc.StatusCode.OK).name]
             return response
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, grpc.aio.InternalError):
+            # gRPC raises InternalError if the call ends while a message is written.
             remaining = context.time_remaining()
             is_late = remaining is not None and remaining <= DEADLINE_SLACK_SECONDS
             code = Code.DEADLINE_EXCEEDED if is_late else Code.CANCELLED
-            raise
+            raise asyncio.CancelledError from None
         except grpc.aio.AbortError:
             # The handler has set a status itself (health and reflection do).
             code = Code[(context.code() or grpc.StatusCode.UNKNOWN).name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import threading
@@ -395,6 +396,22 @@ async def test_tokenizers_that_do_not_support_constraints() -> None:
             await made.compile(ConstraintSpec("json_object"))
         assert refused.value.violations[0][0] == "json_object"
         made.close()
+
+
+def test_a_mask_of_an_ambiguous_grammar_takes_a_limited_number_of_steps() -> None:
+    """All running requests wait for each mask."""
+    texts = [letter * times for letter in "ab" for times in range(1, 90)]
+    vocab = {text: number for number, text in enumerate(["<end>", *texts])}
+    backend = Backend(models.BPE(vocab=vocab, merges=[]))
+    backend.decoder = decoders.ByteLevel()
+    inner = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    made = ConstraintCompiler(Tokenizer(inner, frozenset({0}), len(vocab)))
+    for rule, is_ambiguous in (("e e | e e e | w", True), ('e "a" | e "b" e | w', False)):
+        spec = ConstraintSpec("grammar", (f"start: e\ne: {rule}\nw: /[a-z]/",))
+        refused = pytest.raises(InvalidRequestError, match="too complex")
+        with refused if is_ambiguous else contextlib.nullcontext():
+            made._compile(spec)
+    made.close()
 
 
 async def test_panics_of_the_library_are_errors(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import inspect
 import logging
@@ -101,6 +102,20 @@ async def test_a_bug_is_internal_to_the_client_and_a_traceback_in_the_log(
     (record,) = [r for r in caplog.records if r.message == "internal error"]
     assert record.exc_info is not None
     assert "secret detail" in str(record.exc_info[1])
+
+
+async def test_a_call_that_ends_while_its_answer_is_written_is_no_internal_error(
+    caplog: pytest.LogCaptureFixture, server: Harness
+) -> None:
+    server.engine.script = failing(grpc.aio.InternalError("no longer open"))
+    call = server.inference.Generate(PROMPT)
+    for _ in range(1000):
+        if server.sample("turret_requests_total", adapter="base", code="CANCELLED"):
+            break
+        await asyncio.sleep(0.01)
+    assert server.sample("turret_requests_total", adapter="base", code="CANCELLED") == 1
+    call.cancel()
+    assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
 
 
 async def test_an_error_of_any_size_fits_the_headers_a_client_accepts(server: Harness) -> None:

@@ -250,6 +250,37 @@ async def test_waiting_passes_take_no_more_memory_than_their_bytes(tmp_path: Pat
         assert grown[2] - max(grown[1], 0) < 3 * 300 * message.ByteSize() + (8 << 20)
 
 
+async def test_commands_whose_clients_disconnected_keep_no_message(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (server, tables):
+        stub = server.training
+        model = await stub.CreateModel(new())
+        tables.may_run.clear()
+        passing = asyncio.ensure_future(stub.ForwardBackward(asked(model)))
+        named = {"model_id": model.model_id}
+        for call, field in (
+            (stub.SaveCheckpoint(pb.SaveCheckpointRequest(**named, name="n" * 257)), "name"),
+            (stub.LoadCheckpoint(pb.LoadCheckpointRequest(**named, path="p" * 257)), "path"),
+        ):
+            assert list((await failure_of(call)).violations) == [field]
+        # A field that the server does not know, with 1 MiB.
+        unknown = b"\xfa\x7f\x80\x80\x40" + bytes(1 << 20)
+        plain = pb.SaveCheckpointRequest(**named, name="n").SerializeToString()
+        message = pb.SaveCheckpointRequest.FromString(plain + unknown)
+        (one,) = server.services.tenants.sessions.models("")  # type: ignore[union-attr]
+        before = 0
+        for count in range(120):
+            number = one.log.next_number
+            call = stub.SaveCheckpoint(message)
+            while one.log.next_number == number:
+                await stub.ListModels(pb.ListModelsRequest())
+            call.cancel()
+            if count == 20:
+                before = Process().memory_info().rss
+        assert Process().memory_info().rss - before < 32 << 20
+        tables.may_run.set()
+        await passing
+
+
 async def test_a_call_whose_client_disconnected_runs_to_its_end(tmp_path: Path) -> None:
     async with serving(tmp_path) as (server, tables):
         stub = server.training

@@ -12,6 +12,7 @@ happens between the two renames of a replacement, the next start undoes the firs
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
@@ -19,6 +20,7 @@ import re
 import shutil
 import tempfile
 import time
+import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -34,7 +36,12 @@ from turret.server.basics.files import (
     replace_file,
     reporting_disk_faults,
 )
-from turret.server.errors import InvalidRequestError, TrainingNotFoundError
+from turret.server.errors import (
+    InvalidRequestError,
+    StorageFailedError,
+    StorageFullError,
+    TrainingNotFoundError,
+)
 from turret.server.training.trainer import LearnerConfig
 from turret.server.words import say
 
@@ -221,6 +228,9 @@ class Checkpoints:
         if before is None and len(self.owned(checkpoint.owner)) >= MAX_CHECKPOINTS:
             text = say("TRAINING_LIMIT_REACHED", most=MAX_CHECKPOINTS, what="checkpoints")
             raise InvalidRequestError.of("path", text)
+        if before is not None and before.is_expired:
+            # Otherwise ``sweep`` might remove the new one instead.
+            await self.remove(before)
         with reporting_disk_faults():
             incoming = Path(tempfile.mkdtemp(dir=self._folder / _INCOMING))
             try:
@@ -235,7 +245,12 @@ class Checkpoints:
         """Remove a checkpoint with its files."""
         self._all.pop(checkpoint.path, None)
         with reporting_disk_faults():
-            await asyncio.to_thread(self._discard, self.folder(checkpoint))
+            try:
+                await asyncio.to_thread(self._discard, self.folder(checkpoint))
+            except OSError:
+                # It still takes space, so its owner or ``sweep`` must be able to try again.
+                self._all.setdefault(checkpoint.path, checkpoint)
+                raise
 
     async def expire_at(self, checkpoint: Checkpoint, expires: float | None) -> None:
         """Change the time at which a checkpoint is removed."""
@@ -250,7 +265,11 @@ class Checkpoints:
     async def sweep(self) -> None:
         """Remove expired checkpoints."""
         for checkpoint in [each for each in self._all.values() if each.is_expired]:
-            await self.remove(checkpoint)
+            # Meanwhile, its owner may have saved another one with the same path.
+            if self._all.get(checkpoint.path) is checkpoint:
+                # A failure was logged, and delays only its own checkpoint.
+                with contextlib.suppress(StorageFullError, StorageFailedError):
+                    await self.remove(checkpoint)
 
     def _complete(self, checkpoint: Checkpoint, incoming: Path) -> Checkpoint:
         """Move a written directory to its place, where it replaces an older checkpoint."""
@@ -273,6 +292,7 @@ class Checkpoints:
     def _discard(self, folder: Path) -> None:
         """Remove a directory. After a crash, a checkpoint is complete or gone."""
         if folder.exists():
-            gone = Path(tempfile.mkdtemp(dir=self._folder / _INCOMING)) / folder.name
+            # On a full disk, a directory can be renamed, but none can be created.
+            gone = self._folder / _INCOMING / uuid.uuid4().hex
             folder.rename(gone)
-            shutil.rmtree(gone.parent, ignore_errors=True)
+            shutil.rmtree(gone, ignore_errors=True)

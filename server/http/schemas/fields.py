@@ -206,7 +206,11 @@ def _model_in(annotation: Any) -> tuple[type[Body] | None, bool]:
 def _tidied(
     model: type[Body], value: dict[str, Any], path: str, found: list[_Unknown]
 ) -> dict[str, Any]:
-    """The object without nulls and unknown fields. Records the fields that must not be ignored."""
+    """The object without nulls, and unknown and ignored fields.
+
+    What waits with the object may be limited by the sizes of its other fields. Records the fields
+    that must not be ignored.
+    """
     fields = _fields_of(model)
     kept: dict[str, Any] = {}
     unknown: list[str] = []
@@ -220,6 +224,8 @@ def _tidied(
             # Compare the types too: 1 equals True in Python.
             if not any(type(each) is type(one) and each == one for one in neutral):
                 found.append(_Unknown(path + name, _not_supported(instead)))
+        elif not here.is_used:
+            continue
         elif here.inner is None:
             kept[name] = each
         elif isinstance(each, dict) and not here.is_list:

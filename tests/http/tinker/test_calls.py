@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import errno
 import random
 import threading
 import time
@@ -589,6 +590,18 @@ async def test_waiting_passes_take_no_more_memory_than_their_bodies(tmp_path: Pa
         assert Process().memory_info().rss - before < 2 * sent + (16 << 20)
 
 
+async def test_waiting_commands_keep_no_ignored_field(tmp_path: Path) -> None:
+    async with tenant(tmp_path) as one:
+        body = {"model_id": await one.model(), "adam_params": {}, "type": ["optim_step"] * 200_000}
+        before = 0
+        # Without its predecessor, no command runs.
+        for number in range(2, 80):
+            await one.ask("/optim_step", body | {"seq_id": number})
+            if number == 10:
+                before = Process().memory_info().rss
+        assert Process().memory_info().rss - before < 32 << 20
+
+
 async def test_a_session_that_ends_while_a_sampler_is_created_leaves_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -658,6 +671,71 @@ async def test_checkpoints_outlive_the_server(tmp_path: Path) -> None:
         other = [Checkpoints(tmp_path).find("", path).config]
         assert other == [LearnerConfig(rank=4, seed=1, unembed=True)]
         assert names_in(tmp_path, "incoming/*") == []
+
+
+async def test_the_removal_of_expired_checkpoints_spares_those_saved_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with tenant(tmp_path) as one:
+        model_id = await one.model()
+        tenants = one.server.server._tenants
+        assert tenants is not None
+        for number, name in enumerate(("a", "b"), start=1):
+            save = {"model_id": model_id, "seq_id": number, "path": name, "ttl_seconds": 1}
+            await one.result(await one.ask("/save_weights", save))
+        await asyncio.sleep(1.0)
+        is_removing, may_remove = asyncio.Event(), threading.Event()
+        loop, discard = asyncio.get_running_loop(), tenants.checkpoints._discard
+
+        def slow(folder: Path) -> None:
+            if folder.name == "a":
+                loop.call_soon_threadsafe(is_removing.set)
+                may_remove.wait()
+            discard(folder)
+
+        monkeypatch.setattr(tenants.checkpoints, "_discard", slow)
+        removing = asyncio.ensure_future(tenants.checkpoints.sweep())
+        await is_removing.wait()
+        save = {"model_id": model_id, "seq_id": 3, "path": "b"}
+        path = (await one.result(await one.ask("/save_weights", save)))["path"]
+        may_remove.set()
+        await removing
+        (listed,) = (await one.ask("/checkpoints", verb="GET"))["checkpoints"]
+        assert listed["tinker_path"] == path
+        assert names_in(tmp_path, "*/weights/*") == ["b"]
+
+
+async def test_a_checkpoint_that_a_full_disk_keeps_is_removed_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with tenant(tmp_path) as one:
+        model_id = await one.model()
+        for number, name in enumerate(("a", "b", "c"), start=1):
+            save = {"model_id": model_id, "seq_id": number, "path": name}
+            save |= {} if name == "c" else {"ttl_seconds": 1}
+            await one.result(await one.ask("/save_weights", save))
+        await asyncio.sleep(1.0)
+        tenants = one.server.server._tenants
+        assert tenants is not None
+        discard = tenants.checkpoints._discard
+
+        def full(folder: Path) -> None:
+            if folder.name != "b":
+                raise OSError(errno.ENOSPC, "full")
+            discard(folder)
+
+        monkeypatch.setattr(tenants.checkpoints, "_discard", full)
+        url = f"/training_runs/{model_id}/checkpoints/weights/c"
+        refused = await one.send(url, verb="DELETE")
+        assert refused.json()["error"]["code"] == "storage_full"
+        await tenants.checkpoints.sweep()
+        assert names_in(tmp_path, "*/weights/*") == ["a", "c"]
+        assert sum(tenants.checkpoints.bytes_by_owner.values()) > 0
+        monkeypatch.undo()
+        assert len((await one.ask("/checkpoints", verb="GET"))["checkpoints"]) == 1
+        await one.ask(url, verb="DELETE")
+        await tenants.checkpoints.sweep()
+        assert names_in(tmp_path, "*/weights/*") == []
 
 
 async def test_the_wall_clock_ends_no_link_and_no_checkpoint(

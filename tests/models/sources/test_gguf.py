@@ -225,6 +225,22 @@ def test_the_embedded_model_given_by_path_is_named_after_its_file(
     assert names == ["tiny", MODEL_NAME, "tiny"]
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "turret.json"])
+@pytest.mark.parametrize("fault", ["changed", "cut", "empty"])
+def test_damaged_weights_in_the_cache_are_quantised_again(
+    name: str, fault: str, tmp_path: Path
+) -> None:
+    folder, file = tiny("llama", tmp_path / "model"), tmp_path / "tiny.gguf"
+    write_gguf(folder, file, Kind.F16)
+    source = resolve_model(file, tmp_path / "cache")
+    damaged = source.weights / name
+    content = damaged.read_bytes()
+    changed = content[:-1] + bytes([content[-1] ^ 1])
+    damaged.write_bytes({"changed": changed, "cut": content[:-1], "empty": b""}[fault])
+    assert resolve_model(file, tmp_path / "cache") == source
+    assert damaged.read_bytes() == content
+
+
 @pytest.mark.long
 def test_the_embedded_model_matches_transformers() -> None:
     """The file is SmolLM2-135M-Instruct in Q4_1."""
