@@ -14,6 +14,7 @@ from builders.bases.gguf_files import TEMPLATE, write_gguf
 from builders.bases.tiny_models import BOS, EOS, save_tiny_model
 from gguf import GGMLQuantizationType as Kind
 from gguf_oracle import assert_alike, transformers_state
+from safetensors.torch import load_file, save_file
 from said import says
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -204,6 +205,18 @@ def test_reading_reports_progress_without_drawing_a_bar(
     assert capfd.readouterr().err == ""
 
 
+def test_other_weights_of_the_same_size_and_time_are_other_models(tmp_path: Path) -> None:
+    folder, cache = tiny("llama", tmp_path / "model"), tmp_path / "cache"
+    (file,) = folder.glob("*.safetensors")
+    os.utime(file, (0, 0))
+    before, size = resolve_model(folder, cache), file.stat().st_size
+    tensors = load_file(file)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, file, {"format": "pt"})
+    os.utime(file, (0, 0))
+    assert file.stat().st_size == size
+    assert resolve_model(folder, cache).digest != before.digest
+
+
 def test_what_killed_processes_left_in_the_cache_is_removed(tmp_path: Path) -> None:
     folder, cache = tiny("llama", tmp_path / "model"), tmp_path / "cache"
     old, new = (cache / f".building-{name}" for name in ("old", "new"))
@@ -226,8 +239,8 @@ def test_the_embedded_model_given_by_path_is_named_after_its_file(
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "turret.json"])
-@pytest.mark.parametrize("fault", ["changed", "cut", "empty"])
-def test_damaged_weights_in_the_cache_are_quantised_again(
+@pytest.mark.parametrize("fault", ["cut", "empty", "missing"])
+def test_damaged_files_in_the_cache_are_written_again(
     name: str, fault: str, tmp_path: Path
 ) -> None:
     folder, file = tiny("llama", tmp_path / "model"), tmp_path / "tiny.gguf"
@@ -235,8 +248,9 @@ def test_damaged_weights_in_the_cache_are_quantised_again(
     source = resolve_model(file, tmp_path / "cache")
     damaged = source.weights / name
     content = damaged.read_bytes()
-    changed = content[:-1] + bytes([content[-1] ^ 1])
-    damaged.write_bytes({"changed": changed, "cut": content[:-1], "empty": b""}[fault])
+    damaged.unlink()
+    if fault != "missing":
+        damaged.write_bytes(content[:-1] if fault == "cut" else b"")
     assert resolve_model(file, tmp_path / "cache") == source
     assert damaged.read_bytes() == content
 
