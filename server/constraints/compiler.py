@@ -191,9 +191,10 @@ class ConstraintCompiler:
             make, alphabet, _FIXED_BYTES + measured, forces=spec.kind == "choice"
         )
         # A grammar that matches nothing, or that is too wide at its start, fails at its first mask.
+        matcher = constraint.matcher()
         try:
-            constraint.matcher().mask()
-        except BudgetExceededError as error:
+            matcher.mask()
+        except (BudgetExceededError, InvalidRequestError) as error:
             raise InvalidRequestError.of(spec.kind, error.message) from None
         return constraint
 

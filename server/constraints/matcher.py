@@ -184,7 +184,7 @@ class Matcher:
         """Advance by a token, which the last mask allowed.
 
         Raises:
-            BudgetExceededError: The grammar is too complex to continue.
+            InvalidRequestError: The grammar is too complex to continue.
         """
         self._tokens.append(token_id)
         self._follow(lambda: self._native.consume_token(token_id), again=lambda: None)
@@ -202,7 +202,8 @@ class Matcher:
             The token by which it advanced; None if the mask is needed to decide.
 
         Raises:
-            BudgetExceededError: The grammar is too complex to go on, or took too long.
+            InvalidRequestError: The grammar is too complex to continue.
+            BudgetExceededError: It took too long.
         """
         taken: int | None = None
 
@@ -228,7 +229,8 @@ class Matcher:
             withheld: Tokens that are forbidden as long as another token is allowed.
 
         Raises:
-            BudgetExceededError: The grammar is too complex to go on, or took too long.
+            InvalidRequestError: The grammar is too complex to continue.
+            BudgetExceededError: It took too long, or no token that can be drawn may come next.
         """
         words: Words = np.empty(self._alphabet.num_words, dtype=np.int32)
         pointer, size = words.ctypes.data, words.nbytes
@@ -285,7 +287,8 @@ class Matcher:
         self._source.count(seconds)
         if self._native.is_error():
             problem = shortened(self._native.get_error())
-            raise BudgetExceededError(say("CONSTRAINT_TOO_COMPLEX", problem=problem))
+            # A retry would end at the same place, so this is not a lack of resources.
+            raise InvalidRequestError(say("CONSTRAINT_TOO_COMPLEX", problem=problem))
 
 
 def without(words: Words, withheld: Collection[int]) -> Words:

@@ -25,7 +25,7 @@ from turret.server.engine.scheduling.request import FinishReason, SamplingParams
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.runner import Pooler, TorchExecutor
 from turret.server.engine.step.sampler import LateMask, Masks, Sampler, TokenMask
-from turret.server.errors import BudgetExceededError, InvalidRequestError
+from turret.server.errors import InvalidRequestError
 
 SCHEMA = {
     "type": "object",
@@ -287,7 +287,7 @@ async def test_a_constraint_that_cannot_be_followed_ends_only_its_own_request(mo
         beside = make_request(PROMPT, max_tokens=20)
         alone = await harness.run(beside)
         failing = constrained(wide, sampling=GREEDY)
-        with pytest.raises(BudgetExceededError, check=says("CONSTRAINT_TOO_COMPLEX")):
+        with pytest.raises(InvalidRequestError, check=says("CONSTRAINT_TOO_COMPLEX")):
             await harness.run(failing)
         assert (await harness.run(beside)).bits == alone.bits
 

@@ -326,11 +326,11 @@ def test_metrics_are_labelled_by_protocol(server: ServerUnderTest, client: opena
         text = answer.read().decode()
     assert 'turret_calls_total{code="OK",protocol="http"}' in text
     assert 'turret_requests_total{adapter="sql",code="OK"}' in text
-    # Twelve tokens have eleven gaps.
+    # With speculation, tokens can arrive together, so the number of gaps is not that of tokens.
     gaps = r'^turret_adapter_inter_token_seconds_count{adapter="sql"} (\S+)$'
     found = re.search(gaps, text, re.M)
     assert found is not None
-    assert float(found[1]) >= 11
+    assert float(found[1]) > 0
     assert re.search(r'^turret_adapters_info{max_lora="64",running_lora_adapters="",', text, re.M)
 
 
