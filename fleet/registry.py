@@ -169,7 +169,7 @@ class FleetRegistry:
         # The files and key of uploaded generations that are gone, with the revision that removed
         # each. The files are deleted once no replica uses them.
         self._leftovers: list[tuple[Source, str, int]] = []
-        # Until then, a replica that follows an earlier run may answer requests.
+        # Until this time, replicas that follow an earlier run may still answer requests.
         self._quiet_until = now if is_first else self._expiry(now)
 
     # Replicas

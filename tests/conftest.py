@@ -9,6 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Set this before triton is imported: without a GPU, kernels run in its interpreter.
 if not os.path.exists("/dev/nvidia0"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Keep the quantised test models out of the user's cache.
+os.environ["XDG_CACHE_HOME"] = os.path.abspath(os.path.join(__file__, "../../build/test-cache"))
 
 import logging
 import random

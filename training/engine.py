@@ -1,4 +1,4 @@
-"""The engines that train a run's adapter. This file has PEFT's; see also ``server_engine.py``."""
+"""The engine that trains a run's adapter with PEFT, and the type of all three engines."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ from turret.server.models.weights.nf4_gpu import Nf4Product
 KV_BLOCK = 16
 # Tokens that sequences have room for beyond their context.
 ROOM = 64
-# Maximum share of the memory left by the base that adapters may take.
+# Adapters may take at most this share of the memory that the base leaves.
 _ADAPTER_SHARE = 0.9
 
 

@@ -194,7 +194,7 @@ class Conversation:
             NotFoundError: The server lacks one of the adapters or aliases, or the generation.
         """
         if adapters:
-            # This call looks up the names as a generation does, and needs no other role.
+            # This call looks up the names as ``generate`` does, and needs no other role.
             self.client.tokenize("a", adapters=adapters, timeout=self.timeout)
         self.adapters = adapters
 

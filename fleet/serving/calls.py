@@ -138,7 +138,7 @@ _interceptor = CallInterceptor(Services(gate=ServingGate()))
 
 
 def check_with(interceptor: CallInterceptor) -> None:
-    """Makes the interceptor of this process's replica check its calls from now on."""
+    """Sets the interceptor that checks this process's calls: that of its replica."""
     global _interceptor
     _interceptor = interceptor
 

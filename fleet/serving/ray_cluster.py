@@ -274,9 +274,9 @@ def _apart() -> Iterator[None]:
     """Lets only this process shut down the processes that Ray starts.
 
     Each of Ray's processes gets its own process group, so a signal that a terminal or ``timeout``
-    sends to this process's group does not reach them. Unlike this process, they do not
-    block SIGTERM.
-    Ray's own SIGTERM handler is not installed, because it would end this process during startup.
+    sends to this process's group does not reach them. Unlike this process, they do not block
+    SIGTERM. Ray's own SIGTERM handler is not installed, because it would end this process during
+    startup.
     """
     from ray._private import services, utils
 

@@ -263,7 +263,7 @@ class Merger:
     ) -> None:
         """Exchanges the weights.
 
-        The base then has this generation, which replicas get from the fleet, or the next one.
+        The base then has ``generation``, which a fleet gives its replicas, or else the next one.
         """
         if generation is None:
             generation = self._state.base_generation + 1

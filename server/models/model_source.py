@@ -598,12 +598,13 @@ def _new_directory(target: Path) -> Iterator[Path]:
         for each in build.iterdir():
             with each.open("rb") as file:
                 os.fsync(file.fileno())
-        # Remove a damaged checkpoint (see ``_is_cached``).
-        shutil.rmtree(target, ignore_errors=True)
-        build.rename(target)
+        # Remove a damaged checkpoint, but not the complete one of a process that was faster.
+        if not _is_cached(target):
+            shutil.rmtree(target, ignore_errors=True)
+            build.rename(target)
     except OSError:
         # Another process was faster. Its result is the same.
-        if not (target / _MANIFEST).exists():
+        if not _is_cached(target):
             raise
     finally:
         shutil.rmtree(build, ignore_errors=True)

@@ -83,7 +83,7 @@ async def test_any_number_of_unknown_fields_is_ignored() -> None:
 
 
 def test_a_text_may_hold_any_number_of_brackets() -> None:
-    """Only lists and objects count, so brackets in strings are exempt from their limit."""
+    """The limit is on lists and objects; brackets in strings do not count."""
     text = '[{"a": [1, -2.5e3, true, null, "\\u00e9"]}]' * 20_000
     body = {"prompt": text, "n": [1, 2.5, -1e3, True, None, {"a": {}, "b": []}], "é": "😀"}
     for is_ascii in (True, False):

@@ -297,6 +297,7 @@ async def test_nothing_is_logged_if_a_call_fails_after_its_caller_has_gone(
         if not slow._num_running:
             break
         await asyncio.sleep(0.01)
+    assert not slow._num_running
     # asyncio logs a failure that nobody has seen when its task is freed.
     gc.collect()
     assert not caplog.records

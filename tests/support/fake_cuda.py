@@ -7,8 +7,7 @@ A stream runs nothing until something waits for it. So a buffer that is overwrit
 for its copy, or read too early, always has wrong values here. Copies with ``non_blocking=True`` are
 put on the current stream; ``launch`` puts other work there. Memory pools and cuBLAS workspaces of
 graphs follow torch 2.11 or, on request, later versions. The memory of a workspace that was freed
-can be used until its pool is gone; without a pool, it cannot. Errors have the texts
-of torch's own.
+can be used until its pool is gone; without a pool, it cannot. Errors have torch's own texts.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ static void round_tile(const void *job, int64_t thread, int64_t tile) {
             bf16 size = w[k] & 0x7fff;
             most = size > most ? size : most;
         }
-        if (most >= 0x7f80) {
+        if (most >= 0x7f80) { /* infinity or NaN */
             *length = INFINITY;
             return;
         }
@@ -83,7 +83,8 @@ static void round_tile(const void *job, int64_t thread, int64_t tile) {
     }
 }
 
-/* Computes the 8-bit copy. in_features is a multiple of 8. NaN and infinities make a length infinite. */
+/* Computes the 8-bit copy. in_features is a multiple of 8. NaN and infinities make a tile's length infinite, and
+ * leave its codes and scales undefined. */
 EXPORT void turret_screen_codes(const bf16 *weight, int64_t out_features, int64_t in_features, int8_t *codes,
                                 float *scales, double *facts, int64_t threads) {
     Codes job = {weight, codes, scales, facts, out_features, in_features};

@@ -288,8 +288,8 @@ def test_a_step_never_waits_for_the_device(name: str, no_launches: list[str]):
     assert computed.logits is not None
     assert len(computed.logits) == sum(item.samples for item in step.scheduled)
     kernels = set(no_launches)
-    # ``_with_kernels`` leaves nothing of adapters with routers, so no adapter changes the products
-    # of these steps. The kernel that multiplies by the base's weight then rotates the heads, too.
+    # Of adapters with first passes, ``_with_kernels`` leaves only the router, so no adapter changes
+    # the products of plain steps, and the kernel of the base's product also rotates the heads.
     is_plain = name in ("decode, base only", "prompts, two passes")
     heads = "nf4_rotate_kernel" if is_plain else "rope_kv_write_kernel"
     assert {"paged_attention_kernel", heads} <= kernels
@@ -441,8 +441,7 @@ def test_one_copy_moves_an_adapter_into_the_pack():
     with torch.no_grad(), watched() as copies:
         executor.store.prepare([adapters["router"]])
     assert copies.waits == []
-    # The router's tensors are in the one copy. It computes the gates itself, so there are no
-    # addresses of scores to copy.
+    # Only the router's tensors: its gates have no kernel, so ``_with_kernels`` has removed them.
     assert copies.uploads == 1
 
 

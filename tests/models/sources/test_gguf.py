@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -215,6 +216,32 @@ def test_other_weights_of_the_same_size_and_time_are_other_models(tmp_path: Path
     os.utime(file, (0, 0))
     assert file.stat().st_size == size
     assert resolve_model(folder, cache).digest != before.digest
+
+
+def test_a_process_that_was_slower_leaves_the_finished_model_alone(tmp_path: Path) -> None:
+    folder, cache = tiny("llama", tmp_path / "model"), tmp_path / "cache"
+    places: list[int] = []
+
+    def finish_another(*_: object) -> None:
+        if not places:
+            places.append(0)
+            places[0] = resolve_model(folder, cache).weights.stat().st_ino
+
+    assert resolve_model(folder, cache, finish_another).weights.stat().st_ino == places[0]
+
+
+def test_a_disk_that_fails_while_a_damaged_model_is_replaced_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, cache = tiny("llama", tmp_path / "model"), tmp_path / "cache"
+    (resolve_model(folder, cache).weights / "model.safetensors").write_bytes(b"")
+
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(model_source.os, "fsync", fail)
+    with pytest.raises(OSError, match="full"):
+        resolve_model(folder, cache)
 
 
 def test_what_killed_processes_left_in_the_cache_is_removed(tmp_path: Path) -> None:

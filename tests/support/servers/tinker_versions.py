@@ -1,8 +1,8 @@
 """The installed versions of the client ``tinker``.
 
 These are the versions below ``TINKER_CLIENTS``, each installed as with
-``pip install --target TINKER_CLIENTS/0.38.0 tinker==0.38.0``. Without that variable, it is the
-version that this Python has.
+``pip install --target TINKER_CLIENTS/0.38.0 tinker==0.38.0``. Without that variable, there is
+only the version of this Python.
 """
 
 from __future__ import annotations
