@@ -222,7 +222,8 @@ class Training:
 
         Args:
             model: The model.
-            run: Does the work. It must not refer to the message, which counts only during the call.
+            run: Does the work. It must not keep the message, whose memory is counted only during
+                the call.
             size: See ``CommandLog.add``.
         """
         futures, session = self._tenants.futures, self._tenants.sessions.of(model)

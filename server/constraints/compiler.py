@@ -50,13 +50,13 @@ _PROGRAM = Path(__file__).with_name("trial_program.py")
 # state per character and never reuses a mask, which takes 0.5 ms without slices and 0.02 ms with
 # them (49,152 tokens).
 _SLICES = ["[a-z ]{1,16}", "[a-zA-Z ]{1,16}", *LLTokenizer.general_slices()]
-# Maximum number of states of a lexer, which all answers under one constraint share. They take at
-# most 45 MB. Maximum number of the parser's items in a step: all running requests wait for a step,
-# whose time grows with the square of this number if the grammar is ambiguous. At this limit it
-# takes 6 ms, and 0.3 s at llguidance's own, which is five times as high. Ordinary grammars and most
-# schemas need less than a fifth (49,152 tokens).
 _LIMITS: dict[str, Any] = {
+    # All answers under one constraint share the states of its lexer, which take at most 45 MB.
     "max_lexer_states": 1 << 15,
+    # Items of the parser in one of its steps, for which all running requests wait. If the grammar
+    # is ambiguous, the time of a step grows with the square of this number: 6 ms at this limit,
+    # 0.3 s at llguidance's own, which is five times as high. Ordinary grammars and most schemas
+    # need less than a fifth (49,152 tokens).
     "step_max_items": 10_000,
     "verbose_errors": False,
 }

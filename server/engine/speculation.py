@@ -219,8 +219,7 @@ class StepPlan:
 # Marks the beginning of an answer; no token has this id.
 START = -1
 # Number of tokens of earlier answers that a memory keeps when it is cut, and maximum number of
-# memories.
-# Together they take a few tens of megabytes, or a hundred if all tokens differ.
+# memories. Together they take a few tens of megabytes, or a hundred if all tokens differ.
 _MAX_TOKENS = 4096
 _MAX_MEMORIES = 128
 

@@ -559,14 +559,14 @@ class _Quantizing:
 
 
 def _is_cached(target: Path) -> bool:
-    """Whether the cache has a checkpoint, whose files are as long as they should be."""
+    """Whether the cache has a checkpoint, with a valid manifest and complete weights."""
     if not target.exists():
         return False
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, SafetensorError):
         _read_cached(target, target)
         with safe_open(target / WEIGHTS, framework="pt"):
             return True
-    _log.warning("quantising again: the cache is damaged", extra=log.fields(path=target))
+    _log.warning("the cached weights are damaged", extra=log.fields(path=target))
     return False
 
 

@@ -3,7 +3,7 @@
     <run>/<kind>/<name>/adapter_config.json, …   as ``TrainingService.save`` writes them
     <run>/<kind>/<name>/checkpoint.json          what the API reports about the checkpoint
     <run>/<kind>/<name>~/                        a checkpoint that is being replaced
-    incoming/<random>/                           an unfinished checkpoint; removed at startup
+    incoming/<random>/                           an unfinished or removed checkpoint
 
 A checkpoint is written completely and then renamed, so a crash leaves no partial one. If a crash
 happens between the two renames of a replacement, the next start undoes the first one.
@@ -222,13 +222,14 @@ class Checkpoints:
                 "path", say("NOT_MATCHING", pattern=NAME.pattern, value=checkpoint.name)
             )
         before = self._all.get(checkpoint.path)
-        if before is not None and not before.is_expired and not overwrite:
+        is_taken = before is not None and not before.is_expired
+        if is_taken and not overwrite:
             text = say("CHECKPOINT_EXISTS", path=checkpoint.path)
             raise InvalidRequestError.of("path", text)
-        if before is None and len(self.owned(checkpoint.owner)) >= MAX_CHECKPOINTS:
+        if not is_taken and len(self.owned(checkpoint.owner)) >= MAX_CHECKPOINTS:
             text = say("TRAINING_LIMIT_REACHED", most=MAX_CHECKPOINTS, what="checkpoints")
             raise InvalidRequestError.of("path", text)
-        if before is not None and before.is_expired:
+        if before is not None and not is_taken:
             # Otherwise ``sweep`` might remove the new one instead.
             await self.remove(before)
         with reporting_disk_faults():
@@ -267,7 +268,7 @@ class Checkpoints:
         for checkpoint in [each for each in self._all.values() if each.is_expired]:
             # Meanwhile, its owner may have saved another one with the same path.
             if self._all.get(checkpoint.path) is checkpoint:
-                # A failure was logged, and delays only its own checkpoint.
+                # A failure delays only its own checkpoint, which the next sweep tries again.
                 with contextlib.suppress(StorageFullError, StorageFailedError):
                     await self.remove(checkpoint)
 

@@ -552,7 +552,7 @@ class Tenants:
                 self.sessions.sweep()
                 await self.checkpoints.sweep()
             except TurretError:
-                # The server is starting or shutting down, or its disk failed, which was logged.
+                # The server is starting or shutting down.
                 continue
             except Exception:
                 _log.exception("expired training sessions and results could not be removed")

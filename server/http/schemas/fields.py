@@ -206,10 +206,10 @@ def _model_in(annotation: Any) -> tuple[type[Body] | None, bool]:
 def _tidied(
     model: type[Body], value: dict[str, Any], path: str, found: list[_Unknown]
 ) -> dict[str, Any]:
-    """The object without nulls, and unknown and ignored fields.
+    """The object without nulls, unknown fields and ignored fields.
 
-    What waits with the object may be limited by the sizes of its other fields. Records the fields
-    that must not be ignored.
+    Ignored fields could have any size, and limits on waiting commands do not count them. Records
+    the fields that must not be ignored.
     """
     fields = _fields_of(model)
     kept: dict[str, Any] = {}

@@ -706,6 +706,22 @@ async def test_the_removal_of_expired_checkpoints_spares_those_saved_meanwhile(
         assert names_in(tmp_path, "*/weights/*") == ["b"]
 
 
+async def test_the_number_of_checkpoints_is_limited_with_expired_paths_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "MAX_CHECKPOINTS", 1)
+    async with tenant(tmp_path) as one:
+        model_id = await one.model()
+        results = []
+        for number, name in enumerate(("a", "b", "a"), start=1):
+            save = {"model_id": model_id, "seq_id": number, "path": name}
+            save |= {"ttl_seconds": 1} if number == 1 else {}
+            results.append(await one.result(await one.ask("/save_weights", save)))
+            await asyncio.sleep(1.0 if number == 1 else 0.0)
+        assert ["error" in result for result in results] == [False, False, True]
+        assert results[-1]["category"] == "user"
+
+
 async def test_a_checkpoint_that_a_full_disk_keeps_is_removed_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

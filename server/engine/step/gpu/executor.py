@@ -63,7 +63,7 @@ from turret.server.models.decoding.layer_ops import KvCache
 # steps are captured, so that no request waits for that.
 
 
-# Share that adapters get by default of the memory that the model leaves free.
+# Default share of adapters in the memory that the model leaves free.
 _ADAPTER_SHARE = 1 / 7
 # Share of the device's memory for captured steps, libraries, gaps between allocations, and a
 # merge's second copy of a projection.
