@@ -577,7 +577,7 @@ def _read_cached(weights: Path, files: Path) -> ModelSource:
     return ModelSource(named, weights, files, digest, fidelity=fidelity)
 
 
-# What identifies a file besides its place, size and time: the start of each of so many equal parts.
+# The key of a model in the cache includes the start of each of so many equal parts of its files.
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 _UNFINISHED = ".building-"
 # No model takes this long to quantise, so what is older was left behind by a killed process.

@@ -249,7 +249,7 @@ class Checkpoints:
             try:
                 await asyncio.to_thread(self._discard, self.folder(checkpoint))
             except OSError:
-                # It still takes space, so its owner or ``sweep`` must be able to try again.
+                # The checkpoint still takes space. Its owner or ``sweep`` can try again.
                 self._all.setdefault(checkpoint.path, checkpoint)
                 raise
 

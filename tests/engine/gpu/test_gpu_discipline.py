@@ -288,8 +288,9 @@ def test_a_step_never_waits_for_the_device(name: str, no_launches: list[str]):
     assert computed.logits is not None
     assert len(computed.logits) == sum(item.samples for item in step.scheduled)
     kernels = set(no_launches)
-    # Of adapters with first passes, ``_with_kernels`` leaves only the router, so no adapter changes
-    # the products of plain steps, and the kernel of the base's product also rotates the heads.
+    # ``_with_kernels`` leaves only the router of an adapter with a first pass, so no adapter
+    # changes the products of plain steps, and the kernel of the base's product also rotates the
+    # heads.
     is_plain = name in ("decode, base only", "prompts, two passes")
     heads = "nf4_rotate_kernel" if is_plain else "rope_kv_write_kernel"
     assert {"paged_attention_kernel", heads} <= kernels
