@@ -56,10 +56,10 @@ _METHOD_NAMES = "turret.training.settings.config:METHOD_NAMES"
 
 def _serve(args: argparse.Namespace) -> int:
     from turret.server import log
+    from turret.server.basics.machine import use_threads
     from turret.server.command.flags import resolved
     from turret.server.command.preflight import problems
     from turret.server.command.start_lines import introduce, refuse
-    from turret.server.command.threads import use_threads
 
     _collect_rarely()
     if not (found := resolved(args, "turret serve")):
@@ -128,7 +128,7 @@ def _compile(args: argparse.Namespace) -> int:
 
 def _capability(text: str) -> int:
     """A compute capability such as 9.0, as Triton writes it: 90."""
-    from turret.server.basics.triton_needs import LEAST_CAPABILITY
+    from turret.server.basics.machine import LEAST_CAPABILITY
     from turret.server.words import say
 
     major, _, minor = text.partition(".")

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
 from turret.server.adapters.adapter import Mix
-from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.registry import AdapterRegistry
 from turret.server.basics.turns import FairPool
 from turret.server.constraints.matcher import start_roomy
 from turret.server.engine.answer import Answer, AnswerMemory, AnswerText, Stream

@@ -27,10 +27,10 @@ from turret.server.basics.settings import split_address
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http.connection import Connection, Listener, tls_context
 from turret.server.http.endpoint import ADAPTERS, Endpoint, Route, dumps
+from turret.server.http.fields import slip_of
 from turret.server.http.openapi import sender
 from turret.server.http.refusals import HttpRefusal, refusal_of
 from turret.server.http.routes import ROUTES
-from turret.server.http.schemas.fields import slip_of
 from turret.server.words import say
 
 ANY = "*"

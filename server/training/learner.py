@@ -21,13 +21,12 @@ from turret.server.adapters.checkpoint.adapter_checkpoint import (
     PROMPT_EMBEDDINGS,
     AdapterCheckpoint,
 )
-from turret.server.adapters.fuse.lora_files import (
+from turret.server.adapters.fuser import (
     AdapterFiles,
     save_tensors,
     target_modules,
 )
-from turret.server.adapters.lowering.method import LinearMethod
-from turret.server.adapters.lowering.start import NewModule
+from turret.server.adapters.lowering import LinearMethod, NewModule
 from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.vocabulary import HEAD

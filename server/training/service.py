@@ -20,7 +20,7 @@ import torch
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE, AdapterRef
 from turret.server.adapters.device.store import ProjectionLayout, StepStore
 from turret.server.adapters.operators.vocabulary import HEAD
-from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StagedUpload, UploadedFile
 from turret.server.basics.names import is_private
 from turret.server.basics.turns import FairPool

@@ -16,7 +16,7 @@ from turret.server.api.call import Call
 from turret.server.api.gate import ServingGate
 from turret.server.api.services import Services
 from turret.server.errors import InvalidRequestError
-from turret.server.rpc.server import METHODS
+from turret.server.rpc import METHODS
 
 # Chunks follow a valid header; tests/rpc/test_transfers.py sends them.
 _CHUNK = "FileChunk"

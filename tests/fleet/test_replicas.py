@@ -21,7 +21,7 @@ from turret.fleet.follower import Channel
 from turret.fleet.replica import ReplicaParts
 from turret.server.adapters.adapter import REQUEST, AdapterRef, OwnTemplate
 from turret.server.adapters.merger import Merger
-from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StateDir
 from turret.server.basics.work import Cancellation
 from turret.server.errors import (

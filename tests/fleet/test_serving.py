@@ -30,7 +30,7 @@ from servers import raw_grpc
 from servers.probe import is_serving
 
 from turret.clients.client import TurretClient, TurretRpcError
-from turret.clients.messages.mix import AdapterWeight
+from turret.clients.requests import AdapterWeight
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.long

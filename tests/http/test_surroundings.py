@@ -23,10 +23,10 @@ from turret.server.basics.codes import Code
 from turret.server.config import ListenConfig
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.http.endpoint import BODY_SECONDS, MAX_BODY_BYTES
+from turret.server.http.fields import MAX_PROMPTS
 from turret.server.http.refusals import STEPS, TABLE, refusal_of, renamed_path
+from turret.server.http.request_models import MAX_ANSWERS
 from turret.server.http.routes import ROUTES
-from turret.server.http.schemas.fields import MAX_PROMPTS
-from turret.server.http.schemas.requests import MAX_ANSWERS
 from turret.server.words import say
 
 TOKENS = TokenTable(

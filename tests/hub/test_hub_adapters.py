@@ -18,7 +18,7 @@ from servers.fake_hub import TOKEN, FakeHub, Repo
 
 from turret.server import remote as hub_adapters
 from turret.server.adapters.adapter import AdapterRef
-from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StateDir
 from turret.server.command.preflight import problems
 from turret.server.config import AdapterConfig, Config, ListenConfig

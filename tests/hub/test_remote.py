@@ -21,7 +21,7 @@ from said import says
 from servers.storage import needs_registry, oci_registry, s3_server
 
 from turret.server import remote
-from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.state_dir import NoStateDir, StateDir
 from turret.server.errors import (
     AdapterCheckpointError,

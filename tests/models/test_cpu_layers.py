@@ -23,7 +23,7 @@ from servers.engine_harness import EngineHarness, make_request
 
 from turret.kernels.cpu.native import library
 from turret.server.adapters.adapter import AdapterRef
-from turret.server.adapters.device.cpu.store import CpuStore
+from turret.server.adapters.device.cpu import CpuStore
 from turret.server.adapters.device.store import KERNELS, Resident
 from turret.server.adapters.operators.low_rank import ExpertLowRank
 from turret.server.adapters.operators.modulated_base import ModulatedBase

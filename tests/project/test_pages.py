@@ -22,11 +22,10 @@ from safetensors.torch import load_file, save_file
 
 from turret.server import errors
 from turret.server.adapters.checkpoint import adapter_root
-from turret.server.adapters.methods.structured.loha import highest_rank
-from turret.server.api import limits
+from turret.server.adapters.methods.loha import highest_rank
+from turret.server.api import checkpoints, futures, limits
+from turret.server.api import tenants as sessions
 from turret.server.api.admin import MAX_UPLOADS
-from turret.server.api.tenants import checkpoints, futures
-from turret.server.api.tenants import tenants as sessions
 from turret.server.api.uploads import IDLE_SECONDS, MAX_CHUNK_BYTES, UPLOAD_FILES
 from turret.server.api.violations import MAX_VIOLATIONS
 from turret.server.http.tinker import wire

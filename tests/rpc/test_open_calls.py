@@ -19,13 +19,12 @@ from servers import raw_grpc
 from servers.http_harness import http_harness
 from servers.rpc_harness import Harness, bearer, failure_of, harness, silent, tokens_of
 
+from turret.server import rpc
 from turret.server.api import access
 from turret.server.api.access import MOST_CONNECTIONS, Shares, most_connections
 from turret.server.api.admin import SlowCalls
 from turret.server.errors import QueueFullError
 from turret.server.http import connection
-from turret.server.rpc import interceptor
-from turret.server.rpc import server as rpc_server
 from turret.v1 import inference_pb2
 
 MOST = 4
@@ -126,7 +125,7 @@ async def test_a_listener_counts_its_open_connections() -> None:
 async def test_a_call_without_its_message_is_timed_out(
     monkeypatch: pytest.MonkeyPatch, method: str, server: Harness
 ) -> None:
-    monkeypatch.setattr(interceptor, "MESSAGE_SECONDS", 0.2)
+    monkeypatch.setattr(rpc, "MESSAGE_SECONDS", 0.2)
 
     failure = await failure_of(server.channel.stream_unary(method)(silent()))
     assert failure.code is Code.DEADLINE_EXCEEDED
@@ -152,8 +151,8 @@ async def test_messages_that_never_end_take_a_bounded_amount_of_memory(
     monkeypatch: pytest.MonkeyPatch, method: str, token: str | None
 ) -> None:
     """The parts of 100 messages of 1 MiB, of which at most four arrive at the same time."""
-    monkeypatch.setattr(interceptor, "MOST_ARRIVING", 5)
-    monkeypatch.setattr(interceptor, "MOST_ARRIVING_OPEN", 5)
+    monkeypatch.setattr(rpc, "MOST_ARRIVING", 5)
+    monkeypatch.setattr(rpc, "MOST_ARRIVING_OPEN", 5)
     headers = () if token is None else bearer(token)
     async with guarded() as server:
         address = server.rpc.address
@@ -167,7 +166,7 @@ async def test_messages_that_never_end_take_a_bounded_amount_of_memory(
 async def test_messages_wait_only_for_those_of_the_same_token(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(interceptor, "MOST_ARRIVING", 4)
+    monkeypatch.setattr(rpc, "MOST_ARRIVING", 4)
 
     async with guarded() as server:
         method = server.channel.stream_unary("/turret.v1.Inference/Tokenize")
@@ -188,7 +187,7 @@ async def test_messages_wait_only_for_those_of_the_same_token(
 async def test_calls_that_need_no_token_are_limited(
     monkeypatch: pytest.MonkeyPatch, server: Harness
 ) -> None:
-    monkeypatch.setattr(interceptor, "MOST_OPEN_CALLS", 2)
+    monkeypatch.setattr(rpc, "MOST_OPEN_CALLS", 2)
     stub: Any = health_pb2_grpc.HealthStub(server.channel)  # type: ignore[arg-type]
     watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(2)]
     for watch in watches:
@@ -213,8 +212,8 @@ async def test_calls_that_need_no_token_are_limited(
 async def test_calls_of_one_token_do_not_block_other_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(interceptor, "MOST_CALLS_PER_TOKEN", 2)
-    monkeypatch.setattr(interceptor, "MOST_OPEN_CALLS", 2)
+    monkeypatch.setattr(rpc, "MOST_CALLS_PER_TOKEN", 2)
+    monkeypatch.setattr(rpc, "MOST_OPEN_CALLS", 2)
 
     async with guarded() as server:
         method = server.channel.stream_unary("/turret.v1.Inference/Tokenize")
@@ -245,14 +244,14 @@ async def test_calls_reset_at_once_delay_others_by_a_bounded_number(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Calls of other connections wait until the server has taken those that came before."""
-    most, sent, taken = interceptor.MOST_CALLS_PER_CONNECTION, 8192, list[str]()
-    authorize = interceptor.authorize
+    most, sent, taken = rpc.MOST_CALLS_PER_CONNECTION, 8192, list[str]()
+    authorize = rpc.authorize
 
     def noted(tokens: Any, service: str, authorization: Any) -> None:
         taken.append(authorization)
         authorize(tokens, service, authorization)
 
-    monkeypatch.setattr(interceptor, "authorize", noted)
+    monkeypatch.setattr(rpc, "authorize", noted)
     async with guarded() as server:
         # gRPC reads the frames on threads of its own while this call blocks the event loop, so the
         # server takes no call meanwhile.
@@ -272,8 +271,8 @@ async def test_calls_reset_at_once_delay_others_by_a_bounded_number(
 async def test_a_connection_without_calls_is_closed(
     monkeypatch: pytest.MonkeyPatch, server: Harness
 ) -> None:
-    options = {**dict(rpc_server._OPTIONS), "grpc.max_connection_idle_ms": 100}
-    monkeypatch.setattr(rpc_server, "_OPTIONS", tuple(options.items()))
+    options = {**dict(rpc._OPTIONS), "grpc.max_connection_idle_ms": 100}
+    monkeypatch.setattr(rpc, "_OPTIONS", tuple(options.items()))
     await asyncio.to_thread(raw_grpc.wait_until_closed, server.rpc.address, 60.0)
 
 

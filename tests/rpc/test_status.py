@@ -21,7 +21,7 @@ from turret.server import errors
 from turret.server.adapters.checkpoint.adapter_checkpoint import Findings
 from turret.server.api.call import fault_of
 from turret.server.basics.codes import Code
-from turret.server.rpc.interceptor import to_rich_status
+from turret.server.rpc import to_rich_status
 from turret.server.words import say
 from turret.v1 import adapters_pb2, inference_pb2
 

@@ -21,15 +21,15 @@ from servers.rpc_harness import Harness, bearer, failure_of, harness
 from servers.table_training import TableTraining
 from servers.tinker_tenant import Tenant, pass_of
 
+from turret.clients import requests
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.client import TurretClient
 from turret.clients.errors import InvalidArgumentError, NotFoundError
-from turret.clients.messages import sequences
-from turret.clients.messages.sequences import TrainingDatum
+from turret.clients.requests import TrainingDatum
+from turret.server.api import futures
+from turret.server.api import tenants as sessions
 from turret.server.api import training as service
 from turret.server.api.access import TokenTable
-from turret.server.api.tenants import futures
-from turret.server.api.tenants import tenants as sessions
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http.server import HttpServer
 from turret.v1 import inference_pb2, tinker_pb2
@@ -392,7 +392,7 @@ async def _compare(server: Harness, tinker: Tenant) -> None:
 
 
 async def test_the_python_clients_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sequences, "_MOST_TOKENS", 5)
+    monkeypatch.setattr(requests, "_MOST_TOKENS", 5)
     monkeypatch.setattr(service, "_PIECE_BYTES", 100)
     data = [TrainingDatum([1, 2, 3], [2, 3, 1]), TrainingDatum([4, 5], [5, 4], weights=[0.5, 1.0])]
     async with serving(tmp_path) as (server, tables):

@@ -19,7 +19,7 @@ from builders.adapters import edit_config
 from builders.registries import Registries
 from servers.rpc_harness import Harness, bearer, failure_of, harness, tokens_of
 
-from turret.clients.messages.adapter_files import ExportWriter, upload_messages
+from turret.clients.adapter_files import ExportWriter, upload_messages
 from turret.server.adapters.state_dir import StateDir
 from turret.server.api import admin, uploads
 from turret.server.api.access import Shares
@@ -391,7 +391,7 @@ async def test_uploads_need_a_state_directory(tmp_path: Path) -> None:
 async def test_exports_are_limited_because_they_hold_open_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from turret.server.adapters.registry.export import AdapterExport
+    from turret.server.adapters.registry import AdapterExport
 
     finish, chunks = threading.Event(), AdapterExport.chunks
 
@@ -428,7 +428,7 @@ async def test_exports_are_limited_because_they_hold_open_files(
 async def test_an_abandoned_export_closes_its_files(
     server: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from turret.server.adapters.registry.export import AdapterExport
+    from turret.server.adapters.registry import AdapterExport
 
     closed = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -439,7 +439,7 @@ async def test_an_abandoned_export_closes_its_files(
         loop.call_soon_threadsafe(closed.set)
 
     monkeypatch.setattr(AdapterExport, "close", note)
-    monkeypatch.setattr("turret.server.adapters.registry.export.CHUNK_BYTES", 16)
+    monkeypatch.setattr("turret.server.adapters.registry.CHUNK_BYTES", 16)
     await server.adapters.LoadAdapter(pb.LoadAdapterRequest(name="a", path="a"))
     call = server.adapters.ExportAdapter(pb.ExportAdapterRequest(name="a"))
     assert (await call.read()).WhichOneof("part") == "header"

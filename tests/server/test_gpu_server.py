@@ -25,7 +25,7 @@ from gpu_path import FakeCapture
 from method_oracle import prompt_of, twin
 
 from turret.clients.aio import AdapterWeight, AsyncTurretClient
-from turret.clients.messages.results import Completion
+from turret.clients.results import Completion
 from turret.server.app import App
 from turret.server.build import build_backend
 from turret.server.config import (

@@ -11,7 +11,7 @@ from builders.adapters import read_adapter
 from builders.methods import quiet
 from method_oracle import prompt_of, twin
 
-from turret.server.adapters.device.cpu.store import CpuStore
+from turret.server.adapters.device.cpu import CpuStore
 from turret.server.adapters.device.reference import ReferenceStore
 from turret.server.models.decoding.decoder import Decoder
 from turret.server.models.describe import describe_base, describe_projections

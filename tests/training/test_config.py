@@ -20,13 +20,13 @@ from turret.training.examples import Example, read_examples
 from turret.training.methods import METHODS as TRAINED
 from turret.training.plan import Plan
 from turret.training.settings.config import (
+    METHOD_NAMES,
     TrainConfig,
     build_config,
     read_config,
     render_commented,
     render_config,
 )
-from turret.training.settings.declared import METHOD_NAMES
 from turret.training.words import say
 
 MINIMAL = {"data": {"train": "train.jsonl"}}

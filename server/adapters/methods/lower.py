@@ -8,7 +8,7 @@ from dataclasses import replace
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
 from turret.server.adapters.component import FindComponent, find_no_component
-from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.lowering import Lowered
 from turret.server.adapters.methods import check_common, method_for
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.dense import Dense

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from turret.server.api.access import MAX_EXPORTS
-from turret.server.api.tenants.checkpoints import KINDS, Checkpoint, not_found, unix_time
+from turret.server.api.checkpoints import KINDS, Checkpoint, not_found, unix_time
 from turret.server.errors import TrainingNotFoundError
 from turret.server.http.endpoint import Exchange, Json
 from turret.server.http.refusals import HttpRefusal

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from turret.server.http.endpoint import TRAINING, Exchange, Json, Route
-from turret.server.http.schemas.fields import Body
+from turret.server.http.fields import Body
 from turret.server.http.tinker import listing, sampling, schemas, sessions, training
 from turret.server.http.tinker.sessions import TinkerState
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from turret.server import errors
 from turret.server.api.call import Call
-from turret.server.api.inference_answers import converted, together
-from turret.server.api.tenants.futures import Future, Result
-from turret.server.api.tenants.tenants import SavedSampler
+from turret.server.api.futures import Future, Result
+from turret.server.api.inference import converted, together
+from turret.server.api.tenants import SavedSampler
 from turret.server.basics.codes import Code
 from turret.server.basics.work import turret_error
 from turret.server.http.choices import blamed_on

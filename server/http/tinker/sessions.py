@@ -6,15 +6,15 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from turret.server.api.futures import Future, Result
 from turret.server.api.services import Services
-from turret.server.api.tenants.futures import Future, Result
-from turret.server.api.tenants.reading import MAX_DATUMS
-from turret.server.api.tenants.tenants import Session, TenantModel
+from turret.server.api.tenants import Session, TenantModel
+from turret.server.api.training import MAX_DATUMS
 from turret.server.basics.names import BASE
 from turret.server.errors import InvalidRequestError, TrainingNotFoundError
 from turret.server.http.endpoint import Exchange, Json
+from turret.server.http.fields import Body, wrong_type
 from turret.server.http.refusals import HttpRefusal
-from turret.server.http.schemas.fields import Body, wrong_type
 from turret.server.http.tinker.schemas import OfRequest, OfSession
 from turret.server.words import say
 

@@ -7,13 +7,13 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from turret.closest import closest
-from turret.server.api.tenants.checkpoints import Checkpoint
-from turret.server.api.tenants.futures import Future, Result
-from turret.server.api.tenants.tenants import SavedSampler, TenantModel
+from turret.server.api.checkpoints import Checkpoint
+from turret.server.api.futures import Future, Result
+from turret.server.api.tenants import SavedSampler, TenantModel
 from turret.server.errors import InvalidRequestError
 from turret.server.http.endpoint import Exchange, Json
+from turret.server.http.fields import Body, Sent, wrong_type
 from turret.server.http.refusals import HttpRefusal
-from turret.server.http.schemas.fields import Body, Sent, wrong_type
 from turret.server.http.tinker import schemas, wire
 from turret.server.http.tinker.sessions import TinkerState, gone, number_of
 from turret.server.training.trainer import AdamParams, LearnerConfig

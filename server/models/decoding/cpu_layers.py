@@ -33,7 +33,7 @@ from turret.kernels.cpu.layers import (
 from turret.kernels.cpu.native import has_layer_ops, num_threads
 from turret.kernels.cpu.products import TILE_ROWS, serves_dense
 from turret.kernels.paged_attention import SequenceSpan, prepare_attention
-from turret.server.adapters.device.cpu.store import CpuStep
+from turret.server.adapters.device.cpu import CpuStep
 from turret.server.adapters.device.store import AdapterStep
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.arch import Arch, ClampedSwiglu

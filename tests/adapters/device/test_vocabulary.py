@@ -16,7 +16,7 @@ from servers.engine_harness import EngineHarness, make_request
 from torch import nn
 
 from turret.server.adapters.adapter import AdapterRef, Source
-from turret.server.adapters.residency.loader import AdapterLoader
+from turret.server.adapters.loader import AdapterLoader
 from turret.server.errors import AdapterCheckpointError, BudgetExceededError
 from turret.server.models.describe import describe_base
 from turret.server.models.loader import load_decoder

@@ -17,11 +17,11 @@ from builders.mixes.fuse import Fusions, difference, peft_weighted, truncated
 from builders.mixes.fusions import save_fusion
 from said import says
 
+from turret.server.adapters import module_fuser as fused_module
 from turret.server.adapters.adapter import AdapterRef
-from turret.server.adapters.fuse import module_fuser as fused_module
-from turret.server.adapters.fuse.combination import NAMES, Combination
-from turret.server.adapters.fuse.fuser import Fuser
-from turret.server.adapters.fuse.module_fuser import Factors, energy_rank, ratio, side_by_side
+from turret.server.adapters.combination import NAMES, Combination
+from turret.server.adapters.fuser import Fuser
+from turret.server.adapters.module_fuser import Factors, energy_rank, ratio, side_by_side
 from turret.server.adapters.operators.adapter_operators import (
     AdapterOperators,
     ModuleOperators,
@@ -30,7 +30,7 @@ from turret.server.adapters.operators.adapter_operators import (
 )
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.operators.operator import Operator
-from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StateDir
 from turret.server.basics.work import Cancellation
 from turret.server.errors import (

@@ -15,8 +15,8 @@ from builders.mixes.fuse import Fusions, Turnstile, cancellations, model
 from builders.registries import WAIT_SECONDS, in_thread, until
 from said import says
 
-from turret.server.adapters.fuse.module_fuser import FusedModule, ModuleFuser
-from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.module_fuser import FusedModule, ModuleFuser
+from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StateDir
 from turret.server.basics.work import Cancellation
 from turret.server.errors import (

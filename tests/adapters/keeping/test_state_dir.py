@@ -25,7 +25,7 @@ from builders.registries import (
 from said import says
 
 from turret.server.adapters import state_dir
-from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.state_dir import SavedRegistration, StateDir, UploadedFile
 from turret.server.basics import files
 from turret.server.errors import (

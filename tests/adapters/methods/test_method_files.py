@@ -14,7 +14,7 @@ from said import says
 from transformers.activations import ACT2FN
 
 from turret.server.adapters.methods import METHODS
-from turret.server.adapters.methods.transforms.peanut import ACTIVATIONS, activation
+from turret.server.adapters.methods.peanut import ACTIVATIONS, activation
 from turret.server.errors import AdapterCheckpointError, AdapterMismatchError
 
 Q = "model.layers.0.self_attn.q_proj"

@@ -35,9 +35,9 @@ from transformers import AutoModelForCausalLM
 
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.lowering import Lowered
 from turret.server.adapters.methods import method_for
-from turret.server.adapters.methods.low_rank.xlora import modules_in_order
+from turret.server.adapters.methods.xlora import modules_in_order
 from turret.server.cli import main
 from turret.server.engine.scheduling.request import Request
 from turret.server.errors import (

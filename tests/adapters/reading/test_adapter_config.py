@@ -23,9 +23,8 @@ from said import says
 
 from turret.server.adapters.adapter import TENSORS_FILE
 from turret.server.adapters.checkpoint.adapter_checkpoint import MAX_REPORTED, Findings
-from turret.server.adapters.methods import METHODS
+from turret.server.adapters.methods import METHODS, UNSERVED
 from turret.server.adapters.methods.lower import lower_checkpoint
-from turret.server.adapters.methods.unserved import UNSERVED
 from turret.server.errors import AdapterCheckpointError, AdapterMismatchError
 from turret.server.words import say
 

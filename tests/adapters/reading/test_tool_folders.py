@@ -13,7 +13,7 @@ from builders.methods import load_adapter, save_adapter
 from said import says
 
 from turret.server.adapters.adapter import Source, origin_of
-from turret.server.adapters.residency.loader import AdapterLoader
+from turret.server.adapters.loader import AdapterLoader
 from turret.server.errors import AdapterCheckpointError
 
 # Files that transformers' Trainer writes alongside a checkpoint's adapter.

@@ -17,7 +17,7 @@ from builders.registries import Waiter, in_thread, refs, stage_directory, tiny_b
 from said import says
 
 from turret.server.adapters.adapter import AdapterInfo
-from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StateDir
 from turret.server.errors import (
     AdapterChangedError,

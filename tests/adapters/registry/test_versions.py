@@ -14,8 +14,7 @@ from builders.registries import Registries, Waiter, refs, resident, stage_direct
 from said import says
 
 from turret.server.adapters.adapter import AdapterRef
-from turret.server.adapters.registry.export import AdapterExport
-from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.registry import AdapterExport, AdapterRegistry
 from turret.server.adapters.state_dir import StateDir
 from turret.server.errors import (
     AdapterChangedError,
@@ -371,7 +370,7 @@ def test_an_export_retries_if_its_files_were_replaced(
         registry.upload("up", stage_directory(registry, make.root / "b"), replace=True)
         until(lambda: files_of(tmp_path) == [f"{first.uuid}.2"])
 
-    monkeypatch.setattr("turret.server.adapters.registry.registry.AdapterExport", Slow)
+    monkeypatch.setattr("turret.server.adapters.registry.AdapterExport", Slow)
     meanwhile.append(replace)
     with registry.export("up") as export:
         assert export.record.generation == 2

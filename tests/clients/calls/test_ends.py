@@ -263,7 +263,7 @@ async def address() -> AsyncIterator[str]:
 @pytest.fixture
 def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Files that are sent in chunks of a megabyte, as by other clients."""
-    monkeypatch.setattr("turret.clients.messages.adapter_files._CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr("turret.clients.adapter_files._CHUNK_BYTES", 1 << 20)
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(bytes(FILE_BYTES))
     return tmp_path

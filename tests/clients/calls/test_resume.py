@@ -28,8 +28,8 @@ from turret.clients.errors import (
     TurretRpcError,
     UnavailableError,
 )
-from turret.clients.messages.requests import GenerateOptions
-from turret.clients.messages.results import Chunk
+from turret.clients.requests import GenerateOptions
+from turret.clients.results import Chunk
 from turret.clients.words import say
 from turret.v1 import inference_pb2, inference_pb2_grpc
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from said import says, texts_of
 
-from turret.clients.evaluation.rows import EvalExample, RowError, read_eval_set
+from turret.clients.rows import EvalExample, RowError, read_eval_set
 from turret.training.errors import DataError
 from turret.training.examples import read_examples
 

@@ -30,8 +30,8 @@ from turret.clients.errors import (
     UnavailableError,
     cause_of,
 )
-from turret.clients.messages.fields import ArgumentValueError, argument
-from turret.clients.messages.results import Completion
+from turret.clients.fields import ArgumentValueError, argument
+from turret.clients.results import Completion
 from turret.clients.verbs import add_verbs
 from turret.clients.verbs.command import as_typed, print_error
 from turret.clients.words import Text, say

@@ -18,7 +18,7 @@ from turret.server.errors import (
     TurretError,
 )
 from turret.server.http.refusals import STEPS
-from turret.server.http.schemas.requests import Generating
+from turret.server.http.request_models import Generating
 from turret.server.words import say
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

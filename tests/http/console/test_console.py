@@ -17,9 +17,9 @@ from turret.server.api.call import MAX_FAILURES, MAX_MESSAGE_CHARS
 from turret.server.basics.work import Cancellation
 from turret.server.config import ListenConfig
 from turret.server.errors import ResourceError
-from turret.server.http.console.state import MAX_ADAPTERS
+from turret.server.http.console import MAX_ADAPTERS
 
-STATIC = ROOT / "server" / "http" / "console" / "static"
+STATIC = ROOT / "server" / "http" / "static"
 ASK: Any = {"model": "base", "prompt": "a"}
 ROLES = ("inference", "admin", "metrics")
 

@@ -25,10 +25,10 @@ from servers.http_harness import HttpHarness, http_harness
 from servers.table_training import TableTraining
 from servers.tinker_tenant import API, LORA, PROTOBUF, Pass, Tenant, pass_of, sample_of, tensor
 
+from turret.server.api import checkpoints
+from turret.server.api import tenants as sessions
 from turret.server.api.access import MessageMemory, Shares, TokenTable
-from turret.server.api.tenants import checkpoints
-from turret.server.api.tenants import tenants as sessions
-from turret.server.api.tenants.checkpoints import Checkpoints
+from turret.server.api.checkpoints import Checkpoints
 from turret.server.errors import InvalidRequestError, QueueFullError
 from turret.server.http.tinker import listing, wire
 from turret.server.http.tinker import sessions as handlers

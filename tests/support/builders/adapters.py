@@ -27,7 +27,7 @@ from turret.server.adapters.base import (
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
-from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.lowering import Lowered
 from turret.server.adapters.methods.check import check_files
 from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import grpc
 
-from turret.clients.messages.adapter_files import upload_messages
+from turret.clients.adapter_files import upload_messages
 from turret.v1 import adapters_pb2 as pb
 from turret.v1 import adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 

@@ -19,7 +19,7 @@ from fuzz.recipes import recipe
 from google.protobuf.message import Message
 
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
-from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.registry import AdapterRegistry
 from turret.v1 import adapters_pb2, inference_pb2, tinker_pb2
 
 CORPUS = ROOT / "tests" / "fuzz" / "corpus"

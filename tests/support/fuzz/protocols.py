@@ -19,14 +19,13 @@ from grpc_health.v1 import health_pb2
 from servers.fakes import MODEL_INFO, FakeEngine, FakeMerger, fake_backend
 from servers.table_training import TableTraining
 
-from turret.server.adapters.fuse.fuser import Fuser
+from turret.server.adapters.fuser import Fuser
 from turret.server.adapters.state_dir import StateDir
 from turret.server.api.gate import ServingGate
 from turret.server.api.services import Services
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http.server import HttpServer
-from turret.server.rpc.interceptor import CallInterceptor
-from turret.server.rpc.server import HealthServicer, Servicer
+from turret.server.rpc import CallInterceptor, HealthServicer, Servicer
 from turret.v1 import adapters_pb2, inference_pb2, tinker_pb2
 
 CALL_SECONDS = 20.0

@@ -9,8 +9,7 @@ from checkout import ROOT
 from pages.adapter_costs import render_costs
 from pages.parts import with_parts
 
-from turret.server.adapters.methods import METHODS, AnyMethod
-from turret.server.adapters.methods.unserved import UNSERVED
+from turret.server.adapters.methods import METHODS, UNSERVED, AnyMethod
 from turret.server.adapters.peft_format.config_rules import Irrelevant, Rejected, Rule, Used
 
 PAGE = ROOT / "docs" / "adapters.md"

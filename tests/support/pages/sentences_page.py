@@ -13,13 +13,9 @@ def catalogues() -> dict[str, dict[str, str]]:
     """The catalogues of the source tree, by the path of their file."""
     found: dict[str, dict[str, str]] = {}
     source = ROOT / "src" / "turret"
-    folders = [path for path in source.iterdir() if path.is_dir()]
-    own = (each for folder in folders for each in (*folder.glob("words/*.py"), folder / "words.py"))
-    for path in sorted(each for each in (source / "words.py", *own) if each.exists()):
+    for path in sorted((source / "words.py", *source.glob("*/words.py"))):
         name = ".".join(path.relative_to(source.parent).with_suffix("").parts)
-        texts = getattr(importlib.import_module(name), "TEXTS", None)
-        if texts is not None:
-            found[str(path.relative_to(ROOT))] = texts
+        found[str(path.relative_to(ROOT))] = importlib.import_module(name).TEXTS
     return found
 
 

@@ -10,8 +10,7 @@ from pages.parts import with_parts
 from turret.server.basics.settings import fields_of, tables_of, toml_value
 from turret.training.methods import METHODS
 from turret.training.methods.method import PeftMethod
-from turret.training.settings.config import TrainConfig
-from turret.training.settings.declared import DECLARED
+from turret.training.settings.config import DECLARED, TrainConfig
 
 PAGE = ROOT / "docs" / "training.md"
 

@@ -21,7 +21,7 @@ from turret.server.errors import (
     TurretError,
     UnauthenticatedError,
 )
-from turret.server.rpc.interceptor import to_rich_status
+from turret.server.rpc import to_rich_status
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 FOREVER = "forever"

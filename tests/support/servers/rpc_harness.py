@@ -20,7 +20,7 @@ from turret.server.api.gate import Backend, ServingGate
 from turret.server.api.services import Services
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.metrics import Metrics
-from turret.server.rpc.server import RpcServer
+from turret.server.rpc import RpcServer
 from turret.v1 import adapters_pb2_grpc, inference_pb2_grpc, training_pb2_grpc
 
 

@@ -17,7 +17,7 @@ from servers.engine_harness import EngineHarness, make_request
 from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import AutoModelForSequenceClassification
 
-from turret.clients.evaluation.evaluate import label_figures, macro_f1_of_sets, micro_f1_of_sets
+from turret.clients.evaluate import label_figures, macro_f1_of_sets, micro_f1_of_sets
 from turret.server.engine.scheduling.request import Pooling
 from turret.training.batches import make_batch
 from turret.training.classifier import ClassifierLoss, MultiLabelLoss, label_scores, make_loss

@@ -26,10 +26,8 @@ from builders.methods import load_adapter, make_config, quiet, save_adapter
 from peft import PeftType
 from said import says
 
-from turret.server.adapters.methods import METHODS, method_for
+from turret.server.adapters.methods import CONVERT, METHODS, UNSERVED, lokr, method_for
 from turret.server.adapters.methods.lower import lower_checkpoint
-from turret.server.adapters.methods.structured import lokr
-from turret.server.adapters.methods.unserved import CONVERT, UNSERVED
 from turret.server.adapters.peft_format.config_rules import Irrelevant, Rejected, Used
 from turret.server.cli import main
 from turret.server.errors import AdapterCheckpointError, AdapterMismatchError, BudgetExceededError

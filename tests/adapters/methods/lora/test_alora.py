@@ -38,7 +38,7 @@ from torch import nn
 from turret.kernels.cpu import native
 from turret.server.adapters.adapter import AdapterRef, Source
 from turret.server.adapters.component import Component, ComponentRef
-from turret.server.adapters.lowering.components import check_fusable
+from turret.server.adapters.lowering import check_fusable
 from turret.server.adapters.state_dir import SavedRegistration
 from turret.server.engine.scheduling.request import SamplingParams
 from turret.server.engine.scheduling.scheduler import Scheduler

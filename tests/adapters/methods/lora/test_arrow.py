@@ -34,11 +34,11 @@ from torch import nn
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.component import Component, ComponentRef
-from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.lowering import Lowered
 from turret.server.adapters.methods import METHODS
 from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.gate import Gate, PrototypeScore
-from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.registry import AdapterRegistry
 from turret.server.errors import (
     AdapterCheckpointError,
     AdapterComponentError,

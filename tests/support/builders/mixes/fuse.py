@@ -21,10 +21,10 @@ from transformers import LlamaForCausalLM
 
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.adapters.base import Allowed
-from turret.server.adapters.fuse.combination import Combination, FuseResult
-from turret.server.adapters.fuse.fuser import Fuser
-from turret.server.adapters.fuse.module_fuser import FusedModule, ModuleFuser
-from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.combination import Combination, FuseResult
+from turret.server.adapters.fuser import Fuser
+from turret.server.adapters.module_fuser import FusedModule, ModuleFuser
+from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StateDir
 from turret.server.basics.work import Cancellation
 from turret.server.errors import TurretError

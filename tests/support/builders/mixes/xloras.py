@@ -18,7 +18,7 @@ from torch import nn
 
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.component import Component, ComponentRef
-from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.lowering import Lowered
 from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.cli import main
 
