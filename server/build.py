@@ -199,8 +199,7 @@ def compile_kernels(config: Config, capabilities: Iterable[int]) -> None:
         OSError: A file cannot be read.
     """
     # Imported here because it needs Triton.
-    from turret.server.engine.step.gpu.compiling import compile_launches
-    from turret.server.engine.step.gpu.executor import GpuExecutor, compile_steps
+    from turret.server.engine.step.gpu.executor import GpuExecutor, compile_launches, compile_steps
 
     keep_compiled_in(default_cache_dir() / "triton")
     _, decoder = _load(config.model, torch.device("meta"), gpu=True)
@@ -306,8 +305,7 @@ def _build_executor(
     if isinstance(store, StepStore):
         return TorchExecutor(decoder, cache, store, screens_head=config.model.head_screen)
     from turret.server.adapters.device.gpu.store import GpuStore
-    from turret.server.engine.step.gpu.decode_graphs import capture_for
-    from turret.server.engine.step.gpu.executor import GpuExecutor
+    from turret.server.engine.step.gpu.executor import GpuExecutor, capture_for
     from turret.server.models.decoding.gpu_decoder import GpuDecoder
 
     assert isinstance(store, GpuStore)

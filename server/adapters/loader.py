@@ -21,8 +21,7 @@ from turret.server.adapters.adapter import (
 from turret.server.adapters.base import NOTHING_SPECIAL, Allowed, BaseModel
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot, DigestCache
-from turret.server.adapters.checkpoint.files import over_host_memory
-from turret.server.adapters.checkpoint.reader import read_checkpoint
+from turret.server.adapters.checkpoint.reader import over_host_memory, read_checkpoint
 from turret.server.adapters.checkpoint.tokenizer_files import (
     read_chat_template,
     read_tokenizer_files,
@@ -42,7 +41,7 @@ from turret.server.adapters.peft_format.refusals import (
     is_other_base,
     of_other_base,
 )
-from turret.server.adapters.peft_format.resized_vocabulary import vocabulary_of
+from turret.server.adapters.peft_format.vocabulary_checkpoint import vocabulary_of
 from turret.server.basics.work import compute_on_this_thread
 from turret.server.errors import (
     AdapterChangedError,

@@ -44,8 +44,7 @@ from turret.server.adapters.checkpoint.adapter_checkpoint import (
     digest_with_tokenizer,
 )
 from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory, AdapterRoot
-from turret.server.adapters.checkpoint.files import parse_config
-from turret.server.adapters.checkpoint.reader import begin_digest
+from turret.server.adapters.checkpoint.reader import begin_digest, parse_config
 from turret.server.adapters.checkpoint.tokenizer_files import read_chat_template, tokenizer_digest
 from turret.server.adapters.installer import AdapterTokenizers, Installer, NewWeights
 from turret.server.adapters.leases import Leases

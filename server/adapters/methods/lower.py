@@ -17,8 +17,11 @@ from turret.server.adapters.peft_format.classifier_checkpoint import take_classi
 from turret.server.adapters.peft_format.expert_checkpoint import take_experts
 from turret.server.adapters.peft_format.lora_rules import INVOCATION
 from turret.server.adapters.peft_format.refusals import check_rank
-from turret.server.adapters.peft_format.resized_vocabulary import fit_vocabulary
-from turret.server.adapters.peft_format.vocabulary_checkpoint import VocabularyPart, take_vocabulary
+from turret.server.adapters.peft_format.vocabulary_checkpoint import (
+    VocabularyPart,
+    fit_vocabulary,
+    take_vocabulary,
+)
 from turret.server.errors import BudgetExceededError
 from turret.server.words import Text, say
 
