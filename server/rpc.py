@@ -34,7 +34,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from turret.server import log
 from turret.server.api.access import SERVICE_ROLES, Party, WatchedFiles, authorize, peer_address
 from turret.server.api.admin import Adapters
-from turret.server.api.call import REQUEST_ID_KEY, Call, Fault, fault_of
+from turret.server.api.call import REQUEST_ID_KEY, Call, fault_of
 from turret.server.api.inference import Inference
 from turret.server.api.limits import MAX_MESSAGE_BYTES
 from turret.server.api.services import Services
@@ -199,7 +199,7 @@ async def _next(
         raise DeadlineExceededError(say("NO_MESSAGE_IN_TIME", seconds=MESSAGE_SECONDS)) from None
 
 
-# A fault as a rich gRPC status.
+# An error as a rich gRPC status.
 
 ERROR_DOMAIN = "turret"
 DETAILS_KEY = "grpc-status-details-bin"
@@ -242,8 +242,8 @@ def _bad_request(
     return detail
 
 
-def to_rich_status(fault: Fault) -> status_pb2.Status:
-    """The ``google.rpc.Status`` of a fault, cut to what fits into the headers of an answer."""
+def to_rich_status(fault: TurretError) -> status_pb2.Status:
+    """The ``google.rpc.Status`` of an error, cut to what fits into the headers of an answer."""
     status = status_pb2.Status(
         code=fault.code.value, message=_shortened(fault.message, MAX_TEXT_BYTES)
     )
