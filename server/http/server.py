@@ -219,10 +219,9 @@ def application(listen: ListenConfig, services: Services) -> Starlette:
     apart = {route.path for route in ROUTES} - {route.path for route in served}
     if services.tenants is not None:
         # Imported here because the import takes time, and few servers train.
-        from turret.server.http.tinker.routes import routes
-        from turret.server.http.tinker.sessions import TinkerState
+        from turret.server.http import tinker
 
-        served += routes(TinkerState(services))
+        served += tinker.ROUTES
     document = Route("/openapi.json", sender(served, has_tokens=has_tokens), is_hidden=True)
     answered = []
     for route in (*served, document):
