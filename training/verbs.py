@@ -12,7 +12,6 @@ import importlib
 import importlib.util
 import logging
 import math
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -127,9 +126,8 @@ def with_errors(
             with raising_terminated():
                 return verb(args) or 0
         except BrokenPipeError:
-            # The reader closed the pipe. Redirect stdout so that the flush at exit succeeds.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141
+            # The command as a whole handles a reader that has closed the output.
+            raise
         except OSError as error:
             where = "" if error.filename is None else f"{error.filename}: "
             how = _how_to_go_on(args)

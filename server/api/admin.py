@@ -24,6 +24,7 @@ from google.protobuf import duration_pb2
 from turret.server.adapters.adapter import AdapterRef, origin_of
 from turret.server.adapters.combination import Combination
 from turret.server.adapters.state_dir import StagedUpload, UploadedFile
+from turret.server.api import uploads
 from turret.server.api.access import MAX_EXPORTS
 from turret.server.api.call import Call
 from turret.server.api.gate import ServingGate
@@ -33,19 +34,6 @@ from turret.server.api.limits import (
     MAX_PATH_CHARS,
     MAX_WEIGHT,
     MAX_WORD_CHARS,
-)
-from turret.server.api.uploads import (
-    UPLOAD_FILES,
-    Entries,
-    Messages,
-    check_complete,
-    check_file,
-    check_template,
-    checked_header,
-    most_seconds,
-    next_message,
-    reading_options,
-    receive_chunks,
 )
 from turret.server.api.violations import Violations, adapter_refs, message_of, timestamp
 from turret.server.basics.names import HUB_SCHEME, closest, is_private, is_remote
@@ -156,11 +144,10 @@ def make_page_token(last_name: str, filters: str) -> str:
     return base64.urlsafe_b64encode(_check(name, filters) + name).decode()
 
 
-def read_page_token(token: str, filters: str) -> str:
+def read_page_token(token: str, filters: str, violations: Violations) -> str:
     """The name that the page starts after; empty for the first page.
 
-    Raises:
-        InvalidRequestError: The token is not from this server, or it is for other filters.
+    Records a token that is not from this server, or is for other filters.
     """
     if not token:
         return ""
@@ -169,20 +156,9 @@ def read_page_token(token: str, filters: str) -> str:
     except (binascii.Error, ValueError):
         data = b""
     check, name = data[:_CHECK_BYTES], data[_CHECK_BYTES:]
-    if not name or check != _check(name, filters):
-        raise InvalidRequestError.of("page_token", say("NOT_A_PAGE_TOKEN"))
+    is_own = bool(name) and check == _check(name, filters)
+    violations.check(is_own, "page_token", "NOT_A_PAGE_TOKEN")
     return name.decode("ascii", "replace")
-
-
-def page_length(page_size: int) -> int:
-    """The number of adapters on a page: 0 is the default, and larger values are limited.
-
-    Raises:
-        InvalidRequestError: The value is negative.
-    """
-    if page_size < 0:
-        raise InvalidRequestError.of("page_size", say("TOO_SMALL", least=0, value=page_size))
-    return min(page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
 
 
 def cut_page(messages: Iterable[adapters_pb2.Adapter]) -> list[adapters_pb2.Adapter]:
@@ -405,14 +381,14 @@ class Adapters:
     async def load(
         self, message: adapters_pb2.LoadAdapterRequest, call: Call
     ) -> adapters_pb2.Adapter:
-        options = {"pinned": message.pinned, **reading_options(message)}
+        options = {"pinned": message.pinned, **uploads.reading_options(message)}
         load = self._gate.enter().registry.load
         return await self._read(load, *_checked_source(message, call), call, **options)
 
     async def replace(
         self, message: adapters_pb2.ReplaceAdapterRequest, call: Call
     ) -> adapters_pb2.Adapter:
-        options = {**_generations(message), **reading_options(message)}
+        options = {**_generations(message), **uploads.reading_options(message)}
         replace = self._gate.enter().registry.replace
         return await self._read(replace, *_checked_source(message, call), call, **options)
 
@@ -437,7 +413,7 @@ class Adapters:
         """Call a method of the registry that returns the changed adapter."""
         return adapter_message(await self._slow.run(call.tenant, change, *args, **kwargs))
 
-    async def upload(self, messages: Messages, call: Call) -> adapters_pb2.Adapter:
+    async def upload(self, messages: uploads.Messages, call: Call) -> adapters_pb2.Adapter:
         """Receive the files of an adapter: a header, then chunks in the order of its files.
 
         Raises:
@@ -445,17 +421,17 @@ class Adapters:
             DeadlineExceededError: The client was silent for too long.
         """
         with self._upload_of(call) as registry:
-            header = checked_header(await next_message(messages))
+            header = uploads.checked_header(await uploads.next_message(messages))
             files = [UploadedFile(file.path, file.size_bytes, file.sha256) for file in header.files]
 
             async def receive(staged: StagedUpload) -> None:
                 write = functools.partial(self._slow.run, call.tenant, staged.write)
-                await receive_chunks(messages, write, most_seconds(header))
+                await uploads.receive_chunks(messages, write, uploads.most_seconds(header))
 
             return await self._received(registry, header, call, files, receive)
 
     async def upload_archive(
-        self, header: adapters_pb2.UploadHeader, entries: Entries, call: Call
+        self, header: adapters_pb2.UploadHeader, entries: uploads.Entries, call: Call
     ) -> adapters_pb2.Adapter:
         """Receive an adapter's files one after another; other files are skipped.
 
@@ -475,17 +451,17 @@ class Adapters:
                 num_bytes, run = 0, functools.partial(self._slow.run, call.tenant)
                 async for name, size, chunks in entries:
                     num_bytes += max(size, 0)
-                    to_write = size if name in UPLOAD_FILES else 0
+                    to_write = size if name in uploads.UPLOAD_FILES else 0
                     await run(registry.check_room, num_bytes, num_bytes - to_write)
-                    if name not in UPLOAD_FILES:
+                    if name not in uploads.UPLOAD_FILES:
                         continue
-                    check_file(name, size, announced, violations, name)
+                    uploads.check_file(name, size, announced, violations, name)
                     violations.raise_if_any()
                     announced.add(name)
                     await run(staged.announce, UploadedFile(name, size))
                     async for data in chunks:
                         await run(staged.write, name, data)
-                check_complete(announced, violations, "files")
+                uploads.check_complete(announced, violations, "files")
                 violations.raise_if_any()
 
             return await self._received(registry, header, call, (), receive)
@@ -512,7 +488,7 @@ class Adapters:
         try:
             await receive(staged)
             await self._slow.run(call.tenant, staged.finish)
-            options = {**_generations(header), **reading_options(header)}
+            options = {**_generations(header), **uploads.reading_options(header)}
             options |= {"pinned": header.pinned, "replace": header.replace}
             return await self._change(call, registry.upload, header.name, staged, **options)
         finally:
@@ -583,15 +559,10 @@ class Adapters:
         violations.check_chars(message.page_token, MAX_PAGE_TOKEN_CHARS, "page_token")
         violations.raise_if_any()
         filters = f"{message.method}\0{message.residency}"
-        length, after = 0, ""
-        try:
-            length = page_length(message.page_size)
-        except InvalidRequestError as error:
-            violations.found.extend(error.violations)
-        try:
-            after = read_page_token(message.page_token, filters)
-        except InvalidRequestError as error:
-            violations.found.extend(error.violations)
+        size = message.page_size
+        violations.check(size >= 0, "page_size", "TOO_SMALL", least=0, value=size)
+        length = min(size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
+        after = read_page_token(message.page_token, filters, violations)
         violations.check_enum(message, "residency")
         violations.check(
             message.method in ("", *backend.methods),
@@ -762,7 +733,7 @@ def _checked_source(
     violations.check(message.path != "", "path", "REQUIRED")
     violations.check_chars(message.path, MAX_PATH_CHARS, "path")
     violations.check("\0" not in message.path, "path", "HOLDS_NUL")
-    check_template(message, violations)
+    uploads.check_template(message, violations)
     violations.raise_if_any()
     call.adapters = (message.name,)
     return message.name, message.path

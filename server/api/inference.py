@@ -72,6 +72,7 @@ from turret.server.words import say
 from turret.v1 import adapters_pb2, inference_pb2
 
 if TYPE_CHECKING:
+    from turret.server.api.vocabularies import Vocabulary
     from turret.server.models.tokenizer import Tokenizer
 
 
@@ -325,6 +326,19 @@ def _path(index: int, path: str) -> str:
     return f"inputs[{index}].{within}" if within else f"inputs[{index}]"
 
 
+async def _vocabulary(
+    backend: Backend,
+    adapters: Sequence[adapters_pb2.AdapterWeight],
+    chat: inference_pb2.Chat,
+    call: Call,
+) -> tuple[Vocabulary, InputLimits]:
+    """The vocabulary of a request for a call, and the limits that it sets."""
+    vocabulary = await backend.vocabularies.of(
+        adapters, chat.chat_template, draw=call.draw, tenant=call.tenant
+    )
+    return vocabulary, InputLimits.of(backend, vocabulary)
+
+
 async def pooled(
     message: inference_pb2.ClassifyRequest | inference_pb2.EmbedRequest,
     backend: Backend,
@@ -351,8 +365,8 @@ async def pooled(
             inputs' requests end.
     """
     call.about(message.adapters)
-    vocabulary = await backend.vocabularies.of(message.adapters, draw=call.draw, tenant=call.tenant)
-    violations, limits = Violations(), InputLimits.of(backend, vocabulary)
+    _, limits = await _vocabulary(backend, message.adapters, inference_pb2.Chat(), call)
+    violations = Violations()
     check_inputs(message.inputs, limits, violations)
     shared = shared_fields(message, call, violations)
     pooling = pooling_of(violations)
@@ -365,9 +379,7 @@ async def pooled(
         each = message.inputs[index]
         with call.party.hold(), blamed_on(index):
             await backend.turns.wait(call.turn)
-            vocabulary = await backend.vocabularies.of(
-                message.adapters, each.chat.chat_template, draw=call.draw, tenant=call.tenant
-            )
+            vocabulary, _ = await _vocabulary(backend, message.adapters, each.chat, call)
             request = Request(
                 prompt_token_ids=tuple(
                     await input_token_ids(each, vocabulary.tokenizer, limits, call.tenant)
@@ -588,10 +600,7 @@ class Inference:
     ) -> ChatFormat:
         """The format of answers to a conversation with these adapters; see ``format_of``."""
         backend = self._gate.enter()
-        vocabulary = await backend.vocabularies.of(
-            adapters, chat.chat_template, draw=call.draw, tenant=call.tenant
-        )
-        limits = InputLimits.of(backend, vocabulary)
+        vocabulary, limits = await _vocabulary(backend, adapters, chat, call)
         return await format_of(chat, vocabulary.tokenizer, limits, call.tenant)
 
     async def generate(
@@ -615,10 +624,7 @@ class Inference:
             call.trace.operation = CHAT
         # A call may begin 64 answers, and thousands of calls may arrive at once.
         await backend.turns.wait(call.turn)
-        vocabulary = await backend.vocabularies.of(
-            message.adapters, message.chat.chat_template, draw=call.draw, tenant=call.tenant
-        )
-        limits = InputLimits.of(backend, vocabulary)
+        vocabulary, limits = await _vocabulary(backend, message.adapters, message.chat, call)
         request = await generate_request(message, vocabulary, limits, call)
         counts = message.options.running_usage and not is_whole
         # Drop the last reference, so that the message is freed while the request waits and runs.
@@ -664,10 +670,7 @@ class Inference:
         """
         backend = self._gate.enter()
         call.about(message.adapters)
-        vocabulary = await backend.vocabularies.of(
-            message.adapters, message.chat.chat_template, draw=call.draw, tenant=call.tenant
-        )
-        limits = InputLimits.of(backend, vocabulary)
+        vocabulary, limits = await _vocabulary(backend, message.adapters, message.chat, call)
         request = await score_request(message, vocabulary, limits, call)
         del message
         response = inference_pb2.ScoreResponse(request_id=request.request_id)
@@ -712,12 +715,9 @@ class Inference:
     ) -> inference_pb2.TokenizeResponse:
         """The tokens of a prompt, a chat or token ids, and their text."""
         backend = self._gate.enter()
-        vocabulary = await backend.vocabularies.of(
-            message.adapters, message.chat.chat_template, draw=call.draw, tenant=call.tenant
-        )
-        tokenizer = vocabulary.tokenizer
+        vocabulary, limits = await _vocabulary(backend, message.adapters, message.chat, call)
+        tokenizer, limits = vocabulary.tokenizer, limits.for_tokenize()
         violations = Violations()
-        limits = InputLimits.of(backend, vocabulary).for_tokenize()
         check_input(message, limits, violations)
         refs = adapter_refs(message.adapters, violations, call.draw)
         violations.raise_if_any()
