@@ -16,6 +16,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 from said import says
+from servers.command import add_verbs
 from servers.fake_turret import FakeTurret
 
 from turret.clients import channel, errors
@@ -32,7 +33,6 @@ from turret.clients.errors import (
 )
 from turret.clients.fields import ArgumentValueError, argument
 from turret.clients.results import Completion
-from turret.clients.verbs import add_verbs
 from turret.clients.verbs.command import as_typed, print_error
 from turret.clients.words import Text, say
 from turret.v1 import inference_pb2
