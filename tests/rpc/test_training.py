@@ -355,13 +355,12 @@ async def _compare(server: Harness, tinker: Tenant) -> None:
         assert np.array(result.logprobs, "<f4").tobytes() == fields["logprobs"].data
         assert np.array(result.losses, "<f4").tobytes() == fields["elementwise_loss"].data
         body = {"model_id": other, "seq_id": number + 1, "adam_params": adam}
-        metrics = (await tinker.result(await tinker.ask("/optim_step", body)))["metrics"]
+        metrics = (await tinker.done("/optim_step", body))["metrics"]
         assert (await stub.OptimStep(step(model))).grad_norm == metrics["grad_norm"]
     tenants = server.services.tenants
     assert tenants is not None
     saved = await stub.SaveCheckpoint(pb.SaveCheckpointRequest(model_id=model.model_id, name="a"))
-    body = {"model_id": other, "seq_id": 5, "path": "b"}
-    path = (await tinker.result(await tinker.ask("/save_weights", body)))["path"]
+    path = (await tinker.save(other, 5, "b"))["path"]
     files = [
         (tenants.checkpoints.folder(tenants.checkpoints.find("", each)) / name).read_bytes()
         for each in (saved.path, path)
@@ -373,7 +372,7 @@ async def _compare(server: Harness, tinker: Tenant) -> None:
         pb.LoadCheckpointRequest(model_id=model.model_id, path=path, optimizer=True)
     )
     load = {"model_id": other, "seq_id": 6, "path": saved.path, "optimizer": True}
-    assert (await tinker.result(await tinker.ask("/load_weights", load)))["path"] == saved.path
+    assert (await tinker.done("/load_weights", load))["path"] == saved.path
     assert (
         await failure_of(stub.OptimStep(pb.OptimStepRequest(model_id=other)))
     ).code is Code.NOT_FOUND
