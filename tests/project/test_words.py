@@ -11,7 +11,7 @@ from pathlib import Path
 from string import Formatter
 
 from checkout import ROOT
-from pages.sentences_page import PAGE, catalogues, rendered
+from pages.sentences import PAGE, catalogues, rendered
 
 from turret.server import errors
 from turret.server.words import say

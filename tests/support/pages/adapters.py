@@ -1,19 +1,14 @@
-"""The generated parts of docs/adapters.md; run this file to write them."""
+"""The generated parts of docs/adapters.md."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Mapping
 
 from checkout import ROOT
-from pages.adapter_costs import render_costs
-from pages.parts import with_parts
 
 from turret.server.adapters.methods import METHODS, AnyMethod
 from turret.server.adapters.methods.unserved import UNSERVED
 from turret.server.adapters.peft_format.config_rules import Irrelevant, Rejected, Rule, Used
-
-PAGE = ROOT / "docs" / "adapters.md"
 
 
 def _keys() -> list[str]:
@@ -113,18 +108,3 @@ def _summary(method: AnyMethod) -> str:
     (file,) = (ROOT / "server" / "adapters" / "methods").rglob(f"{path}.py")
     text = ast.get_docstring(ast.parse(file.read_text())) or ""
     return text.partition("\n")[0].replace("``", "`").rstrip(".")
-
-
-# These parts take a second. The table of costs takes many, because it writes an adapter of every
-# method.
-PARTS = {"keys": render_keys, "reasons": render_reasons, "types": render_types}
-COSTS = {"costs": render_costs}
-
-
-def rendered(page: str, parts: Mapping[str, Callable[[], str]] = PARTS) -> str:
-    """The page with new generated parts."""
-    return with_parts(page, parts)
-
-
-if __name__ == "__main__":
-    PAGE.write_text(rendered(PAGE.read_text(), PARTS | COSTS))

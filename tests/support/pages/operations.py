@@ -1,18 +1,13 @@
-"""The generated parts of docs/operations.md; run this file to write them."""
+"""The generated parts of docs/operations.md."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
 
-from checkout import ROOT
-from pages.parts import with_parts
-
 from turret.server import errors
 from turret.server.command.flags import add_flags
 from turret.server.metrics import Metrics
-
-PAGE = ROOT / "docs" / "operations.md"
 
 
 def render_flags() -> str:
@@ -60,13 +55,3 @@ def render_metrics() -> str:
         shown = f"{shown}{{{labels}}}" if labels else shown
         lines.append(f"| `{shown}` | {kind} | {getattr(collector, '_documentation', '')} |")
     return "\n".join(lines)
-
-
-def rendered(page: str) -> str:
-    """The page with new generated parts."""
-    parts = {"flags": render_flags, "errors": render_errors, "metrics": render_metrics}
-    return with_parts(page, parts)
-
-
-if __name__ == "__main__":
-    PAGE.write_text(rendered(PAGE.read_text()))

@@ -1,4 +1,4 @@
-"""The generated part of docs/security.md; run this file to write it."""
+"""The generated part of docs/security.md."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from collections.abc import Iterator
 
 from checkout import ROOT
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
-from pages.parts import with_parts
 
 from turret.v1 import adapters_pb2, inference_pb2
 
-PAGE = ROOT / "docs" / "security.md"
 FILES = (inference_pb2.DESCRIPTOR, adapters_pb2.DESCRIPTOR)
 _SIZED = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
 # The pattern of an adapter's name defines its length.
@@ -81,12 +79,3 @@ def render_limits() -> str:
         most = unit if number == math.inf else f"{number} {unit}"
         lines.append(f"| {most} | {', '.join(names)} |")
     return "\n".join(lines)
-
-
-def rendered(page: str) -> str:
-    """The page with a new generated part."""
-    return with_parts(page, {"limits": render_limits})
-
-
-if __name__ == "__main__":
-    PAGE.write_text(rendered(PAGE.read_text()))

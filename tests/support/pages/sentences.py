@@ -27,7 +27,3 @@ def rendered() -> str:
     """One line per sentence, with its reason and its template."""
     lines = [f"{reason}: {text}" for each in catalogues().values() for reason, text in each.items()]
     return "\n".join(sorted(lines)) + "\n"
-
-
-if __name__ == "__main__":
-    PAGE.write_text(rendered())

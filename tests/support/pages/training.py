@@ -1,19 +1,14 @@
-"""The generated parts of docs/training.md; run this file to write them."""
+"""The generated parts of docs/training.md."""
 
 from __future__ import annotations
 
 from typing import Any
-
-from checkout import ROOT
-from pages.parts import with_parts
 
 from turret.server.basics.settings import fields_of, tables_of, toml_value
 from turret.training.methods import METHODS
 from turret.training.methods.method import PeftMethod
 from turret.training.settings.config import TrainConfig
 from turret.training.settings.declared import DECLARED
-
-PAGE = ROOT / "docs" / "training.md"
 
 
 def render_config_reference() -> str:
@@ -47,12 +42,3 @@ def render_methods() -> str:
             f"| {', '.join(f'`{key}`' for key in keys)} |"
         )
     return "\n".join(lines)
-
-
-def rendered(page: str) -> str:
-    """The page with new generated parts."""
-    return with_parts(page, {"config": render_config_reference, "methods": render_methods})
-
-
-if __name__ == "__main__":
-    PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,12 +1,10 @@
-"""Figures in the documentation: rates of ``make bench``'s newest rows, and sizes of models."""
+"""Rates of ``make bench``'s newest rows."""
 
 from __future__ import annotations
 
 import json
 
 from checkout import ROOT
-from pages.memory_page import render_memory
-from pages.parts import with_parts
 
 from turret.server.models.sources.check import MODEL_NAME
 
@@ -56,15 +54,3 @@ def render_costs() -> str:
         f" {lost('16 adapters, 16 requests', 'base, 16 requests')} (SmolLM2-135M on a CPU,"
         " `make bench`)."
     )
-
-
-PAGES = {
-    ROOT / "README.md": {"rates": render_rates},
-    ROOT / "docs" / "choosing.md": {"costs": render_costs},
-    ROOT / "docs" / "models.md": {"memory": render_memory},
-}
-
-
-if __name__ == "__main__":
-    for path in PAGES:
-        path.write_text(with_parts(path.read_text(), PAGES[path]))
