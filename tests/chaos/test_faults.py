@@ -29,6 +29,7 @@ from servers.engine_harness import EngineHarness, make_request
 from servers.zygote import Life, Zygote, running_zygote
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from turret.clients.errors import TurretRpcError
 from turret.server.engine.step.runner import TorchExecutor
 from turret.server.errors import TurretError, UnavailableError
 from turret.v1 import inference_pb2, inference_pb2_grpc
@@ -69,19 +70,16 @@ class Served:
     def code(self, kind: str, name: str, path: str = "") -> Code:
         try:
             self.admin.perform(Operation(kind, name, path), self.admin.state())
-        except grpc.RpcError as error:
-            return error.code()  # type: ignore[attr-defined]
+        except TurretRpcError as error:
+            return error.code
         return Code.OK
 
-    def answer_code(self, **fields: Any) -> Code:
-        """The status of a request to the base."""
-        with grpc.insecure_channel(self.life.address) as channel:
-            request = inference_pb2.GenerateRequest(**fields)
-            request.stop.max_tokens = 2
-            try:
-                inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=60)
-            except grpc.RpcError as error:
-                return error.code()  # type: ignore[attr-defined]
+    def constrained_code(self) -> Code:
+        """The status of a request to the base with a constraint."""
+        try:
+            self.admin.client.generate("a", regex="[a-z]{9}", max_tokens=2)
+        except TurretRpcError as error:
+            return error.code
         return Code.OK
 
     def serves(self) -> bool:
@@ -164,7 +162,7 @@ def test_without_descriptors_or_memory_calls_fail_and_the_server_stays(
     resource.prlimit(pid, resource.RLIMIT_AS, (process.memory_info().vms + (4 << 20), whole[1]))
     calls = (("merge", "x"), ("unmerge", "x"), ("load", "z"), ("fuse", "v"), ("unload", "z"))
     codes = {kind: served.code(kind, name, "c") for kind, name in calls}
-    codes["constraint"] = served.answer_code(prompt="a", regex="[a-z]{9}")
+    codes["constraint"] = served.constrained_code()
     assert served.life.is_alive, codes
     # A call may miss the result of an earlier call that failed for lack of memory.
     missing = {Code.NOT_FOUND, Code.FAILED_PRECONDITION}
@@ -193,7 +191,7 @@ def test_a_server_that_exceeds_its_groups_memory_comes_back_with_every_adapter(
     with memory_group(f"turret-{served.life.pid}", 12 << 20) as group:
         (group / "cgroup.procs").write_text(str(served.life.pid))
         confirmed: list[str] = []
-        with contextlib.suppress(grpc.RpcError):
+        with contextlib.suppress(TurretRpcError):
             for name in names:
                 served.admin.perform(Operation("load", name, "c"), {})
                 confirmed.append(name)
