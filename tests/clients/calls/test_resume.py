@@ -16,18 +16,10 @@ from servers.breaking_proxy import breaking_proxy
 from servers.fake_turret import FOREVER, fake_turret, serving, start
 from servers.server_under_test import ServerUnderTest, start_server
 
-from turret.clients import channel
+from turret.clients import channel, errors
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.calls import ROUTING_KEY
 from turret.clients.client import TurretClient
-from turret.clients.errors import (
-    AnswerCutError,
-    CallCancelledError,
-    NotFoundError,
-    ServerError,
-    TurretRpcError,
-    UnavailableError,
-)
 from turret.clients.messages.requests import GenerateOptions
 from turret.clients.messages.results import Chunk
 from turret.clients.words import say
@@ -133,7 +125,7 @@ def test_without_resume_a_broken_stream_is_unavailable(server: ServerUnderTest) 
     with (
         breaking_proxy(server.address, (700, 900)) as proxy,
         TurretClient(proxy.address, resume=False) as client,
-        pytest.raises(UnavailableError),
+        pytest.raises(errors.UnavailableError),
     ):
         list(client.generate_stream("a b", max_tokens=200, ignore_eos=True))
 
@@ -151,7 +143,7 @@ def test_an_answer_resumes_only_with_the_same_weights(server: ServerUnderTest) -
         stream = client.generate_stream("a", adapters="moving", max_tokens=400, ignore_eos=True)
         next(stream)
         direct.adapters.replace("moving", "moved")
-        with pytest.raises(NotFoundError):
+        with pytest.raises(errors.NotFoundError):
             list(stream)
 
 
@@ -207,27 +199,31 @@ class _Failure(grpc.RpcError):
     ("code", "details", "kind"),
     [
         # Errors caused by HAProxy, Envoy and gRPC itself, in this order.
-        (grpc.StatusCode.CANCELLED, "RST_STREAM", UnavailableError),
-        (grpc.StatusCode.INTERNAL, "Received RST_STREAM with error code 2", UnavailableError),
-        (grpc.StatusCode.UNKNOWN, "Stream removed", UnavailableError),
+        (grpc.StatusCode.CANCELLED, "RST_STREAM", errors.UnavailableError),
+        (
+            grpc.StatusCode.INTERNAL,
+            "Received RST_STREAM with error code 2",
+            errors.UnavailableError,
+        ),
+        (grpc.StatusCode.UNKNOWN, "Stream removed", errors.UnavailableError),
         (
             grpc.StatusCode.UNKNOWN,
             "Received http2 header with status: 500",
-            UnavailableError,
+            errors.UnavailableError,
         ),
-        (grpc.StatusCode.UNKNOWN, "Received http2 header with status: 400", ServerError),
-        (grpc.StatusCode.CANCELLED, "Locally cancelled by application!", CallCancelledError),
-        (grpc.StatusCode.CANCELLED, "Channel closed!", CallCancelledError),
-        (grpc.StatusCode.INTERNAL, "a division by zero", ServerError),
+        (grpc.StatusCode.UNKNOWN, "Received http2 header with status: 400", errors.ServerError),
+        (grpc.StatusCode.CANCELLED, "Locally cancelled by application!", errors.CallCancelledError),
+        (grpc.StatusCode.CANCELLED, "Channel closed!", errors.CallCancelledError),
+        (grpc.StatusCode.INTERNAL, "a division by zero", errors.ServerError),
     ],
 )
 def test_a_proxy_without_its_server_is_reported_as_unavailable(
-    code: grpc.StatusCode, details: str, kind: type[TurretRpcError]
+    code: grpc.StatusCode, details: str, kind: type[errors.TurretRpcError]
 ) -> None:
-    error = TurretRpcError.from_grpc(_Failure(code, details))
+    error = errors.TurretRpcError.from_grpc(_Failure(code, details))
     assert type(error) is kind
     assert details in error.message
-    if kind is UnavailableError:
+    if kind is errors.UnavailableError:
         assert error.reason == "CONNECTION_LOST"
 
 
@@ -334,7 +330,7 @@ def _streamed(address: str, is_async: bool, **options: Any) -> tuple[list[Any], 
             with TurretClient(address, **options) as client:
                 for chunk in client.generate_stream("a"):
                     chunks.append(chunk)
-    except UnavailableError as error:
+    except errors.UnavailableError as error:
         return chunks, error
     return chunks, None
 
@@ -360,7 +356,7 @@ def test_a_stream_continues_or_raises_after_its_last_chunk(
     if text == "abcd":
         assert (error, chunks[-1].finish_reason) == (None, "STOP")
     else:
-        assert isinstance(error, AnswerCutError)
+        assert isinstance(error, errors.AnswerCutError)
         assert (error.message, chunks[-1].finish_reason) == (CUT, "CANCELLED")
 
 
@@ -402,7 +398,7 @@ def test_waiting_for_a_lost_server_ends(
         next(stream)
         running.stop(None).wait()
         started = time.monotonic()
-        with pytest.raises(UnavailableError):
+        with pytest.raises(errors.UnavailableError):
             list(stream)
         assert time.monotonic() - started < 10
 
@@ -437,13 +433,13 @@ def test_a_unary_call_that_was_cut_is_retried_or_raises(cutting, is_async: bool)
     assert (ask().text, stopping.cuts) == ("abcd", -1)
     for cuts, then, retries in ((1, None, 0), (9, None, 2), (1, grpc.StatusCode.UNAVAILABLE, 2)):
         stopping.cuts, stopping.then = cuts, then
-        with pytest.raises(AnswerCutError, match=CUT) as raised:
+        with pytest.raises(errors.AnswerCutError, match=CUT) as raised:
             ask(max_retries=retries)
         assert raised.value.completion is not None
         assert raised.value.completion.text == "ab"
     # A final error of a later attempt is the one that counts.
     stopping.cuts, stopping.then = 1, grpc.StatusCode.NOT_FOUND
-    with pytest.raises(NotFoundError):
+    with pytest.raises(errors.NotFoundError):
         ask()
 
 

@@ -23,19 +23,6 @@ from turret.clients.errors import UNREACHED
 from turret.clients.words import say
 from turret.server import cli, errors
 from turret.server.api.call import fault_of
-from turret.server.errors import (
-    VIOLATION_COUNT,
-    AdapterBusyError,
-    AdapterClassifiesError,
-    AdapterInUseError,
-    AdapterNotFoundError,
-    AdapterPinnedError,
-    HeadMissingError,
-    InvalidRequestError,
-    MergeActiveError,
-    ServiceElsewhereError,
-    TurretError,
-)
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -44,7 +31,7 @@ def test_eval_renames_its_own_flag_but_not_the_servers(
     run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     def refused(_request: object, context: grpc.ServicerContext) -> None:
-        refuse(context, InvalidRequestError.of("adapters[0].name", "see --adapter-root"))
+        refuse(context, errors.InvalidRequestError.of("adapters[0].name", "see --adapter-root"))
 
     monkeypatch.setattr(server.inference, "_accept", refused)
     data = tmp_path / "d.jsonl"
@@ -58,7 +45,9 @@ def test_many_invalid_fields_are_reported_on_one_line(
     def refused(_request: object, context: grpc.ServicerContext) -> None:
         fields = [(f"layers.{layer}", "has no place") for layer in range(60)]
         rows = [*fields[:20], ("*", "and 40 more")]
-        error = InvalidRequestError("no", violations=rows, metadata={VIOLATION_COUNT: "60"})
+        error = errors.InvalidRequestError(
+            "no", violations=rows, metadata={errors.VIOLATION_COUNT: "60"}
+        )
         refuse(context, error)
 
     monkeypatch.setattr(server.inference, "_accept", refused)
@@ -89,27 +78,31 @@ def test_an_upload_without_adapter_files_is_rejected(
 
 
 def _refuse_mix(_request: object, context: grpc.ServicerContext) -> None:
-    refuse(context, HeadMissingError.of("adapters", "no head"))
+    refuse(context, errors.HeadMissingError.of("adapters", "no head"))
 
 
 @pytest.mark.parametrize(
     ("error", "hint"),
     [
-        (MergeActiveError("a merge is active"), HINTS["MERGE_ACTIVE"]),
-        (AdapterClassifiesError("trained to classify"), HINTS["ADAPTER_CLASSIFIES"]),
-        (HeadMissingError("no head"), ""),
-        (ServiceElsewhereError("it is elsewhere"), HINTS["SERVICE_ELSEWHERE"]),
-        (AdapterBusyError("is held", metadata={"adapter": "sql"}), HINTS["ADAPTER_BUSY"]),
+        (errors.MergeActiveError("a merge is active"), HINTS["MERGE_ACTIVE"]),
+        (errors.AdapterClassifiesError("trained to classify"), HINTS["ADAPTER_CLASSIFIES"]),
+        (errors.HeadMissingError("no head"), ""),
+        (errors.ServiceElsewhereError("it is elsewhere"), HINTS["SERVICE_ELSEWHERE"]),
+        (errors.AdapterBusyError("is held", metadata={"adapter": "sql"}), HINTS["ADAPTER_BUSY"]),
         (
-            AdapterPinnedError("is pinned", metadata={"adapter": "sql"}),
+            errors.AdapterPinnedError("is pinned", metadata={"adapter": "sql"}),
             "run `turret adapters unpin sql` first",
         ),
-        (AdapterInUseError("is being unloaded", metadata={"adapter": "sql"}), ""),
-        (AdapterNotFoundError("no sqk", metadata={"closest": "sql"}), ""),
+        (errors.AdapterInUseError("is being unloaded", metadata={"adapter": "sql"}), ""),
+        (errors.AdapterNotFoundError("no sqk", metadata={"closest": "sql"}), ""),
     ],
 )
 def test_an_error_ends_with_the_command_to_run_next(
-    run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch, error: TurretError, hint: str
+    run: Run,
+    server: FakeTurret,
+    monkeypatch: pytest.MonkeyPatch,
+    error: errors.TurretError,
+    hint: str,
 ):
     def refused(_request: object, context: grpc.ServicerContext) -> None:
         refuse(context, error)

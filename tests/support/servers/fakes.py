@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import pytest
 from builders.facts import facts_of
 
+from turret.server import errors
 from turret.server.adapters.adapter import (
     SINGLE_LABEL,
     AdapterInfo,
@@ -38,12 +39,6 @@ from turret.server.engine.scheduling.request import (
     Timing,
     TokenLogprob,
     Usage,
-)
-from turret.server.errors import (
-    AdapterExistsError,
-    AdapterInUseError,
-    AdapterNotFoundError,
-    NotMergedError,
 )
 from turret.server.models.chat_template import ChatFormat, ToolForm
 from turret.server.models.describe import ModelInfo
@@ -278,7 +273,7 @@ class FakeRegistry:
         digest = f"digest of {path}" if task is None else f"digest of task {task} of {path}"
         if name in self.records:
             if self.records[name].facts.digest != digest:
-                raise AdapterExistsError(f"{name!r} is taken", metadata={"adapter": name})
+                raise errors.AdapterExistsError(f"{name!r} is taken", metadata={"adapter": name})
             return self.records[name]
         self.records[name] = AdapterInfo(
             name=name,
@@ -319,7 +314,7 @@ class FakeRegistry:
 
     def get(self, name: str, generation: int | None = None) -> AdapterInfo:
         if name not in self.records:
-            raise AdapterNotFoundError(f"no adapter {name!r}", metadata={"adapter": name})
+            raise errors.AdapterNotFoundError(f"no adapter {name!r}", metadata={"adapter": name})
         return self.records[name]
 
     def rollback(
@@ -338,7 +333,7 @@ class FakeRegistry:
         self, name: str, mode: str, timeout_seconds: float, expected_generation: int | None = None
     ) -> None:
         if self.get(name).pinned:
-            raise AdapterInUseError(f"{name!r} is pinned")
+            raise errors.AdapterInUseError(f"{name!r} is pinned")
         self.unloads.append((name, mode, timeout_seconds))
         del self.records[name]
 
@@ -407,7 +402,7 @@ class FakeMerger:
 
     def unmerge(self, cancellation: Cancellation) -> MergeState:
         if self.state.merge is None:
-            raise NotMergedError("no merge is active: the base is as it was loaded")
+            raise errors.NotMergedError("no merge is active: the base is as it was loaded")
         self.state = MergeState(self.state.base_generation + 1)
         return self.state
 
