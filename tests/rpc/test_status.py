@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.metadata
 import inspect
 import logging
@@ -15,7 +14,7 @@ import pytest
 from checkout import ROOT
 from google.rpc import error_details_pb2
 from servers.fakes import failing
-from servers.rpc_harness import Harness, failure_of
+from servers.rpc_harness import Harness, eventually, failure_of
 
 from turret.server import errors
 from turret.server.adapters.checkpoint.adapter_checkpoint import Findings
@@ -109,11 +108,11 @@ async def test_a_call_that_ends_while_its_answer_is_written_is_no_internal_error
 ) -> None:
     server.engine.script = failing(grpc.aio.InternalError("no longer open"))
     call = server.inference.Generate(PROMPT)
-    for _ in range(1000):
-        if server.sample("turret_requests_total", adapter="base", code="CANCELLED"):
-            break
-        await asyncio.sleep(0.01)
-    assert server.sample("turret_requests_total", adapter="base", code="CANCELLED") == 1
+
+    async def is_counted() -> bool:
+        return server.sample("turret_requests_total", adapter="base", code="CANCELLED") == 1
+
+    await eventually(is_counted)
     call.cancel()
     assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
 

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import grpc
-import httpx2
 import numpy as np
 import pytest
 from method_oracle import prompt_of, twin
 from psutil import Process
 from servers.engine_harness import EngineHarness
 from servers.fakes import MODEL_INFO
-from servers.http_harness import NO_AUTHORITIES
+from servers.http_harness import http_harness
 from servers.rpc_harness import Harness, bearer, failure_of, harness
 from servers.table_training import TableTraining
 from servers.tinker_tenant import Tenant, pass_of
@@ -30,8 +29,6 @@ from turret.server.api import training as service
 from turret.server.api.access import TokenTable
 from turret.server.api.tenants import futures
 from turret.server.api.tenants import tenants as sessions
-from turret.server.config import ListenConfig, SecurityConfig
-from turret.server.http.server import HttpServer
 from turret.v1 import inference_pb2, tinker_pb2
 from turret.v1 import training_pb2 as pb
 
@@ -63,7 +60,7 @@ def called(token: str) -> dict[str, Any]:
 @contextlib.asynccontextmanager
 async def serving(folder: Path, **options: Any) -> AsyncIterator[tuple[Harness, TableTraining]]:
     tables = TableTraining(MODEL_INFO.vocab_size)
-    async with harness(training=tables, training_dir=folder, **options) as server:
+    async with harness(trainer=tables, training=folder, **options) as server:
         yield server, tables
 
 
@@ -326,19 +323,11 @@ async def test_both_protocols_give_the_same_bits_and_share_checkpoints(tmp_path:
     folder, state = twin("llama", torch.bfloat16).folder, tmp_path / "state"
     async with (
         EngineHarness.start(folder, dtype="bfloat16", state_dir=state, training=True) as engine,
-        harness(backend=engine.backend, training_dir=state / "training") as server,
+        harness(backend=engine.backend, training=state / "training") as server,
+        http_harness(fakes=server, serving=False) as http,
     ):
-        http = HttpServer(
-            ListenConfig(http_address="127.0.0.1:0"), SecurityConfig(), server.services
-        )
-        await http.start()
-        try:
-            async with httpx2.AsyncClient(
-                base_url=f"http://{http.address}", timeout=60, verify=NO_AUTHORITIES
-            ) as client:
-                await _compare(server, Tenant(client, {}))
-        finally:
-            await http.stop(0.2)
+        http.client.timeout = 60
+        await _compare(server, Tenant(http.client, {}))
 
 
 async def _compare(server: Harness, tinker: Tenant) -> None:

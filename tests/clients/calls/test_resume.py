@@ -12,7 +12,7 @@ import grpc
 import pytest
 from builders.bases.tiny_models import save_tiny_model
 from builders.random_adapters import AdapterSpec, arch_of, write_adapter
-from servers.breaking_proxy import breaking_proxy
+from servers.breaking_proxy import BreakingProxy
 from servers.fake_turret import FOREVER, fake_turret, serving, start
 from servers.server_under_test import ServerUnderTest, start_server
 
@@ -102,7 +102,7 @@ def test_broken_streams_give_the_same_answer_as_whole_ones(server: ServerUnderTe
             return answers
 
     with (
-        breaking_proxy(server.address, AFTER_BYTES) as proxy,
+        BreakingProxy(server.address, AFTER_BYTES) as proxy,
         futures.ThreadPoolExecutor(NUM_CLIENTS) as pool,
     ):
         parts = [range(start, start + NUM_EACH) for start in numbers[::NUM_EACH]]
@@ -123,7 +123,7 @@ def test_broken_streams_give_the_same_answer_as_whole_ones(server: ServerUnderTe
 
 def test_without_resume_a_broken_stream_is_unavailable(server: ServerUnderTest) -> None:
     with (
-        breaking_proxy(server.address, (700, 900)) as proxy,
+        BreakingProxy(server.address, (700, 900)) as proxy,
         TurretClient(proxy.address, resume=False) as client,
         pytest.raises(errors.UnavailableError),
     ):
@@ -136,7 +136,7 @@ def test_an_answer_resumes_only_with_the_same_weights(server: ServerUnderTest) -
     write_adapter(server.adapter_root, arch_of(model), AdapterSpec("moved", rank=4), 6)
     with (
         TurretClient(server.address) as direct,
-        breaking_proxy(server.address, (1200, 1200)) as proxy,
+        BreakingProxy(server.address, (1200, 1200)) as proxy,
         TurretClient(proxy.address) as client,
     ):
         direct.adapters.load("moving", "moving")
@@ -155,7 +155,7 @@ def test_an_answer_of_an_alias_resumes_with_the_same_target(
     by_name: GenerateOptions = {**options, "adapters": "json"}
     with (
         TurretClient(server.address) as direct,
-        breaking_proxy(server.address, (1200, 1200)) as proxy,
+        BreakingProxy(server.address, (1200, 1200)) as proxy,
         TurretClient(proxy.address) as client,
     ):
         direct.adapters.set_alias("prod", "json")
@@ -178,7 +178,7 @@ def test_a_silent_proxy_is_abandoned(
     sooner = [(n, v // 10 if n.endswith("_ms") else v) for n, v in channel._OPTIONS]
     monkeypatch.setattr(channel, "_OPTIONS", tuple(sooner))
     with (
-        breaking_proxy(server.address, (1200, 1200), is_silent=True) as proxy,
+        BreakingProxy(server.address, (1200, 1200), is_silent=True) as proxy,
         TurretClient(proxy.address) as client,
     ):
         stream = client.generate_stream("a", **options)
@@ -227,46 +227,35 @@ def test_a_proxy_without_its_server_is_reported_as_unavailable(
         assert error.reason == "CONNECTION_LOST"
 
 
-class _Recorder(inference_pb2_grpc.InferenceServicer):
-    def __init__(self) -> None:
-        self.keys: list[str | bytes | None] = []
-
-    def _note(self, context: grpc.ServicerContext) -> None:
-        self.keys.append(dict(context.invocation_metadata()).get(ROUTING_KEY))
-
-    def Generate(self, request: Any, context: Any) -> inference_pb2.GenerateResponse:
-        self._note(context)
-        return inference_pb2.GenerateResponse()
-
-    def GenerateStream(self, request: Any, context: Any) -> Iterator[inference_pb2.GenerateChunk]:
-        self._note(context)
-        yield inference_pb2.GenerateChunk()
-
-    def Score(self, request: Any, context: Any) -> inference_pb2.ScoreResponse:
-        self._note(context)
-        return inference_pb2.ScoreResponse()
-
-
 def test_calls_carry_their_adapters_in_a_header_for_load_balancers() -> None:
-    recorder = _Recorder()
     mix = [("sql", 1.0), ("json", -0.5)]
+    with fake_turret() as server:
 
-    async def call_async(address: str) -> None:
-        async with AsyncTurretClient(address) as client:
-            await client.generate("a", adapters=mix)
-            await client.score("a", adapters=mix)
-            assert [chunk async for chunk in client.generate_stream("a", adapters=mix)]
+        def key() -> object:
+            """The header of the last call."""
+            return server.inference.metadata.pop(ROUTING_KEY, None)
 
-    with serving(recorder) as address:
-        with TurretClient(address) as client:
+        async def call_async() -> None:
+            async with AsyncTurretClient(server.address) as client:
+                await client.generate("a", adapters=mix)
+                assert key() == "json,sql"
+                await client.score("a", adapters=mix)
+                assert key() == "json,sql"
+                assert [chunk async for chunk in client.generate_stream("a", adapters=mix)]
+                assert key() == "json,sql"
+
+        with TurretClient(server.address) as client:
             client.generate("a")
-            client.generate("a", adapters="no\nheader")
-            assert recorder.keys == [None, None]
-            client.generate("a", adapters=mix)
-            client.score("a", adapters=mix)
+            assert key() is None
+            with pytest.raises(errors.NotFoundError):
+                client.generate("a", adapters="no\nheader")
+            assert key() is None
+            for ask in (client.generate, client.score):
+                ask("a", adapters=mix)
+                assert key() == "json,sql"
             list(client.generate_stream("a", adapters=mix))
-        asyncio.run(call_async(address))
-    assert recorder.keys[2:] == ["json,sql"] * 6
+            assert key() == "json,sql"
+        asyncio.run(call_async())
 
 
 # Answers that a stopping server cuts: another server continues them, or an error is raised.

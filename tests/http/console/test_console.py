@@ -180,7 +180,7 @@ async def test_a_rejected_view_of_the_console_is_not_listed_as_a_failure() -> No
         refused = Refused.of(await http.client.get("/console/state"))
         assert refused.status == 503
         await http.settle()
-        assert not http.failures
+        assert not http.services.failures
 
 
 async def test_adapters_are_pinned_and_unpinned(http: HttpHarness) -> None:

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import httpx2
 import numpy as np
 from method_oracle import prompt_of, twin
 from servers.engine_harness import EngineHarness
-from servers.http_harness import NO_AUTHORITIES
+from servers.http_harness import http_harness
 from servers.tinker_tenant import Tenant, pass_of, sample_of
 
-from turret.server.api.gate import ServingGate
-from turret.server.api.services import Services
-from turret.server.config import ListenConfig, SecurityConfig
-from turret.server.http.server import HttpServer
 from turret.v1 import tinker_pb2
 
 STEP = {"learning_rate": 1e-2}
@@ -33,18 +28,10 @@ async def test_a_model_is_trained_sampled_saved_and_resumed(tmp_path: Path) -> N
     async with EngineHarness.start(
         folder, dtype="bfloat16", state_dir=state, training=True
     ) as harness:
-        services = Services(gate=ServingGate(), training=state / "training")
-        services.gate.open(harness.backend)
-        server = HttpServer(ListenConfig(http_address="127.0.0.1:0"), SecurityConfig(), services)
-        await server.start()
-        try:
-            async with httpx2.AsyncClient(
-                base_url=f"http://{server.address}", timeout=60, verify=NO_AUTHORITIES
-            ) as client:
-                await _train(Tenant(client, {}), harness)
-        finally:
-            await server.stop(0.2)
-            services.adapters.close()
+        parts = {"backend": harness.backend, "training": state / "training"}
+        async with http_harness(**parts) as http:
+            http.client.timeout = 60
+            await _train(Tenant(http.client, {}), harness)
         assert harness.registry.list() == []
 
 

@@ -85,15 +85,16 @@ class FakeInference(inference_pb2_grpc.InferenceServicer):
         self.requests: list = []
         self.metadata: dict[str, object] = {}
         self.time_remaining: float | None = None
-        self.wants_token = False
+        # The error of every call, if any.
+        self.refusal: errors.TurretError | None = None
         # Set once the call of the newest stream has ended; FOREVER never ends by itself.
         self.stream_ended = threading.Event()
 
     def _accept(self, request, context: grpc.ServicerContext) -> None:
         self.requests.append(request)
         self.metadata = dict(context.invocation_metadata())
-        if self.wants_token:
-            refuse(context, errors.UnauthenticatedError("the token is unknown"))
+        if self.refusal is not None:
+            refuse(context, self.refusal)
         # Without a deadline, grpc reports the largest number of nanoseconds.
         remaining = context.time_remaining()
         self.time_remaining = None if remaining is None or remaining > 1e9 else remaining
@@ -199,6 +200,8 @@ class FakeAdapters(adapters_pb2_grpc.AdaptersServicer):
         self.adapters = adapters
         self.files: dict[str, bytes] = {}
         self.requests: list = []
+        # The error of calls about one adapter, if any.
+        self.refusal: errors.TurretError | None = None
         self.garble = False
         self.aliases: dict[str, adapters_pb2.Alias] = {}
         self.merged = adapters_pb2.MergeState(base_generation=1)
@@ -226,6 +229,8 @@ class FakeAdapters(adapters_pb2_grpc.AdaptersServicer):
 
     def _get(self, request, context: grpc.ServicerContext) -> adapters_pb2.Adapter:
         self.requests.append(request)
+        if self.refusal is not None:
+            refuse(context, self.refusal)
         if request.name not in self.adapters:
             refuse(context, errors.AdapterNotFoundError(f"no adapter {request.name}", metadata={}))
         return self.adapters[request.name]

@@ -24,7 +24,8 @@ from turret.server.adapters.adapter import (
     OwnTemplate,
 )
 from turret.server.adapters.merger import ActiveMerge, MergedAdapter, MergeReport, MergeState
-from turret.server.api.gate import Backend
+from turret.server.api.gate import Backend, ServingGate
+from turret.server.api.services import Services
 from turret.server.api.vocabularies import Vocabularies, Vocabulary
 from turret.server.basics.turns import FairPool
 from turret.server.basics.work import Cancellation
@@ -40,6 +41,7 @@ from turret.server.engine.scheduling.request import (
     TokenLogprob,
     Usage,
 )
+from turret.server.metrics import Metrics
 from turret.server.models.chat_template import ChatFormat, ToolForm
 from turret.server.models.describe import ModelInfo
 from turret.server.models.tokenizer import RenderedChat
@@ -445,6 +447,50 @@ class FakeVocabularies(Vocabularies):
 
     def close(self) -> None:
         self._only.close()
+
+
+@dataclass
+class Fakes:
+    """The services of a server, and the fake parts behind their gate."""
+
+    services: Services
+    engine: FakeEngine
+    registry: Any
+    merger: FakeMerger
+    backend: Backend
+
+    @classmethod
+    def make(
+        cls,
+        *,
+        registry: Any = None,
+        fuser: Any = None,
+        trainer: Any = None,
+        backend: Backend | None = None,
+        **settings: Any,
+    ) -> Fakes:
+        """Fakes, or parts that the caller passes and closes; a backend has its own parts.
+
+        ``settings`` are those of ``Services``.
+        """
+        engine, merger = FakeEngine(), FakeMerger()
+        registry = FakeRegistry() if registry is None else registry
+        made = fake_backend(engine, registry, merger, fuser or FakeFuser())
+        backend = backend or replace(made, training=trainer)
+        return cls(Services(gate=ServingGate(), **settings), engine, registry, merger, backend)
+
+    @property
+    def fields(self) -> tuple[Any, ...]:
+        """The parts, for a harness that has further ones."""
+        return self.services, self.engine, self.registry, self.merger, self.backend
+
+    @property
+    def gate(self) -> ServingGate:
+        return self.services.gate
+
+    @property
+    def metrics(self) -> Metrics:
+        return self.services.metrics
 
 
 def fake_backend(engine: Any, registry: Any, merger: Any, fuser: Any) -> Backend:
