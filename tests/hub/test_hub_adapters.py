@@ -6,12 +6,12 @@ import dataclasses
 import errno
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.registries import Registries, tiny_base
+from builders.registries import tiny_base
 from huggingface_hub import constants
 from said import says
 from servers.fake_hub import TOKEN, FakeHub, Repo
@@ -20,7 +20,6 @@ from turret.server import errors
 from turret.server import remote as hub_adapters
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.adapters.state_dir import StateDir
 from turret.server.command.preflight import problems
 from turret.server.config import AdapterConfig, Config, ListenConfig
 from turret.server.remote import AdapterHub
@@ -31,35 +30,18 @@ _Make = Callable[..., AdapterRegistry]
 
 
 @pytest.fixture
-def checkpoints(tmp_path: Path) -> Iterator[Path]:
-    made = Registries(tmp_path)
-    yield made.root
-    made.close()
-
-
-@pytest.fixture
 def repo(hub: FakeHub, checkpoints: Path) -> Repo:
     return hub.repo("acme/a", checkpoints / "a")
 
 
 @pytest.fixture
-def registry(hub: FakeHub, tmp_path: Path) -> Iterator[_Make]:
-    """Create a registry with hub access and a state directory, and close the previous one."""
-    made: list[AdapterRegistry] = []
+def registry(registry_with: _Make) -> _Make:
+    """Create a registry that may fetch from some places, and close the previous one."""
 
     def make(*allowed: str, max_bytes: int = 1 << 20) -> AdapterRegistry:
-        while made:
-            made.pop().close()
-        state = StateDir(tmp_path / "state", 1 << 20)
-        state.bind("base", "digest")
-        hub_of = AdapterHub(allowed, max_bytes)
-        made.append(AdapterRegistry(None, tiny_base(), 1 << 30, 64, state=state, hub=hub_of))
-        made[-1].restore()
-        return made[-1]
+        return registry_with(hub=AdapterHub(allowed, max_bytes))
 
-    yield make
-    for one in made:
-        one.close()
+    return make
 
 
 def refused(

@@ -15,14 +15,14 @@ from typing import Any
 import psutil
 import pytest
 import start_problems
-from builders.registries import Registries, tiny_base
+from builders.registries import tiny_base
 from fleets.replicas import Fleet
 from said import says
 from servers.storage import needs_registry, oci_registry, s3_server
 
 from turret.server import errors, remote
 from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.adapters.state_dir import NoStateDir, StateDir
+from turret.server.adapters.state_dir import NoStateDir
 from turret.server.remote import RemoteAdapters
 from turret.server.remote_program import check_address, resolve_once
 
@@ -37,30 +37,13 @@ _Make = Callable[..., AdapterRegistry]
 
 
 @pytest.fixture
-def checkpoints(tmp_path: Path) -> Iterator[Path]:
-    made = Registries(tmp_path)
-    yield made.root
-    made.close()
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Iterator[_Make]:
-    """Create a registry with a state directory, and close the previous one."""
-    made: list[AdapterRegistry] = []
+def registry(registry_with: _Make) -> _Make:
+    """Create a registry that may fetch from some places, and close the previous one."""
 
     def make(*allowed: str, max_bytes: int = 1 << 20) -> AdapterRegistry:
-        while made:
-            made.pop().close()
-        state = StateDir(tmp_path / "state", 1 << 20)
-        state.bind("base", "digest")
-        remotes = RemoteAdapters(allowed, max_bytes)
-        made.append(AdapterRegistry(None, tiny_base(), 1 << 30, 64, state=state, remotes=remotes))
-        made[-1].restore()
-        return made[-1]
+        return registry_with(remotes=RemoteAdapters(allowed, max_bytes))
 
-    yield make
-    for one in made:
-        one.close()
+    return make
 
 
 @pytest.fixture(scope="module")
