@@ -87,8 +87,11 @@ class Served:
         return all(self.admin.generate(name) == text for name, text in self.answers.items())
 
 
+Start = Callable[..., Served]
+
+
 @pytest.fixture
-def start(zygote: Zygote, model: Path, tmp_path: Path) -> Iterator[Callable[..., Served]]:
+def start(zygote: Zygote, model: Path, tmp_path: Path) -> Iterator[Start]:
     root = tmp_path / "adapters"
     for seed, name in enumerate(PATHS):
         write_adapter(root, arch_of(model), AdapterSpec(name, rank=4), seed)
@@ -108,9 +111,7 @@ def start(zygote: Zygote, model: Path, tmp_path: Path) -> Iterator[Callable[...,
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_or_read_only_changes_nothing(
-    start: Callable[..., Served], tmp_path: Path
-) -> None:
+def test_a_disk_that_is_full_or_read_only_changes_nothing(start: Start, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 24) as disk:
         served = start(disk)
         before = served.admin.state()
@@ -139,7 +140,7 @@ def test_a_disk_that_is_full_or_read_only_changes_nothing(
 
 @pytest.mark.slow
 def test_without_descriptors_or_memory_calls_fail_and_the_server_stays(
-    start: Callable[..., Served], tmp_path: Path
+    start: Start, tmp_path: Path
 ) -> None:
     served = start(tmp_path / "state")
     pid, process = served.life.pid, served.life.process
@@ -180,7 +181,7 @@ def test_without_descriptors_or_memory_calls_fail_and_the_server_stays(
 
 @pytest.mark.slow
 def test_a_server_that_exceeds_its_groups_memory_comes_back_with_every_adapter(
-    start: Callable[..., Served], tmp_path: Path
+    start: Start, tmp_path: Path
 ) -> None:
     """The kernel kills the server, as in a container.
 
@@ -205,9 +206,7 @@ def test_a_server_that_exceeds_its_groups_memory_comes_back_with_every_adapter(
 
 
 @pytest.mark.slow
-def test_no_wait_depends_on_the_wall_clock(
-    start: Callable[..., Served], tmp_path: Path, clock: WallClock
-) -> None:
+def test_no_wait_depends_on_the_wall_clock(start: Start, tmp_path: Path, clock: WallClock) -> None:
     """Setting the clock during a stream neither ends nor extends anything."""
     served = start(tmp_path / "state")
     request = inference_pb2.GenerateRequest(prompt="a b c")
@@ -242,7 +241,7 @@ def test_no_wait_depends_on_the_wall_clock(
 
 
 @pytest.mark.long
-def test_five_hundred_adapters_come_and_go(start: Callable[..., Served], tmp_path: Path) -> None:
+def test_five_hundred_adapters_come_and_go(start: Start, tmp_path: Path) -> None:
     """Only a few adapters fit in memory; answers and the server's resource use stay the same."""
     served = start(tmp_path / "state", "--adapter-host-bytes", "1MiB")
     admin, source = served.admin, random.Random(1)
@@ -272,7 +271,7 @@ def test_five_hundred_adapters_come_and_go(start: Callable[..., Served], tmp_pat
 
 @pytest.mark.slow
 def test_a_server_keeps_serving_without_its_model_directory(
-    start: Callable[..., Served], model: Path, tmp_path: Path
+    start: Start, model: Path, tmp_path: Path
 ) -> None:
     """The served model was read at startup; later reads report the missing file."""
     served = start(tmp_path / "state")
@@ -291,9 +290,7 @@ def test_a_server_keeps_serving_without_its_model_directory(
 
 
 @pytest.mark.slow
-def test_clients_that_die_or_never_read_leave_nothing_behind(
-    start: Callable[..., Served], tmp_path: Path
-) -> None:
+def test_clients_that_die_or_never_read_leave_nothing_behind(start: Start, tmp_path: Path) -> None:
     served = start(tmp_path / "state")
     process = served.life.process
 
