@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from builders.bases.gguf_files import TEMPLATE, write_gguf
+from builders.bases.gguf_files import TEMPLATE, finish, gguf_writer, write_gguf
 from builders.bases.tiny_models import BOS, EOS, save_tiny_model
 from gguf import GGMLQuantizationType as Kind
 from gguf_oracle import assert_alike, transformers_state
@@ -99,10 +99,7 @@ def with_tensor(file: Path, copy: Path, name: str, values: np.ndarray) -> Path:
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return copy
 
 
@@ -139,29 +136,15 @@ def test_unknown_tensors_are_rejected_by_name(tmp_path: Path) -> None:
 
 def test_files_that_are_not_gguf_fail_before_torch(tmp_path: Path) -> None:
     file = tmp_path / "m.gguf"
-    for data in (
-        b"",
-        b"GGUF",
-        b"PK\3\4" + bytes(60),
-        b"GGUF" + bytes(60),
-        b"GGUF\3" + b"\xff" * 60,
-    ):
+    for data in (b"", b"GGUF", b"PK\3\4", b"GGUF" + bytes(60), b"GGUF\3" + b"\xff" * 60):
         file.write_bytes(data)
         with pytest.raises(InvalidRequestError, check=says("GGUF_INVALID")):
             check_model(file)
-    writer = gguf.GGUFWriter(file, "gemma3n")
-    writer.add_block_count(1)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    finish(gguf_writer(file, "gemma3n", block_count=1))
     with pytest.raises(InvalidRequestError, check=says("GGUF_ARCHITECTURE", value="gemma3n")):
         check_model(file)
     for architecture, layers in (("llama", 1 << 30), ("qwen3", 0)):
-        writer = gguf.GGUFWriter(file, architecture)
-        writer.add_block_count(layers)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.close()
+        finish(gguf_writer(file, architecture, block_count=layers))
         expected = says("CONFIG_UNSUPPORTED", key=f"{architecture}.block_count", value=layers)
         with pytest.raises(InvalidRequestError, check=expected):
             check_model(file)
