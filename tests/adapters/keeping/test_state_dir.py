@@ -9,12 +9,12 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from builders.registries import (
     Gate,
     Registries,
+    Start,
     Waiter,
     adapter_bytes,
     refs,
@@ -25,7 +25,6 @@ from builders.registries import (
 from said import says
 
 from turret.server.adapters import state_dir
-from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state_dir import SavedRegistration, StateDir, UploadedFile
 from turret.server.basics import files
 from turret.server.errors import (
@@ -36,21 +35,6 @@ from turret.server.errors import (
     StorageFullError,
     TurretError,
 )
-
-
-@pytest.fixture
-def start(make: Registries, tmp_path: Path) -> Callable[..., AdapterRegistry]:
-    """Starts a registry on the test's state directory; close it before the next one."""
-
-    def begin(room: float = 100, **options: Any) -> AdapterRegistry:
-        registry = make(room, state=StateDir(tmp_path / "state", 1 << 20), **options)
-        registry.restore()
-        return registry
-
-    return begin
-
-
-Start = Callable[..., AdapterRegistry]
 
 
 def files_of(tmp_path: Path) -> list[str]:
@@ -447,14 +431,10 @@ def test_invalid_registrations_are_rejected(start: Start, tmp_path: Path, change
 # How messages name an adapter whose files are in the server's own directory.
 
 
-def test_messages_name_an_upload_but_not_its_path(make: Registries, tmp_path: Path) -> None:
+def test_messages_name_an_upload_but_not_its_path(
+    start: Start, make: Registries, tmp_path: Path
+) -> None:
     """Messages during the check, after a loss of its files, and after a restart."""
-
-    def start() -> AdapterRegistry:
-        registry = make(state=StateDir(tmp_path / "state", 1 << 20))
-        registry.restore()
-        return registry
-
     registry = start()
     config = make.root / "a" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "r": 3}))

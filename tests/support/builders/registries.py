@@ -88,6 +88,9 @@ class Registries:
             registry.close()
 
 
+Start = Callable[..., AdapterRegistry]
+
+
 def refs(names: str | list[str]) -> list[AdapterRef]:
     """A reference to each name. Each letter of a string is the name of an adapter."""
     return [AdapterRef(name=name) for name in names]
