@@ -535,6 +535,9 @@ class _Quantizing:
             "digest": _digest([build / WEIGHTS]),
             "format": _FORMAT,
             "fidelity": self._fidelity.rows(),
+            "files": {
+                path.name: _digest([path]) for path in build.iterdir() if path.name != WEIGHTS
+            },
         }
         (build / _MANIFEST).write_text(json.dumps(manifest))
 
@@ -559,14 +562,17 @@ class _Quantizing:
 
 
 def _is_cached(target: Path) -> bool:
-    """Whether the cache has a checkpoint, with a valid manifest and complete weights."""
+    """Whether the cache has a checkpoint, with a valid manifest and complete files."""
     if not target.exists():
         return False
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, SafetensorError):
         _read_cached(target, target)
+        # Earlier versions wrote no digests of the other files.
+        others = json.loads((target / _MANIFEST).read_text()).get("files", {})
         with safe_open(target / WEIGHTS, framework="pt"):
-            return True
-    _log.warning("the cached weights are damaged", extra=log.fields(path=target))
+            if all(_digest([target / name]) == digest for name, digest in others.items()):
+                return True
+    _log.warning("the cached model is damaged", extra=log.fields(path=target))
     return False
 
 

@@ -265,7 +265,9 @@ def test_the_embedded_model_given_by_path_is_named_after_its_file(
     assert names == ["tiny", MODEL_NAME, "tiny"]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "turret.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "turret.json", "tokenizer.json", "generation_config.json"]
+)
 @pytest.mark.parametrize("fault", ["cut", "empty", "missing"])
 def test_damaged_files_in_the_cache_are_written_again(
     name: str, fault: str, tmp_path: Path
