@@ -448,8 +448,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             # The health service sets a status itself.
             code = Code[(context.code() or grpc.StatusCode.OK).name]
             return response
-        except (asyncio.CancelledError, grpc.aio.InternalError):
-            # gRPC raises InternalError if the call ends while a message is written.
+        except (asyncio.CancelledError, grpc.aio.InternalError) as error:
+            # gRPC raises InternalError if the call ends while a message is written, but also for
+            # other reasons, which only its text distinguishes.
+            if isinstance(error, grpc.aio.InternalError):
+                _log.info("call ended by gRPC", extra=log.fields(method=method, problem=error))
             remaining = context.time_remaining()
             is_late = remaining is not None and remaining <= DEADLINE_SLACK_SECONDS
             code = Code.DEADLINE_EXCEEDED if is_late else Code.CANCELLED

@@ -199,6 +199,19 @@ async def test_hostile_text_is_shown_as_text(
     await visit(do)
 
 
+async def test_an_adapter_may_have_the_name_of_a_property(
+    visit: Callable[..., Awaitable[Any]], http: HttpHarness
+) -> None:
+    http.registry.load("constructor", "a")
+
+    def do(tab: Browser) -> None:
+        open_page(tab, http)
+        tab.until(lambda: names(tab) == ["constructor"], "the adapter")
+        assert tab.text("#adapters-rows td:nth-of-type(6)") == "0"
+
+    await visit(do)
+
+
 _ASK = """
 const done = arguments[2];
 fetch(arguments[0], arguments[1]).then(answer => done(answer.status), error => done(error.name));

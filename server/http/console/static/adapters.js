@@ -129,7 +129,7 @@ function whyNone(found, searched) {
 }
 
 function countTraffic(time, traffic) {
-  for (const label of growth.keys()) if (!(label in traffic)) growth.delete(label);
+  for (const label of growth.keys()) if (!Object.hasOwn(traffic, label)) growth.delete(label);
   for (const [label, counts] of Object.entries(traffic)) {
     if (!growth.has(label)) growth.set(label, new Growth(60));
     growth.get(label).add(time, counts.tokens);
@@ -171,7 +171,9 @@ class Row {
   show(adapter) {
     const { cells } = this;
     const label = labelOf(this.name);
-    const traffic = state.figures?.traffic?.[label];
+    const all = state.figures?.traffic || {};
+    // An adapter may have the name of a property of every object, such as constructor.
+    const traffic = Object.hasOwn(all, label) ? all[label] : null;
     this.adapter = adapter;
     this.pinned.hidden = !adapter.pinned;
     const warnings = adapter.warnings || [];
