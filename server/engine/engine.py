@@ -395,10 +395,12 @@ class Engine:
     # The methods below run on the engine thread.
 
     def _run(self) -> None:
-        with self._on_thread():
-            self._loop.run()
-        if self.is_dead:
-            self._call(self._bury)
+        try:
+            with self._on_thread():
+                self._loop.run()
+        finally:
+            if self.is_dead:
+                self._call(self._bury)
 
     def _bury(self) -> None:
         self.dead.set()

@@ -29,6 +29,7 @@ from servers.engine_harness import EngineHarness, make_request
 from servers.zygote import Life, Zygote, running_zygote
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from turret.server.engine import loop
 from turret.server.engine.step.runner import TorchExecutor
 from turret.server.errors import TurretError, UnavailableError
 from turret.v1 import inference_pb2, inference_pb2_grpc
@@ -404,13 +405,31 @@ async def _live(model: Path, root: Path, mode: Counted) -> tuple[list[Any], list
     return answers, in_flight, is_dead
 
 
-@pytest.mark.slow
-async def test_a_fault_in_any_operation_ends_every_request_and_releases_everything(
-    tiny_llama: Path,
-) -> None:
+@pytest.fixture(scope="module")
+def root(tiny_llama: Path) -> Path:
     root = tiny_llama.parent / "adapters"
     for seed, name in enumerate("ab"):
         write_adapter(root, arch_of(tiny_llama), AdapterSpec(name, rank=4), seed)
+    return root
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_an_engine_that_cannot_log_its_failure_ends_every_request(
+    tiny_llama: Path, root: Path
+) -> None:
+    """Without memory, logging fails as well."""
+    with patch.object(loop._log, "exception", side_effect=MemoryError):
+        async with asyncio.timeout(60):
+            answers, in_flight, is_dead = await _live(tiny_llama, root, Counted(1))
+    assert is_dead
+    assert all(isinstance(answer, TurretError) for answer in answers)
+    assert in_flight == [0, 0]
+
+
+@pytest.mark.slow
+async def test_a_fault_in_any_operation_ends_every_request_and_releases_everything(
+    tiny_llama: Path, root: Path
+) -> None:
     whole = Counted()
     answers, in_flight, is_dead = await _live(tiny_llama, root, whole)
     assert not is_dead
