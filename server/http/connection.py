@@ -84,7 +84,9 @@ class Connection(HttpToolsProtocol):
         self._running = cycle
         is_old = scope["http_version"] == "1.0"
         if not is_old:
-            scope.setdefault("extensions", {})[EXTENSION] = Chunks(cycle)
+            # The cycle has the original scope. With a reference to the chunks in it, each request
+            # would keep the buffers of its connection until the next garbage collection.
+            scope = {**scope, "extensions": {EXTENSION: Chunks(cycle)}}
 
         async def framed(message: Any) -> None:
             """Sends a message of the application, and announces the end of the connection.
@@ -202,6 +204,9 @@ class Connection(HttpToolsProtocol):
             running.disconnected = True
             running.message_event.set()
         super().connection_lost(exc)
+        # uvicorn keeps the timer of a connection that the client reset, which keeps the connection
+        # and its TLS buffers in memory for another 75 seconds.
+        self._unset_keepalive_if_required()
 
     def _await_head(self) -> None:
         if self._head_timer is None:
