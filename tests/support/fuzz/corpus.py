@@ -20,7 +20,7 @@ from google.protobuf.message import Message
 
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
 from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.v1 import adapters_pb2, inference_pb2, tinker_pb2
+from turret.v1 import adapters_pb2, inference_pb2, tinker_pb2, training_pb2
 
 CORPUS = ROOT / "tests" / "fuzz" / "corpus"
 
@@ -64,6 +64,10 @@ def _messages() -> dict[str, list[Message]]:
         name="a", mode=adapters_pb2.UnloadAdapterRequest.FORCE
     )
     unload.timeout.seconds = 1
+    config = training_pb2.TrainingConfig(method="lora", rank=2, seed=1, targets=["q_proj"])
+    a_pass = training_pb2.ForwardBackwardRequest(loss="ppo", loss_config={"clip_low_threshold": 1})
+    a_pass.data.add(token_ids=[1, 2], target_ids=[2, 1], logprobs=[-1, -1], advantages=[1, 0])
+    step = training_pb2.OptimStepRequest(learning_rate=0.1, beta1=0.9, grad_clip_norm=1)
     return {
         "Generate": [generate],
         "Score": [chat],
@@ -77,6 +81,11 @@ def _messages() -> dict[str, list[Message]]:
         "UnloadAdapter": [unload],
         "ListAdapters": [adapters_pb2.ListAdaptersRequest(page_size=1, method="lora")],
         "ExportAdapter": [adapters_pb2.ExportAdapterRequest(name="a", generation=1)],
+        "CreateModel": [training_pb2.CreateModelRequest(config=config)],
+        "ForwardBackward": [a_pass],
+        "OptimStep": [step],
+        "SaveCheckpoint": [training_pb2.SaveCheckpointRequest(name="a", overwrite=True)],
+        "LoadCheckpoint": [training_pb2.LoadCheckpointRequest(optimizer=True)],
     }
 
 
