@@ -176,8 +176,11 @@ class Training:
         """The files of a checkpoint, piece by piece."""
         checkpoints = self._tenants.checkpoints
         found = checkpoints.find(self._tenants.owner(call.party), message.path)
-        folder = checkpoints.folder(found)
-        with contextlib.ExitStack() as stack, reporting_disk_faults():
+        with (
+            contextlib.ExitStack() as stack,
+            reporting_disk_faults(),
+            checkpoints.reading(found) as folder,
+        ):
             stack.enter_context(call.party.shares.transfer("exports", MAX_EXPORTS, call.tenant))
             # Open all files first: then another call may delete or replace the checkpoint.
             files = {

@@ -31,7 +31,7 @@ from turret.server.adapters.lowering.start import NewModule
 from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.vocabulary import HEAD
-from turret.server.errors import InvalidRequestError
+from turret.server.errors import AdapterCheckpointError, InvalidRequestError
 from turret.server.training.methods import served_method
 from turret.server.training.trainer import AdamParams, LearnerConfig
 from turret.server.training.training_pass import PassAdapter
@@ -74,16 +74,21 @@ class Learner:
         }
         self._count = 0
         self._optimizer = torch.optim.AdamW(self.parameters.values(), lr=0.0, fused=True)
-        self.served, self.leaves = self._refreshed()
+        self.served, self.leaves = self._refreshed(self.parameters)
 
     def _lower(self, base: BaseModel, tensors: Mapping[str, torch.Tensor]) -> AdapterOperators:
         checkpoint = AdapterCheckpoint(self._key, self.config, tensors, digest="", bytes_disk=0)
         return lower_checkpoint(checkpoint, base)[1].operators
 
-    def _refreshed(self) -> tuple[PassAdapter, Leaves]:
+    def _refreshed(self, tensors: Mapping[str, torch.Tensor]) -> tuple[PassAdapter, Leaves]:
+        """The adapter with these tensors as requests would use it, and its leaves.
+
+        Raises:
+            AdapterCheckpointError: The tensors cannot be served.
+        """
         self._count += 1
         operators = self._lower(
-            self._base, {name: tensor.detach() for name, tensor in self.parameters.items()}
+            self._base, {name: tensor.detach() for name, tensor in tensors.items()}
         )
         leaves = {
             path: [
@@ -108,7 +113,7 @@ class Learner:
         }
 
     def collect(self) -> None:
-        """Turn the gradients of the operators into gradients of the tensors."""
+        """Turn the gradients of the operators into gradients of the tensors, and drop them."""
         with torch.enable_grad():
             # In float32, gradients are not rounded on their way through the serving dtype.
             wide = replace(self._base, dtype=torch.float32)
@@ -121,6 +126,8 @@ class Learner:
         ]
         if pairs:
             torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
+        for leaf in itertools.chain(*self.leaves.values()):
+            leaf.grad = None
 
     def step(self, adam: AdamParams) -> dict[str, float]:
         """Update the tensors with the gradients since the last step, and reset the gradients.
@@ -130,6 +137,8 @@ class Learner:
 
         Raises:
             InvalidRequestError: The gradient is infinite or NaN; the tensors stay as they were.
+            AdapterCheckpointError: The new tensors cannot be served, such as infinite ones; the
+                tensors stay as they were.
         """
         self.collect()
         tensors = list(self.parameters.values())
@@ -137,8 +146,6 @@ class Learner:
         norm = torch.nn.utils.clip_grad_norm_(tensors, limit, foreach=True)
         if not norm.isfinite():
             self._optimizer.zero_grad()
-            for leaf in itertools.chain(*self.leaves.values()):
-                leaf.grad = None
             raise InvalidRequestError(say("GRADIENT_NOT_FINITE"))
         for group in self._optimizer.param_groups:
             group |= {
@@ -147,9 +154,16 @@ class Learner:
                 "eps": adam.eps,
                 "weight_decay": adam.weight_decay,
             }
+        before = [tensor.detach().clone() for tensor in tensors]
         self._optimizer.step()
         self._optimizer.zero_grad()
-        self.served, self.leaves = self._refreshed()
+        try:
+            self.served, self.leaves = self._refreshed(self.parameters)
+        except AdapterCheckpointError:
+            with torch.no_grad():
+                for tensor, old in zip(tensors, before, strict=True):
+                    tensor.copy_(old)
+            raise
         return {"grad_norm": float(norm)}
 
     # Files.
@@ -177,25 +191,32 @@ class Learner:
         }
 
     def load(self, folder: Path, *, with_optimizer: bool) -> None:
-        """Restore the tensors, and optionally the optimizer's state, that ``save`` wrote."""
+        """Restore the tensors, and optionally the optimizer's state, that ``save`` wrote.
+
+        Raises:
+            AdapterCheckpointError: The tensors cannot be served; everything stays as it was.
+        """
         # A save may replace the directory meanwhile, so read both files from the same open
         # directory.
         directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             opened = Path(f"/proc/self/fd/{directory}")
-            tensors = load_file(opened / TENSORS_FILE)
+            tensors = {
+                name.removeprefix(PEFT_PREFIX): tensor
+                for name, tensor in load_file(opened / TENSORS_FILE).items()
+            }
             saved = load_file(opened / OPTIMIZER_FILE) if with_optimizer else {}
         finally:
             os.close(directory)
+        self.served, self.leaves = self._refreshed(tensors)
         with torch.no_grad():
             for name, p in self.parameters.items():
-                p.copy_(tensors[_in_file(name)])
+                p.copy_(tensors[name])
         self._optimizer.state.clear()
         for key, value in saved.items():
             name, _, field = key.rpartition("/")
             state = self._optimizer.state[self.parameters[name]]
             state[field] = value.reshape(()) if field == "step" else value
-        self.served, self.leaves = self._refreshed()
 
 
 def add_gradients(total: Leaves, more: Leaves) -> None:

@@ -22,7 +22,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -198,6 +198,18 @@ class Checkpoints:
         assert _is_valid(checkpoint), "a name that could lead out of the directory"
         run = checkpoint.run.replace(":train:", ".")
         return self._folder / run / checkpoint.kind / checkpoint.name
+
+    @contextlib.contextmanager
+    def reading(self, checkpoint: Checkpoint) -> Iterator[Path]:
+        """The directory of a checkpoint, which may be removed within the block.
+
+        Raises:
+            TrainingNotFoundError: It was removed.
+        """
+        try:
+            yield self.folder(checkpoint)
+        except FileNotFoundError:
+            raise not_found(checkpoint.path) from None
 
     async def save(
         self,

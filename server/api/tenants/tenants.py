@@ -533,9 +533,9 @@ class Tenants:
             raise AdapterMismatchError(say("CHECKPOINT_OF_OTHER_BASE", path=checkpoint.path))
         if with_optimizer and checkpoint.kind != "weights":
             raise InvalidRequestError.of("optimizer", say("CHECKPOINT_WITHOUT_OPTIMIZER"))
-        folder = self.checkpoints.folder(checkpoint)
         training = self.sessions.training()
-        await training.load(model.learner_number, folder, with_optimizer=with_optimizer)
+        with self.checkpoints.reading(checkpoint) as folder:
+            await training.load(model.learner_number, folder, with_optimizer=with_optimizer)
         return checkpoint
 
     async def publish(self, model: TenantModel) -> Published:

@@ -37,11 +37,12 @@ async def create_sampler(state: TinkerState, exchange: Exchange, body: CreateSam
     if sampler_id not in session.samplers:
         sampler = SavedSampler(sampler_id=sampler_id, owner=owner, path=body.model_path)
         if body.model_path is not None:
-            checkpoint = state.tenants.checkpoints.find(owner, body.model_path)
+            checkpoints = state.tenants.checkpoints
+            checkpoint = checkpoints.find(owner, body.model_path)
             name = f"training/{session.session_id}/s{body.sampling_session_seq_id}"
-            folder = state.tenants.checkpoints.folder(checkpoint)
             async with state.tenants.writing(owner):
-                published = await state.tenants.sessions.training().serve(folder, name)
+                with checkpoints.reading(checkpoint) as folder:
+                    published = await state.tenants.sessions.training().serve(folder, name)
             sampler.generation, sampler.size = published.generation, published.size
             sampler.adapter, sampler.is_own = name, True
         elif body.base_model is not None:

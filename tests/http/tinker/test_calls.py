@@ -641,6 +641,40 @@ async def test_a_session_that_ends_while_a_sampler_is_created_leaves_none(
         one.session = kept
 
 
+@pytest.mark.parametrize("make", ["serve", "load"])
+async def test_a_checkpoint_that_is_removed_while_it_is_read_is_not_found(
+    make: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with tenant(tmp_path) as one:
+        model = {"model_id": await one.model()}
+        save = model | {"seq_id": 1, "path": "a"}
+        path = (await one.result(await one.ask("/save_weights", save)))["path"]
+        training = tables(one)
+        plain, is_reading, may_read = getattr(training, make), asyncio.Event(), asyncio.Event()
+
+        async def slow(*args: Any, **options: Any) -> Any:
+            is_reading.set()
+            await may_read.wait()
+            return await plain(*args, **options)
+
+        monkeypatch.setattr(training, make, slow)
+        if make == "serve":
+            body = {"session_id": one.session, "sampling_session_seq_id": 0, "model_path": path}
+            reading = asyncio.ensure_future(one.send("/create_sampling_session", body))
+        else:
+            body = model | {"seq_id": 2, "path": path, "optimizer": True}
+            reading = asyncio.ensure_future(one.send("/load_weights", body))
+        await is_reading.wait()
+        run = path.removeprefix("tinker://").partition("/")[0]
+        await one.ask(f"/training_runs/{run}/checkpoints/weights/a", verb="DELETE")
+        may_read.set()
+        answer = await reading
+        if make == "serve":
+            assert answer.status_code == 404
+        else:
+            assert (await one.result(answer.json()))["category"] == "user"
+
+
 async def test_checkpoints_outlive_the_server(tmp_path: Path) -> None:
     async with tenant(tmp_path) as one:
         model_id = await one.model()

@@ -16,14 +16,19 @@ from typing import Any
 import pytest
 import torch
 from method_oracle import prompt_of, twin
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.adapters.adapter import TENSORS_FILE
 from turret.server.adapters.operators.vocabulary import HEAD
 from turret.server.engine.scheduling.request import SamplingParams
 from turret.server.engine.step.runner import Runner, StepResult
-from turret.server.errors import BudgetExceededError, InvalidRequestError, UnavailableError
+from turret.server.errors import (
+    AdapterCheckpointError,
+    BudgetExceededError,
+    InvalidRequestError,
+    UnavailableError,
+)
 from turret.server.training import learner as learner_module
 from turret.server.training import service
 from turret.server.training.learner import num_bytes
@@ -305,6 +310,40 @@ async def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path) -> 
         after = await training.pass_over(learner, [data], "cross_entropy", {})
         assert torch.equal(after[0].losses, before[0].losses)
         assert await training.step(learner, ADAM) == expected
+
+
+async def test_weights_that_are_not_finite_change_nothing(tmp_path: Path) -> None:
+    """Whether a step would cause them, or a checkpoint contains them."""
+    data, folders = [learned(prompt_of(20))], (tmp_path / name for name in "abcdefgh")
+    growing = AdamParams(learning_rate=1e4, weight_decay=1e4)
+    async with started(tmp_path) as (_, training):
+        config = LearnerConfig(method="prompt_tuning", rank=4, seed=1)
+        learner = await training.create(config)
+
+        async def saved() -> bytes:
+            folder = next(folders)
+            await asyncio.to_thread(folder.mkdir)
+            await training.save(learner, folder, with_optimizer=False)
+            return (folder / TENSORS_FILE).read_bytes()
+
+        async def grow() -> None:
+            for _ in range(7):
+                before.append(await saved())
+                await training.pass_over(learner, data, "cross_entropy", {})
+                await training.step(learner, growing)
+
+        before: list[bytes] = []
+        with pytest.raises(AdapterCheckpointError):
+            await grow()
+        assert await saved() == before[-1]
+        # The gradients of the failed step are gone.
+        assert (await training.step(learner, AdamParams(learning_rate=0.0)))["grad_norm"] == 0.0
+        tensors = load_file(tmp_path / "a" / TENSORS_FILE)
+        tensors["prompt_embeddings"][0] = math.nan
+        save_file(tensors, tmp_path / "a" / TENSORS_FILE)
+        with pytest.raises(AdapterCheckpointError):
+            await training.load(learner, tmp_path / "a", with_optimizer=False)
+        assert await saved() == before[-1]
 
 
 async def test_the_pass_of_a_dropped_adapter_ends(tmp_path: Path) -> None:
