@@ -510,13 +510,11 @@ class StateDir(SharedStateDir):
         Raises:
             StorageFullError: The disk is full; what was saved before still holds.
         """
-        with reporting_disk_faults():
-            replace_file(self._adapters / _file_name(saved.name), saved.to_json())
+        _change(self._adapters / _file_name(saved.name), saved.to_json())
 
     def remove(self, name: str) -> None:
         """Forgets a registration; the caller discards its files."""
-        with reporting_disk_faults():
-            remove_file(self._adapters / _file_name(name))
+        _change(self._adapters / _file_name(name), None)
 
     def read_aliases(self) -> list[Alias]:
         """Every alias, by name; see ``read``."""
@@ -529,25 +527,11 @@ class StateDir(SharedStateDir):
             StorageFullError: The disk is full; what was saved before still holds.
         """
         fields = {**dataclasses.asdict(alias), "version": 1}
-        path = self._aliases / _file_name(alias.name)
-        with reporting_disk_faults():
-            before = path.read_bytes() if path.exists() else None
-            try:
-                replace_file(path, json.dumps(fields, indent=1).encode())
-            except OSError:
-                # The file may have been replaced despite the error. A restart could then find
-                # targets that were not kept.
-                with contextlib.suppress(OSError):
-                    if before is None:
-                        path.unlink(missing_ok=True)
-                    else:
-                        replace_file(path, before)
-                raise
+        _change(self._aliases / _file_name(alias.name), json.dumps(fields, indent=1).encode())
 
     def remove_alias(self, name: str) -> None:
         """Forgets an alias."""
-        with reporting_disk_faults():
-            remove_file(self._aliases / _file_name(name))
+        _change(self._aliases / _file_name(name), None)
 
     def adopt(self, staged: StagedUpload, adapter: Adapter) -> None:
         """Moves a finished upload to its place and points the adapter there."""
@@ -579,6 +563,30 @@ class StateDir(SharedStateDir):
 def open_state_dir(path: Path | None, max_upload_bytes: int) -> NoStateDir:
     """The state directory of a server, if it has one; arguments and errors as for ``StateDir``."""
     return NoStateDir() if path is None else StateDir(path, max_upload_bytes)
+
+
+def _change(path: Path, data: bytes | None) -> None:
+    """Writes a whole file, or removes it.
+
+    Raises:
+        StorageFullError, StorageFailedError: The disk failed; the file is as it was.
+    """
+    with reporting_disk_faults():
+        before = path.read_bytes() if path.exists() else None
+        try:
+            _put(path, data)
+        except OSError:
+            # The file may have changed despite the error, and a restart would find the change.
+            with contextlib.suppress(OSError):
+                _put(path, before)
+            raise
+
+
+def _put(path: Path, data: bytes | None) -> None:
+    if data is None:
+        remove_file(path)
+    else:
+        replace_file(path, data)
 
 
 def _file_name(name: str) -> str:

@@ -42,7 +42,6 @@ from turret.server.errors import (
     AdapterCheckpointError,
     AdapterNotFoundError,
     BudgetExceededError,
-    TurretError,
 )
 from turret.server.words import say
 
@@ -275,21 +274,9 @@ class Installer:
                 kept = self.table.kept_after(replaced, adapter)
             self.state.save(adapter, pinned=pinned, kept=kept)
         except BaseException:
-            self._withdraw(adapter, replaced)
+            self.leases.forget(adapter, "error")
+            self.state.discard(adapter.source)
             raise
-
-    def _withdraw(self, adapter: Adapter, replaced: Registration | None) -> None:
-        self.leases.forget(adapter, "error")
-        try:
-            if replaced is None:
-                self.state.remove(adapter.name)
-            else:
-                current = replaced.current
-                self.state.save(current, pinned=current.pinned, kept=replaced.kept)
-        except (OSError, TurretError) as error:
-            # The earlier write failed, so most likely there is nothing on disk to undo.
-            _log.warning("cannot undo a load", extra=log.fields(adapter=adapter.name, reason=error))
-        self.state.discard(adapter.source)
 
 
 def _no_room(adapter: Adapter) -> BudgetExceededError:

@@ -239,6 +239,32 @@ def test_a_replacement_with_a_failed_disk_write_keeps_its_files(
     assert Waiter(registry.acquire(refs(["up"]))).wait().error is None
 
 
+def test_a_failed_change_is_not_found_after_a_restart(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk reports an error although it has made the change."""
+    registry = start()
+    before, alias = registry.load("a", "a"), [registry.set_alias("prod", refs("a"))]
+    free = registry.load("c", "c")
+    for folder, change in (
+        ("adapters", lambda: registry.unload("c")),
+        ("adapters", lambda: registry.pin("a")),
+        ("adapters", lambda: registry.replace("a", "b")),
+        ("adapters", lambda: registry.load("b", "b")),
+        ("aliases", lambda: registry.delete_alias("prod")),
+    ):
+        with monkeypatch.context() as patch:
+            _full_after(patch, folder, once=True)
+            with pytest.raises(StorageFullError):
+                change()
+    assert (registry.list(), registry.aliases()) == ([before, free], alias)
+    registry.close()
+    registry = start()
+    found = [(each.name, each.uuid, each.generation, each.pinned) for each in registry.list()]
+    assert found == [(each.name, each.uuid, 1, False) for each in (before, free)]
+    assert registry.aliases() == alias
+
+
 def test_an_alias_that_cannot_be_saved_keeps_its_previous_target(
     start: Start, make: Registries, monkeypatch: pytest.MonkeyPatch
 ) -> None:
