@@ -28,6 +28,9 @@ class Nf4Experts:
     Attributes:
         out_features: Outputs of an expert.
         in_features: Its inputs.
+        addresses: Addresses of the experts' weights (``nf4_expert_products``), or None if one call
+            of the C product cannot compute all of them.
+        format: The format of the weights that have ``addresses``.
     """
 
     def __init__(
@@ -42,8 +45,8 @@ class Nf4Experts:
         self.in_features = experts[0][0].shape[1]
         self._dtype = dtype
         self._experts: list[BaseLinear] = []
-        self._addresses: torch.Tensor | None = None
-        self._format = NF4
+        self.addresses: torch.Tensor | None = None
+        self.format = NF4
         # Used on the gpu path. All weights are numbers unless all have the same format.
         self._stacked: Nf4Matrix | torch.Tensor | None = None
         if gpu:
@@ -54,9 +57,9 @@ class Nf4Experts:
         packed = [expert for expert in self._experts if isinstance(expert, PackedLinear)]
         formats = {expert.format for expert in packed}
         if has_kernels(device) and len(packed) == len(self._experts) and len(formats) == 1:
-            (self._format,) = formats
+            (self.format,) = formats
             addresses = [[each.packed.data_ptr(), each.absmax.data_ptr()] for each in packed]
-            self._addresses = torch.tensor(addresses, dtype=torch.int64)
+            self.addresses = torch.tensor(addresses, dtype=torch.int64)
 
     def _stack(
         self, experts: Sequence[Sequence[Nf4Weight | torch.Tensor]], device: torch.device
@@ -101,10 +104,9 @@ class Nf4Experts:
 
             return nf4_experts(x, self._stacked, routing, rows)
         x = x if rows is None else x.index_select(0, rows)
-        if self._addresses is not None:
+        if self.addresses is not None:
             shape = self.out_features, self.in_features
-            addresses = self._addresses
-            return nf4_expert_products(x, routing.ends, addresses, shape, self._format)
+            return nf4_expert_products(x, routing.ends, self.addresses, shape, self.format)
         parts = [self._experts[expert](x[pairs]) for expert, pairs in routing.runs]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

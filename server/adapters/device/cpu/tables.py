@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from turret.kernels.cpu import row_adapters
-from turret.kernels.cpu.layers import PROJECTIONS, NativePlace
+from turret.kernels.cpu.layers import EXPERT_PROJECTIONS, PROJECTIONS, NativePlace
 from turret.kernels.cpu.row_adapters import (
     CStruct,
     ExpertAdapters,
@@ -49,20 +49,19 @@ from turret.server.adapters.operators.vectors import Bias, Gain, InputGain
 
 @dataclass(frozen=True, slots=True)
 class CpuStepExperts:
-    """A step's rows whose adapters change experts.
-
-    Attributes:
-        adapters: The rows.
-        numbers: The index of each projection in a layer.
-    """
+    """A step's rows whose adapters change experts."""
 
     adapters: ExpertAdapters
-    numbers: dict[str, int]
 
     def apply(self, pairs: ExpertPairs) -> None:
         """Add the updates of one layer's projection, in place; see ``AdapterStep``."""
-        update = pairs.layer * len(self.numbers) + self.numbers[pairs.projection]
+        update = _number(pairs.layer, pairs.projection)
         self.adapters.adapt(update, pairs.x, pairs.y, pairs.routing, pairs.rows)
+
+
+def _number(layer: int, projection: str) -> int:
+    """The number of a projection of experts among the updates of an ``ExpertTable``."""
+    return layer * len(EXPERT_PROJECTIONS) + EXPERT_PROJECTIONS.index(projection)
 
 
 class CpuExpertUpdates(Part):
@@ -70,17 +69,16 @@ class CpuExpertUpdates(Part):
 
     def __init__(self, layout: ProjectionLayout) -> None:
         self._layout = layout
-        self._numbers = {name: number for number, name in enumerate(layout.experts)}
         self._tables: dict[str, ExpertTable] = {}
 
     def insert(self, key: str, operators: AdapterOperators) -> None:
         """Add an adapter if it changes experts."""
         found: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * (
-            self._layout.num_layers * len(self._numbers)
+            self._layout.num_layers * len(EXPERT_PROJECTIONS)
         )
-        for name, number in self._numbers.items():
+        for name in self._layout.experts:
             for layer, update in self._layout.of_experts(operators, name):
-                found[layer * len(self._numbers) + number] = update.a, update.b
+                found[_number(layer, name)] = update.a, update.b
         if any(found):
             self._tables[key] = ExpertTable(found)
 
@@ -96,7 +94,7 @@ class CpuExpertUpdates(Part):
             if chosen:
                 rows += [[] for _ in range(start - len(rows))]
                 rows += [chosen] * (end - start)
-        return CpuStepExperts(ExpertAdapters(rows), self._numbers) if rows else None
+        return CpuStepExperts(ExpertAdapters(rows)) if rows else None
 
 
 _INPUT_CHANGES = {InputGain, InputBlocks}
@@ -146,6 +144,8 @@ class ModuleNumbers:
         return (NativePlace * (self._num_layers * len(PROJECTIONS)))(
             *(
                 NativePlace(self.shape(layer, name).address, self.first(layer, name))
+                if name in self._first
+                else NativePlace()
                 for layer in range(self._num_layers)
                 for name in PROJECTIONS
             )
