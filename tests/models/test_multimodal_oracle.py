@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from builders.bases.mixed_checkpoints import tensors_4bit
 from builders.bases.tiny_models import MULTIMODAL_ARCHITECTURES, served_weights
 from builders.methods import load_adapter, make_config, save_adapter
 from method_oracle import (
@@ -31,7 +32,7 @@ from servers.gpu_serving import gpu_serving
 from transformers import AutoConfig
 
 from turret.server.errors import AdapterMismatchError
-from turret.server.models.model_source import text_name
+from turret.server.models.model_source import resolve_model, text_name
 
 PROJECTIONS = "(q|k|v|o|gate|up|down)_proj"
 TEXT = {"target_modules": rf".*language_model.*\.{PROJECTIONS}"}
@@ -172,8 +173,7 @@ def test_a_4bit_checkpoint_of_the_whole_model_is_used_unchanged(
     """Tensors have older or newer names; those of vision are ignored."""
     plain = tiny_model(architecture)
     expected = served_weights(plain, torch.float32)
-    (cached,) = (tmp_path / "cache" / "turret").glob("nf4-*/model.safetensors")
-    packed = load_file(cached)
+    packed = tensors_4bit(resolve_model(plain, tmp_path / "cache" / "turret"))
     whole = load_file(plain / "model.safetensors")
     beside = {name: tensor for name, tensor in whole.items() if text_name(name) is None}
     assert beside

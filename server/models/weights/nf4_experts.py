@@ -11,7 +11,13 @@ from turret.kernels.expert_routing import Routing
 from turret.kernels.nf4_matmul import MXFP4, NF4, Nf4Matrix
 from turret.server.errors import InvalidRequestError
 from turret.server.models.weights.base_linear import BaseLinear
-from turret.server.models.weights.nf4 import BLOCKSIZE, Nf4Weight, PackedLinear, fuse_weights
+from turret.server.models.weights.nf4 import (
+    BLOCKSIZE,
+    Nf4Weight,
+    PackedLinear,
+    Weight,
+    fuse_weights,
+)
 from turret.server.models.weights.nf4_cpu import nf4_expert_products
 from turret.server.words import say
 
@@ -32,7 +38,7 @@ class Nf4Experts:
 
     def __init__(
         self,
-        experts: Sequence[Sequence[Nf4Weight | torch.Tensor]],
+        experts: Sequence[Sequence[Weight]],
         dtype: torch.dtype,
         device: torch.device,
         *,
@@ -59,7 +65,7 @@ class Nf4Experts:
             self._addresses = torch.tensor(addresses, dtype=torch.int64)
 
     def _stack(
-        self, experts: Sequence[Sequence[Nf4Weight | torch.Tensor]], device: torch.device
+        self, experts: Sequence[Sequence[Weight]], device: torch.device
     ) -> Nf4Matrix | torch.Tensor:
         if self.in_features % BLOCKSIZE:
             said = say("EXPERT_WIDTH_UNSUPPORTED", width=self.in_features, multiple=BLOCKSIZE)
@@ -76,10 +82,11 @@ class Nf4Experts:
             absmax = absmax.to(torch.bfloat16)
         return Nf4Matrix(packed, absmax, len(experts) * self.out_features, self.in_features, found)
 
-    def _numbers(self, weight: Nf4Weight | torch.Tensor) -> torch.Tensor:
-        if isinstance(weight, torch.Tensor):
-            return weight.to(self._dtype)
-        return weight.dequantize(self._dtype)
+    def _numbers(self, weight: Weight) -> torch.Tensor:
+        if isinstance(weight, Nf4Weight):
+            return weight.dequantize(self._dtype)
+        assert isinstance(weight, torch.Tensor)
+        return weight.to(self._dtype)
 
     def __call__(
         self, x: torch.Tensor, routing: Routing, rows: torch.Tensor | None

@@ -18,7 +18,7 @@ import bitsandbytes.functional as bnb_functional
 import pytest
 import torch
 from bitsandbytes.nn.modules import Linear4bit
-from builders.bases.mixed_checkpoints import UNSLOTH, load_4bit, save_4bit
+from builders.bases.mixed_checkpoints import UNSLOTH, load_4bit, save_4bit, tensors_4bit
 from builders.bases.tiny_models import save_tiny_model
 from builders.methods import load_adapter, make_config, save_adapter
 from method_oracle import check_greedy, check_score, oracle_logprobs, prompt_of
@@ -292,13 +292,13 @@ def test_other_codes_are_requantised(tmp_path: Path, kind: str, block: int) -> N
 def with_experts_in_16_bits(tmp_path: Path) -> tuple[Path, Path]:
     """A mixture, and its 4-bit checkpoint in which an expert's weights are dequantised."""
     plain = save_tiny_model("mixtral", tmp_path / "plain")
-    cached = resolve_model(plain, tmp_path / "cache" / "turret").weights
+    cached = resolve_model(plain, tmp_path / "cache" / "turret")
     packed = tmp_path / "packed"
     shutil.copytree(plain, packed)
     config = json.loads((packed / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (packed / "config.json").write_text(json.dumps(config))
-    tensors = load_file(cached / "model.safetensors")
+    tensors = tensors_4bit(cached)
     for name in [n for n in tensors if ".experts.1." in n and n.endswith(".weight")]:
         parts = {key: t for key, t in tensors.items() if key.startswith(name)}
         for key in parts:

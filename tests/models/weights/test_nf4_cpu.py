@@ -23,7 +23,7 @@ from turret.kernels.cpu.native import library
 from turret.kernels.nf4_matmul import NF4
 from turret.server.models.weights import nf4_cpu
 from turret.server.models.weights.nf4 import BLOCKSIZE, Nf4Weight, PackedLinear, nf4_linear
-from turret.server.models.weights.nf4_cpu import nf4_product, pack
+from turret.server.models.weights.nf4_cpu import nf4_product, pack, unpack
 
 CPU = torch.device("cpu")
 # Codes, maxima and results are rounded to bf16.
@@ -53,6 +53,7 @@ def test_weights_are_packed_as_bitsandbytes_packs_them(
         own = torch.empty_like(packed)
         pack(weight.packed, own)
         assert torch.equal(own, packed)
+    assert torch.equal(unpack(packed), weight.packed)
     linear = PackedLinear.pack([weight])
     assert torch.equal(linear.packed, packed)
     assert torch.equal(linear.absmax, state.absmax)
