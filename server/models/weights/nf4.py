@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -41,7 +42,8 @@ from turret.server.models.weights.nf4_cpu import (
 # import, it passes a few functions to ``torch.compile``. These are for devices without bitsandbytes
 # kernels, and also work uncompiled. Later, the first call of each operator would import the
 # compiler only to exclude the operator from compilation. A server that runs out of memory during
-# that import could not call the operator until it restarts.
+# that import could not call the operator until it restarts. bitsandbytes also imports Triton, which
+# only its kernels for Intel's GPUs use.
 
 
 __all__ = ["functional"]
@@ -57,11 +59,16 @@ def _without_compiler() -> Iterator[None]:
     replaced = {name: getattr(torch, name) for name in ("compile", "_disable_dynamo")}
     for name in replaced:
         setattr(torch, name, _as_it_is)
+    has_triton = "triton" in sys.modules
+    if not has_triton:
+        sys.modules["triton"] = None  # type: ignore[assignment]
     try:
         yield
     finally:
         for name, function in replaced.items():
             setattr(torch, name, function)
+        if not has_triton:
+            del sys.modules["triton"]
 
 
 # bitsandbytes warns at import that an optional kernel from the hub is not installed.
