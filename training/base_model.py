@@ -269,7 +269,7 @@ class _EmptyFrozen(_EmptyLinear4bit, FrozenNf4Linear):
 
 
 def _load_nf4(base: TrainingBase, dtype: torch.dtype) -> Any:
-    model = load_4bit(base.source.weights, base.arch, base.config, dtype)
+    model = load_4bit(base.source, base.arch, base.config, dtype)
     model.config.quantization_config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

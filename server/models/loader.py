@@ -91,22 +91,22 @@ def _product(base: BaseLinear) -> str:
 class CheckpointTensors:
     """Reads tensors and quantised weights, and records which were read.
 
+    In the cache, the codes of each fused projection are stored as a ``PackedLinear``. Only there,
+    because the kernels trust the sizes.
+
     Args:
-        folder: A bitsandbytes-4bit checkpoint, or a model in the cache, which has the codes of each
-            fused projection as a ``PackedLinear``.
+        source: The model.
         experts: The experts of its architecture, or None.
-        quantizes_all: Whether weights that are stored in 16 bits are quantised as well.
 
     Attributes:
         fidelity: The states of the weights that were read.
     """
 
-    def __init__(
-        self, folder: Path, experts: Experts | None, *, quantizes_all: bool = False
-    ) -> None:
+    def __init__(self, source: ModelSource, experts: Experts | None) -> None:
         self.fidelity = Fidelity()
-        self._quantizes_all = quantizes_all
-        self._stored = StoredTensors(weight_files(folder), experts)
+        self._quantizes_all = source.quantizes_all
+        self._is_cached = source.fidelity is not None
+        self._stored = StoredTensors(weight_files(source.weights), experts)
         self._read: set[str] = set()
         # Weight → names of its quantisation state. They are indexed once, because there may be
         # 100,000 names.
@@ -119,7 +119,7 @@ class CheckpointTensors:
         self._fused: dict[str, tuple[str, ...]] = {}
         for name in self._stored:
             modules, _, kind = name.partition(":")
-            if kind == "packed":
+            if self._is_cached and kind == "packed":
                 weights = tuple(modules.split("+"))
                 self._fused |= dict.fromkeys(weights, weights)
 
@@ -157,6 +157,12 @@ class CheckpointTensors:
         self._read.update(*(self._beside[name] for name in names))
         packed, absmax = (self.get(name, is_kept=False) for name in PackedLinear.names(names))
         return PackedLinear(packed, absmax, tuple(out for _, out, _ in modules))
+
+    def head_copy(self) -> ScreenCodes | None:
+        """The int8 copy of the head, if the cache has one."""
+        if not self._is_cached or not self.has(HEAD_COPY[0]):
+            return None
+        return ScreenCodes(*(self.get(name, is_kept=False) for name in HEAD_COPY))
 
     def _codes(self, name: str) -> torch.Tensor:
         """The codes of a weight, row by row."""
@@ -224,7 +230,7 @@ def load_decoder(
         InvalidRequestError: Unsupported architecture, or tensors that the config does not explain.
     """
     arch = read_arch(transformers_config(source.files))
-    tensors = CheckpointTensors(source.weights, arch.experts, quantizes_all=source.quantizes_all)
+    tensors = CheckpointTensors(source, arch.experts)
 
     def dense(name: str) -> torch.Tensor:
         # Files in the cache never change, so the mapped file itself can be the tensor's memory.
@@ -243,7 +249,7 @@ def load_decoder(
         # Some configs claim or default to tied embeddings although the checkpoint has two tensors.
         if not (arch.tie_word_embeddings and torch.equal(own, embedding)):
             head, arch = own, replace(arch, tie_word_embeddings=False)
-    unread = [name for name in tensors.unread() if name not in HEAD_COPY]
+    head_copy, unread = tensors.head_copy(), tensors.unread()
     if unread:
         raise InvalidRequestError.of(
             "model", say("TENSORS_UNEXPECTED", names=", ".join(unread[:8]))
@@ -253,8 +259,7 @@ def load_decoder(
         prepare_linear(head)
     decoder = _decoder_type(gpu)(arch, embedding=embedding, layers=layers, norm=norm, head=head)
     decoder.fidelity = source.fidelity or tensors.fidelity
-    if tensors.has(HEAD_COPY[0]):
-        decoder.head_copy = ScreenCodes(*(tensors.get(name, is_kept=False) for name in HEAD_COPY))
+    decoder.head_copy = head_copy
     return decoder
 
 

@@ -459,8 +459,9 @@ def _resolve_gguf(
 
 def _read_plain(shards: Sequence[Path], arch: Arch, block: tuple[int, int] | None) -> StoredTensors:
     tensors = StoredTensors(shards, arch.experts, block)
-    if codes := tensors.codes():
-        raise InvalidRequestError.of("model", say("TENSORS_UNEXPECTED", names=", ".join(codes[:8])))
+    # The names of the cache's own tensors have colons.
+    if wrong := [*tensors.codes(), *(name for name in tensors if ":" in name)]:
+        raise InvalidRequestError.of("model", say("TENSORS_UNEXPECTED", names=", ".join(wrong[:8])))
     return tensors
 
 

@@ -61,6 +61,9 @@ class MetaTensors:
     def packed(self, modules: object) -> None:
         return None
 
+    def head_copy(self) -> None:
+        return None
+
     def plain(self, name: str) -> torch.Tensor:
         assert not is_quantized(name), name
         return self.get(name)

@@ -296,7 +296,7 @@ def test_the_cache_has_the_weights_as_products_read_them(architecture: str, tmp_
     save_file(tensors, tmp_path / "4bit", {"format": "pt"})
     assert hashlib.sha256((tmp_path / "4bit").read_bytes()).hexdigest() == source.digest
     arch = read_arch(transformers_config(folder))
-    stored = CheckpointTensors(source.weights, arch.experts)
+    stored = CheckpointTensors(source, arch.experts)
     head = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
     if Screen.serves(head):
         expected = ScreenCodes.of(head)

@@ -35,7 +35,12 @@ from turret.server.config import Config, ModelConfig
 from turret.server.errors import InvalidRequestError
 from turret.server.models.describe import describe_base
 from turret.server.models.loader import load_decoder
-from turret.server.models.model_source import modules_in_16_bits, resolve_model, stored_weights
+from turret.server.models.model_source import (
+    HEAD_COPY,
+    modules_in_16_bits,
+    resolve_model,
+    stored_weights,
+)
 from turret.server.models.weights.nf4 import (
     DenseLinear,
     DequantizedLinear,
@@ -307,6 +312,20 @@ def with_experts_in_16_bits(tmp_path: Path) -> tuple[Path, Path]:
     save_file(tensors, packed / "model.safetensors")
     assert modules_in_16_bits(packed)
     return plain, packed
+
+
+def test_the_layout_of_the_cache_is_not_read_from_a_checkpoint(tmp_path: Path) -> None:
+    """The kernels trust its sizes, and a checkpoint may come from anybody."""
+    plain = save_tiny_model("llama", tmp_path / "plain")
+    packed = save_4bit(plain, tmp_path / "packed", ("lm_head",))
+    path = "model.layers.0.self_attn.o_proj.weight"
+    for folder in plain, packed:
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        for names in ((f"{path}:packed", f"{path}:absmax"), HEAD_COPY):
+            save_file(tensors | {name: torch.ones(1) for name in names}, file)
+            with pytest.raises(InvalidRequestError, check=says("TENSORS_UNEXPECTED")):
+                bases(folder)
 
 
 async def test_experts_in_16_bits(tmp_path: Path) -> None:

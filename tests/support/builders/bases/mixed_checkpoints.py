@@ -54,7 +54,7 @@ def save_4bit(plain: Path, folder: Path, skip: Sequence[str], **changes: Any) ->
 def tensors_4bit(source: ModelSource) -> dict[str, torch.Tensor]:
     """The tensors of a model in the cache, as a bitsandbytes-4bit checkpoint has them."""
     arch = read_arch(transformers_config(source.files))
-    stored = CheckpointTensors(source.weights, arch.experts)
+    stored = CheckpointTensors(source, arch.experts)
     held = load_file(source.weights / "model.safetensors")
     tensors = {name: tensor for name, tensor in held.items() if ":" not in name}
     assert len(tensors) < len(held)
