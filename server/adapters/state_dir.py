@@ -7,8 +7,9 @@
     files/<uuid>.<generation>/  the files of an uploaded generation
     incoming/<random>/          a running upload; emptied at startup
 
-Only the registrations' files count. Other content of ``files/`` is left over from a crash, or from
-a generation that was still in use at shutdown, and is removed at startup. An operation writes files
+Only the registrations' files count. Other content of ``files/`` is left over from a crash, from a
+generation that was still in use at shutdown, or from a private adapter, which has no registration
+here. It is removed at startup. An operation writes files
 first and the registration last, so a crash leaves the state before it or the state after it.
 """
 
@@ -45,6 +46,7 @@ from turret.server.basics.files import (
     reporting_disk_faults,
     sync_directory,
 )
+from turret.server.basics.names import is_private
 from turret.server.errors import (
     BudgetExceededError,
     InvalidRequestError,
@@ -195,7 +197,7 @@ class StagedUpload:
         with self._lock:
             self._missing[file.name] = file
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes | memoryview) -> None:
         """Appends to a file.
 
         Raises:
@@ -325,6 +327,9 @@ class NoStateDir:
         Raises:
             StorageFullError: The disk is full; what was saved before still holds.
         """
+        if is_private(adapter.name):
+            # Adapters of samplers do not survive a restart.
+            return
         saved = SavedRegistration(
             name=adapter.name,
             uuid=adapter.uuid,
@@ -366,7 +371,7 @@ class NoStateDir:
     def staged_source(self, staged: StagedUpload, name: str) -> Source:
         raise _required()
 
-    def adopt(self, staged: StagedUpload, adapter: Adapter) -> None:
+    def adopt(self, adapter: Adapter, put: Callable[[Path], object]) -> None:
         raise _required()
 
 
@@ -549,13 +554,13 @@ class StateDir(SharedStateDir):
         with reporting_disk_faults():
             remove_file(self._aliases / _file_name(name))
 
-    def adopt(self, staged: StagedUpload, adapter: Adapter) -> None:
-        """Moves a finished upload to its place and points the adapter there."""
+    def adopt(self, adapter: Adapter, put: Callable[[Path], object]) -> None:
+        """Points the adapter to a new directory, which ``put`` makes with the adapter's files."""
         target = self._files / adapter.key
-        with reporting_disk_faults():
-            staged.move(target)
         path = str(target.relative_to(self.path))
         adapter.source = dataclasses.replace(adapter.source, path=path)
+        with reporting_disk_faults():
+            put(target)
 
     def discard(self, source: Source) -> None:
         """Removes a generation's files if they were uploaded; others belong to the operator.

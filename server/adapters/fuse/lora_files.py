@@ -17,6 +17,7 @@ import torch
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.adapter_checkpoint import PEFT_PREFIX
+from turret.server.adapters.checkpoint.reader import begin_digest
 from turret.server.adapters.fuse.module_fuser import FusedModule
 from turret.server.adapters.methods import METHODS
 from turret.server.adapters.state_dir import StagedUpload, UploadedFile
@@ -75,7 +76,7 @@ class AdapterFiles:
         staged.write(TENSORS_FILE, self._header)
         for tensor in self._tensors.values():
             check()
-            staged.write(TENSORS_FILE, tensor.numpy().tobytes())
+            staged.write(TENSORS_FILE, _bytes_of(tensor))
         staged.finish()
 
 
@@ -87,8 +88,20 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """
     with path.open("wb") as file:
         file.write(_header(tensors))
-        for tensor in tensors.values():
-            file.write(tensor.numpy().tobytes())
+        file.writelines(map(_bytes_of, tensors.values()))
+
+
+def digest_of(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    """The digest of an adapter with this config, whose tensors ``save_tensors`` writes."""
+    digest = begin_digest(config)
+    digest.update(_header(tensors))
+    for tensor in tensors.values():
+        digest.update(_bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def target_modules(names: list[str], base: BaseModel) -> list[str]:

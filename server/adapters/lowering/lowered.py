@@ -121,15 +121,16 @@ def in_one_block(
     Returns:
         The same operators, and whether every value is finite.
     """
-    if any(tensor.requires_grad for module in modules.values() for tensor in module.tensors()):
+    before = {name: module.tensors() for name, module in modules.items()}
+    if any(tensor.requires_grad for tensors in before.values() for tensor in tensors):
         # Training differentiates these operators and drops them at once, so they need no block.
         return dict(modules), True
     # Files list tensors by name, which puts layer 10 before layer 2.
-    tensors = [tensor for name in sorted(modules, key=_place) for tensor in modules[name].tensors()]
+    tensors = [tensor for name in sorted(modules, key=_place) for tensor in before[name]]
     copies, is_finite = _copies(list({id(tensor): tensor for tensor in tensors}.values()))
     after: dict[str, ModuleOperators] = {}
     for name, module in modules.items():
-        after[name] = module.with_tensors(copies[id(tensor)] for tensor in module.tensors())
+        after[name] = module.with_tensors(copies[id(tensor)] for tensor in before[name])
     return after, is_finite
 
 

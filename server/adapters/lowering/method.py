@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 
 from turret.server.adapters.lowering.lowered import Lowered, finish
 from turret.server.adapters.lowering.pieces import Assembly, Piece
@@ -64,9 +62,8 @@ class LinearMethod(LinearFormat):
             AdapterComponentError: Some components are not registered. The error lists all of them.
         """
         assembly = Assembly(reading.dtype)
-        with ExitStack() as stack:
-            # Run this thread's work on the device, if there is any, concurrently with the steps.
-            reading.beside = partial(stack.enter_context, reading.model.beside())
+        # Run this thread's work on the device, if there is any, concurrently with the steps.
+        with reading.model.beside():
             order = reading.modules.values() if self.order is None else self.order(reading)
             for module in order:
                 assembly.add(module.name, self.operators(module))

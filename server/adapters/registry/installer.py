@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import uuid as uuids
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from turret.server import log
 from turret.server.adapters.adapter import (
@@ -156,7 +157,21 @@ class Installer:
             loaded = self.loader.lower(checkpoint)
             # Entering the adapter may wait for memory, so free the checkpoint's weights first.
             del checkpoint
-            return self._enter(new, loaded, before)
+            put = None if new.staged is None else new.staged.move
+            return self._enter(new, loaded, before, put)
+
+    def publish(
+        self, name: str, loaded: LoadedAdapter, put: Callable[[Path], object]
+    ) -> Registration:
+        """Registers an adapter that this server has made; see ``AdapterRegistry.publish``."""
+        before = self.table.get(name)
+        if before is not None:
+            self.table.check_active(before)
+            if before.current.facts.content == loaded.facts.content:
+                return before
+        new = NewWeights(name=name, source=Source("", is_upload=True, adapter=name))
+        with nullcontext() if before is None else self.table.replacing(before):
+            return self._enter(new, loaded, before, put)
 
     def roll_back(self, registration: Registration, generation: int | None) -> None:
         """Makes a kept generation current; see ``AdapterRegistry.rollback``."""
@@ -222,7 +237,11 @@ class Installer:
             self.table.release(mix)
 
     def _enter(
-        self, new: NewWeights, loaded: LoadedAdapter, before: Registration | None
+        self,
+        new: NewWeights,
+        loaded: LoadedAdapter,
+        before: Registration | None,
+        put: Callable[[Path], object] | None,
     ) -> Registration:
         """Registers lowered weights under the name, or as its next generation."""
         if before is None:
@@ -231,7 +250,7 @@ class Installer:
             uuid, generation = before.uuid, before.next_generation
             pinned = new.pinned or before.current.pinned
         adapter = Adapter(new.name, uuid, generation, new.source, loaded.facts)
-        self._admit(adapter, loaded, new.staged, pinned, before)
+        self._admit(adapter, loaded, put, pinned, before)
         if before is None:
             before = Registration(adapter)
             self.table.add(before)
@@ -254,7 +273,7 @@ class Installer:
         self,
         adapter: Adapter,
         loaded: LoadedAdapter,
-        staged: StagedUpload | None,
+        put: Callable[[Path], object] | None,
         pinned: bool,
         replaced: Registration | None,
     ) -> None:
@@ -267,8 +286,8 @@ class Installer:
             if pinned:
                 with self.resident(adapter):
                     self.leases.set_pinned(adapter, True)
-            if staged is not None:
-                self.state.adopt(staged, adapter)
+            if put is not None:
+                self.state.adopt(adapter, put)
             kept: tuple[Adapter, ...] = ()
             if replaced is not None:
                 self.table.check_active(replaced)

@@ -43,7 +43,7 @@ from turret.server.adapters.registry.name_table import (
     registration_of,
 )
 from turret.server.adapters.residency.leases import Leases
-from turret.server.adapters.residency.loader import AdapterLoader, lost
+from turret.server.adapters.residency.loader import AdapterLoader, LoadedAdapter, lost
 from turret.server.adapters.state_dir import NoStateDir, StagedUpload, UploadedFile
 from turret.server.basics.names import BASE, is_remote, no_adapter_name
 from turret.server.errors import (
@@ -416,6 +416,25 @@ class AdapterRegistry:
                     chat_template=chat_template,
                 )
             )
+
+    def publish(
+        self, name: str, loaded: LoadedAdapter, put: Callable[[Path], object]
+    ) -> AdapterInfo:
+        """Registers an adapter that this server has made as a name or as its next generation.
+
+        The same content does not make a new generation. A private name does not survive a restart.
+
+        Args:
+            name: The name.
+            loaded: The adapter.
+            put: Makes a directory with the files, which are read if the adapter was evicted.
+
+        Raises:
+            AdapterInUseError: The adapter is being unloaded, or is a component of a fusion.
+            StorageFullError: The files cannot be kept.
+        """
+        with self._changing(name):
+            return self._record(self._installer.publish(name, loaded, put))
 
     def _put(self, new: NewWeights) -> AdapterInfo:
         return self._record(self._installer.install(new))
