@@ -92,8 +92,7 @@ bench: setup
 
 # Writes the tables and lists in docs/ that are generated from the code.
 pages: setup
-	cd tests/support && for page in adapters operations rates security sentences training; do \
-		../../$(BIN)/python -m pages.$${page}_page || exit 1; done
+	cd tests/support && ../../$(BIN)/python -m pages.generated
 
 # Builds the documentation site in build/site. A broken link is an error.
 docs: setup

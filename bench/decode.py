@@ -32,7 +32,7 @@ from common.session import Session, make_parser, session
 from rich.progress import Progress
 
 from turret.clients.client import TurretClient
-from turret.clients.messages.requests import GenerateOptions
+from turret.clients.requests import GenerateOptions
 
 EXIT_WRONG = 4
 # Number of requests whose tokens are compared with those that they get alone.

@@ -27,7 +27,7 @@ from cuda.tune import tune
 from cuda.verdict import verdict
 from interpreter import adapt_interpreter
 
-from turret.server.engine.step.gpu import decode_graphs
+from turret.server.engine.step.gpu import executor
 
 # The step comes first, because it matters most if the time runs out.
 PARTS: dict[str, Callable[[Setting], None]] = {
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.dry:
             # The interpreter takes seconds for each step, so run few.
             adapt_interpreter()
-            stack.enter_context(patch.object(decode_graphs, "SIGHTS", 2))
+            stack.enter_context(patch.object(executor, "SIGHTS", 2))
         return run((Setting.tiny if args.dry else Setting.full)(args.results), args)
 
 

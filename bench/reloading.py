@@ -21,7 +21,7 @@ import httpx2
 import torch
 
 from turret.training.base_model import DTYPES, find_base, load_model
-from turret.training.verification.reference import adapted
+from turret.training.verification.checks import adapted
 
 # The first tokens are attention sinks, whose log probabilities rounding moves by nats.
 _SKIPPED = 2

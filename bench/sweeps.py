@@ -25,7 +25,7 @@ from typing import Any
 
 from common.report import make_console, print_rows
 
-from turret.server.command.threads import use_threads
+from turret.server.basics.machine import use_threads
 from turret.training.settings.variants import read_variants
 
 DATA = Path(__file__).parents[1] / "examples" / "data" / "headline.train.jsonl"

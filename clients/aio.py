@@ -32,6 +32,7 @@ import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
 
+from turret.clients.adapter_files import ExportWriter, NewDirectory, upload_messages
 from turret.clients.calls import (
     AnswerProgress,
     AsyncConnection,
@@ -46,18 +47,21 @@ from turret.clients.calls import (
 )
 from turret.clients.channel import DEFAULT_ADDRESS, Tls, check_address
 from turret.clients.errors import TurretRpcError
-from turret.clients.messages.adapter_files import ExportWriter, NewDirectory, upload_messages
-from turret.clients.messages.fields import ArgumentTypeError
-from turret.clients.messages.mix import AdaptersLike, AdapterWeight, to_mix
-from turret.clients.messages.requests import (
+from turret.clients.fields import ArgumentTypeError
+from turret.clients.requests import (
+    AdaptersLike,
+    AdapterWeight,
     GenerateOptions,
     MessageLike,
     Prompt,
+    TrainingDatum,
     chat_messages,
     filled,
     generate_request,
+    pass_requests,
+    to_mix,
 )
-from turret.clients.messages.results import (
+from turret.clients.results import (
     Adapter,
     Alias,
     Checkpoint,
@@ -74,7 +78,6 @@ from turret.clients.messages.results import (
     Tokens,
     TrainedModel,
 )
-from turret.clients.messages.sequences import TrainingDatum, pass_requests
 from turret.clients.words import say
 from turret.v1 import adapters_pb2, inference_pb2, training_pb2
 
@@ -258,7 +261,7 @@ class AsyncTurretClient(InferenceBase):
         Args:
             prompt: Text, used as it is; token ids; or the turns of a conversation.
             timeout: Deadline in seconds.
-            **options: See :class:`~turret.clients.messages.requests.GenerateOptions`.
+            **options: See :class:`~turret.clients.requests.GenerateOptions`.
 
         Raises:
             AnswerCutError: The server stopped during the call, and no other server completed the

@@ -29,8 +29,8 @@ from turret.clients.errors import (
     TurretRpcError,
     UnavailableError,
 )
-from turret.clients.messages.fields import ArgumentTypeError, ArgumentValueError
-from turret.clients.messages.results import Chunk, Completion
+from turret.clients.fields import ArgumentTypeError, ArgumentValueError
+from turret.clients.results import Chunk, Completion
 from turret.clients.words import say
 from turret.v1 import (
     adapters_pb2,

@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from turret.clients.messages.fields import ArgumentTypeError, ArgumentValueError, not_of_type
+from turret.clients.fields import ArgumentTypeError, ArgumentValueError, not_of_type
 from turret.clients.words import say
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"

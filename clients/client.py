@@ -29,8 +29,8 @@ from turret.clients.aio import (
 from turret.clients.calls import AsyncGenerationStream, BlockingConnection, completed
 from turret.clients.channel import Tls
 from turret.clients.errors import TurretRpcError
-from turret.clients.messages.mix import AdapterWeight
-from turret.clients.messages.results import Chunk
+from turret.clients.requests import AdapterWeight
+from turret.clients.results import Chunk
 
 __all__ = [
     "AdapterWeight",

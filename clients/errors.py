@@ -29,8 +29,8 @@ import grpc
 from google.protobuf import message
 from google.rpc import error_details_pb2, status_pb2
 
-from turret.clients.messages.fields import argument
-from turret.clients.messages.results import Completion
+from turret.clients.fields import argument
+from turret.clients.results import Completion
 from turret.clients.words import say
 
 # Reason → hint. Braces take values of the error's metadata.

@@ -19,7 +19,7 @@ from tasks import TASKS, Example
 from write_data import FUSIONS
 
 from turret.clients.aio import AsyncTurretClient
-from turret.clients.messages.mix import AdapterWeight
+from turret.clients.requests import AdapterWeight
 from turret.server.server_process import ServerProcess
 
 HERE = Path(__file__).resolve().parent

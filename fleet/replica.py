@@ -23,15 +23,15 @@ from turret.fleet.words import say
 from turret.server import log
 from turret.server.adapters.adapter import Adapter, AdapterInfo, AdapterRef, Alias
 from turret.server.adapters.base import Allowed, BaseModel, ChangedBase, Precision
+from turret.server.adapters.installer import NewWeights
 from turret.server.adapters.merger import ChangeBase, Edit, Merger, MergeState, PreparedMerge
-from turret.server.adapters.operators.adapter_operators import AdapterOperators
-from turret.server.adapters.registry.installer import NewWeights
-from turret.server.adapters.registry.name_table import (
+from turret.server.adapters.name_table import (
     Registration,
     generation_for_rollback,
     registration_of,
 )
-from turret.server.adapters.registry.registry import AdapterRegistry, UnloadMode
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
+from turret.server.adapters.registry import AdapterRegistry, UnloadMode
 from turret.server.adapters.state_dir import SavedRegistration, SharedStateDir
 from turret.server.basics.work import Cancellation
 from turret.server.config import AdapterConfig

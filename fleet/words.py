@@ -1,6 +1,6 @@
 """The sentences of errors that only a fleet has; the others are the server's."""
 
-from turret.server.words import adapters, http, requests, serving, start
+from turret.server import words as server
 from turret.words import sayer
 
 TEXTS = {
@@ -69,4 +69,4 @@ TEXTS = {
     " {value!q}",
 }
 
-say = sayer(requests.TEXTS, adapters.TEXTS, serving.TEXTS, http.TEXTS, start.TEXTS, TEXTS)
+say = sayer(server.TEXTS, TEXTS)

@@ -149,37 +149,58 @@ class _Backoff:
         self.next_pause = min(2 * self.next_pause, _MOST_PAUSE)
 
 
+@dataclass(frozen=True, slots=True)
+class ScreenCodes:
+    """An int8 copy of a weight, the same for all instruction sets (``cpu/c/screen.c``).
+
+    Attributes:
+        codes: ``[out, in]`` int8 in tiles; ``out`` is rounded up to whole tiles.
+        scales: ``[out]`` fp32.
+        bounds: ``[2]`` fp64: the spread and the length.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    bounds: torch.Tensor
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> ScreenCodes:
+        """Compute the copy of a weight for which ``Screen.serves`` is true."""
+        tiles = -(-weight.shape[0] // _TILE)
+        codes = torch.empty(tiles * _TILE, weight.shape[1], dtype=torch.int8)
+        scales, facts = torch.empty(tiles * _TILE), torch.empty(tiles, 2, dtype=torch.float64)
+        native.functions().turret_screen_codes(
+            weight.data_ptr(),
+            *weight.shape,
+            codes.data_ptr(),
+            scales.data_ptr(),
+            facts.data_ptr(),
+            num_threads(),
+        )
+        return cls(codes, scales, facts.amax(0))
+
+
 class Screen:
-    """An int8 copy of a weight, and error bounds for its products (``cpu/c/screen.c``).
+    """Error bounds for the products of a weight, from its int8 copy (``cpu/c/screen.c``).
 
     For use in one thread only.
 
     Args:
         weight: A weight for which ``serves`` is true.
+        copy: Its int8 copy; by default, it is computed.
 
     Raises:
         ValueError: The weight is not finite.
     """
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        out_features, in_features = weight.shape
-        tiles = -(-out_features // _TILE)
-        self._codes = torch.empty(tiles * _TILE, in_features, dtype=torch.int8)
-        self._scales = torch.empty(tiles * _TILE)
-        facts = torch.empty(tiles, 2, dtype=torch.float64)
-        native.functions().turret_screen_codes(
-            weight.data_ptr(),
-            *weight.shape,
-            self._codes.data_ptr(),
-            self._scales.data_ptr(),
-            facts.data_ptr(),
-            num_threads(),
-        )
-        spread, length = facts.amax(0).tolist()
+    def __init__(self, weight: torch.Tensor, copy: ScreenCodes | None = None) -> None:
+        out_features = weight.shape[0]
+        self._copy = copy = copy or ScreenCodes.of(weight)
+        spread, length = copy.bounds.tolist()
         if not length <= _MOST_LENGTH:
             raise ValueError("the weight is not finite")
         self._native = _Screen(
-            self._codes.data_ptr(), self._scales.data_ptr(), *weight.shape, spread, length
+            copy.codes.data_ptr(), copy.scales.data_ptr(), *weight.shape, spread, length
         )
         self._found = torch.empty(out_features // _MOST_SHARE, dtype=torch.int64)
         self._memory = torch.empty(0, dtype=torch.uint8)

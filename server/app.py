@@ -25,8 +25,8 @@ from turret.server.api.access import (
 )
 from turret.server.api.gate import Backend, ServingGate
 from turret.server.api.services import Services
+from turret.server.basics.machine import see_only
 from turret.server.basics.settings import is_local_address
-from turret.server.basics.triton_needs import see_only
 from turret.server.basics.work import started_pool
 from turret.server.command.interrupts import Hangup
 from turret.server.config import Config
@@ -34,12 +34,12 @@ from turret.server.errors import AdapterExistsError, TurretError
 from turret.server.log import end_bars
 from turret.server.metrics import Metrics, add_aliases
 from turret.server.metrics_server import MetricsServer
-from turret.server.rpc.server import RpcServer
+from turret.server.rpc import RpcServer
 from turret.server.words import say
 
 if TYPE_CHECKING:
     from turret.server.adapters.adapter import AdapterInfo
-    from turret.server.adapters.registry.registry import AdapterRegistry
+    from turret.server.adapters.registry import AdapterRegistry
     from turret.server.http.server import HttpServer
 
 _log = logging.getLogger(__name__)

@@ -16,19 +16,19 @@ import torch
 from turret.kernels.cpu.native import has_native, use_own_threads
 from turret.server import log
 from turret.server.adapters.base import Allowed, BaseModel, Precision
-from turret.server.adapters.device.cpu.store import CpuStore
+from turret.server.adapters.device.cpu import CpuStore
 from turret.server.adapters.device.gpu.uploads import StepStream
 from turret.server.adapters.device.reference import ReferenceStore
 from turret.server.adapters.device.store import AdapterStore, StepStore
-from turret.server.adapters.fuse.fuser import Fuser
+from turret.server.adapters.fuser import Fuser
 from turret.server.adapters.merger import ChangeBase, Edit, Merger
 from turret.server.adapters.methods import METHODS
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
-from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.state_dir import NoStateDir, open_state_dir
 from turret.server.api.gate import Backend
 from turret.server.api.vocabularies import Vocabularies, Vocabulary
-from turret.server.basics.triton_needs import LEAST_CAPABILITY, keep_compiled_in, missing_for_triton
+from turret.server.basics.machine import LEAST_CAPABILITY, keep_compiled_in, missing_for_triton
 from turret.server.basics.work import compute_on_this_thread
 from turret.server.config import (
     ADAPTER_DEVICE_BYTES,
@@ -199,8 +199,7 @@ def compile_kernels(config: Config, capabilities: Iterable[int]) -> None:
         OSError: A file cannot be read.
     """
     # Imported here because it needs Triton.
-    from turret.server.engine.step.gpu.compiling import compile_launches
-    from turret.server.engine.step.gpu.executor import GpuExecutor, compile_steps
+    from turret.server.engine.step.gpu.executor import GpuExecutor, compile_launches, compile_steps
 
     keep_compiled_in(default_cache_dir() / "triton")
     _, decoder = _load(config.model, torch.device("meta"), gpu=True)
@@ -306,8 +305,7 @@ def _build_executor(
     if isinstance(store, StepStore):
         return TorchExecutor(decoder, cache, store, screens_head=config.model.head_screen)
     from turret.server.adapters.device.gpu.store import GpuStore
-    from turret.server.engine.step.gpu.decode_graphs import capture_for
-    from turret.server.engine.step.gpu.executor import GpuExecutor
+    from turret.server.engine.step.gpu.executor import GpuExecutor, capture_for
     from turret.server.models.decoding.gpu_decoder import GpuDecoder
 
     assert isinstance(store, GpuStore)

@@ -14,10 +14,10 @@ import os
 import pkgutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import turret
 from turret.server.command.interrupts import EXIT_INTERRUPTED
@@ -27,39 +27,16 @@ EXIT_FAILED = 1
 EXIT_BROKEN_PIPE = 141
 # If only these TURRET variables are set, the check for misspelt ones need not be loaded.
 _CLIENT_VARIABLES = ("TURRET_ADDRESS", "TURRET_TOKEN", "TURRET_TLS_CA")
-# The order is that of the help.
-_OWN_VERBS = {
-    "serve": "run the server",
-    "config": "show the settings of a server, and where each comes from",
-    "model": "show how a base model is served, or make an adapter that corrects its rounding",
-    "compile": "compile the kernels for a GPU ahead of time, on any machine",
-    "cluster": "run many replicas as one server, or show them",
-    "demo": "serve the example adapters and send them one mixed batch",
-    "completion": "print a script that completes this command in a shell",
-}
-_TRAINING = {
-    "train": "train an adapter",
-    "convert": "convert an adapter of an unsupported method to a supported form",
-    "verify": "check that a server's answers with adapters match those of PEFT",
-}
-# Functions that add the verbs of the fleet and the trainer. The server imports neither package, so
-# they are found by name when the verb is used.
-_ELSEWHERE = {
-    "cluster": "turret.fleet.verb:add_parser",
-    "model": "turret.server.command.model_verb:add_parser",
-    "train": "turret.training.verbs:add_parser",
-    "convert": "turret.training.conversion.verb:add_parser",
-    "verify": "turret.training.verification.verb:add_parser",
-}
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 _METHOD_NAMES = "turret.training.settings.config:METHOD_NAMES"
 
 
 def _serve(args: argparse.Namespace) -> int:
     from turret.server import log
+    from turret.server.basics.machine import use_threads
     from turret.server.command.flags import resolved
     from turret.server.command.preflight import problems
     from turret.server.command.start_lines import introduce, refuse
-    from turret.server.command.threads import use_threads
 
     _collect_rarely()
     if not (found := resolved(args, "turret serve")):
@@ -128,7 +105,7 @@ def _compile(args: argparse.Namespace) -> int:
 
 def _capability(text: str) -> int:
     """A compute capability such as 9.0, as Triton writes it: 90."""
-    from turret.server.basics.triton_needs import LEAST_CAPABILITY
+    from turret.server.basics.machine import LEAST_CAPABILITY
     from turret.server.words import say
 
     major, _, minor = text.partition(".")
@@ -212,12 +189,12 @@ def _freeze_heap() -> None:
     gc.freeze()
 
 
-def _add_serve(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_serve(subparsers: Subparsers, text: str) -> None:
     from turret.server.command.flags import add_flags
 
     parser = subparsers.add_parser(
         "serve",
-        help=_OWN_VERBS["serve"],
+        help=text,
         description="Run the server until SIGTERM or SIGINT. Every flag is also a key of --config"
         " and an environment variable: --max-rank is adapters.max_rank and TURRET_MAX_RANK.",
     )
@@ -225,24 +202,24 @@ def _add_serve(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.set_defaults(func=_serve)
 
 
-def _add_config(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_config(subparsers: Subparsers, text: str) -> None:
     from turret.server.command.flags import add_flags
 
-    text = "print every setting of turret serve, and where it comes from"
-    parser = subparsers.add_parser("config", help=_OWN_VERBS["config"])
+    about = "print every setting of turret serve, and where it comes from"
+    parser = subparsers.add_parser("config", help=text)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    show = verbs.add_parser("show", help=text, description=f"{text.capitalize()}.")
+    show = verbs.add_parser("show", help=about, description=f"{about.capitalize()}.")
     show.add_argument("--json", action="store_true", help="print JSON")
     add_flags(show)
     show.set_defaults(func=_config_show)
 
 
-def _add_compile(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_compile(subparsers: Subparsers, text: str) -> None:
     from turret.server.command.flags import add_flags
 
     parser = subparsers.add_parser(
         "compile",
-        help=_OWN_VERBS["compile"],
+        help=text,
         description="Compile the kernels that `turret serve` with the same model and sizes would"
         " compile at startup on an NVIDIA GPU, and store them where it looks for them. This needs"
         " no GPU, so an image can contain them.",
@@ -259,10 +236,10 @@ def _add_compile(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.set_defaults(func=_compile)
 
 
-def _add_demo(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_demo(subparsers: Subparsers, text: str) -> None:
     parser = subparsers.add_parser(
         "demo",
-        help=_OWN_VERBS["demo"],
+        help=text,
         description="Start a server with the example adapters on the bundled model, send one "
         "batch that mixes all of them, show answers and metrics, and keep serving until Ctrl-C.",
     )
@@ -285,14 +262,42 @@ def _add_demo(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.set_defaults(func=_demo)
 
 
-def _add_completion(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_completion(subparsers: Subparsers, text: str) -> None:
     parser = subparsers.add_parser(
         "completion",
-        help=_OWN_VERBS["completion"],
+        help=text,
         description="Print a script for a shell, for example: source <(turret completion bash).",
     )
     parser.add_argument("shell", choices=("bash", "zsh", "fish"))
     parser.set_defaults(func=_completion)
+
+
+# Verb → its line in the help, and the function that adds it, or the function's name if its module
+# is imported only when the verb is used. The server never imports the fleet and the trainer. The
+# order is that of the help.
+_OWN_VERBS: Mapping[str, tuple[str, str | Callable[[Subparsers, str], None]]] = {
+    "serve": ("run the server", _add_serve),
+    "config": ("show the settings of a server, and where each comes from", _add_config),
+    "model": (
+        "show how a base model is served, or make an adapter that corrects its rounding",
+        "turret.server.command.model_verb:add_parser",
+    ),
+    "compile": ("compile the kernels for a GPU ahead of time, on any machine", _add_compile),
+    "cluster": ("run many replicas as one server, or show them", "turret.fleet.verb:add_parser"),
+    "demo": ("serve the example adapters and send them one mixed batch", _add_demo),
+    "completion": ("print a script that completes this command in a shell", _add_completion),
+}
+_TRAINING = {
+    "train": ("train an adapter", "turret.training.verbs:add_parser"),
+    "convert": (
+        "convert an adapter of an unsupported method to a supported form",
+        "turret.training.conversion.verb:add_parser",
+    ),
+    "verify": (
+        "check that a server's answers with adapters match those of PEFT",
+        "turret.training.verification.verb:add_parser",
+    ),
+}
 
 
 def build_parser(verb: str | None) -> argparse.ArgumentParser:
@@ -302,7 +307,7 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
         verb: The verb whose flags are needed. Other verbs get only a name and a line of help. None
             adds all flags of all verbs.
     """
-    from turret.clients.verbs import VERBS, add_verb
+    from turret.clients.verbs import VERBS
 
     parser = CommandParser(
         prog="turret", description="Serve many adapters of many methods on one 4-bit base model."
@@ -312,22 +317,12 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     # The type is Any because the type of subparsers is invariant: verbs expect subparsers of
     # ArgumentParser, and would not accept those of CommandParser.
     subparsers: Any = parser.add_subparsers(metavar="COMMAND", required=True)
-    own = {
-        "serve": _add_serve,
-        "config": _add_config,
-        "compile": _add_compile,
-        "demo": _add_demo,
-        "completion": _add_completion,
-    }
-    for name, text in {**_OWN_VERBS, **VERBS, **_TRAINING}.items():
+    for name, (text, add) in {**_OWN_VERBS, **VERBS, **_TRAINING}.items():
         if verb not in (None, name):
             subparsers.add_parser(name, help=text)
-        elif name in own:
-            own[name](subparsers)
-        elif name in VERBS:
-            add_verb(subparsers, name)
         else:
-            pkgutil.resolve_name(_ELSEWHERE[name])(subparsers, text)
+            add = pkgutil.resolve_name(add) if isinstance(add, str) else add
+            add(subparsers, text)
     return parser
 
 

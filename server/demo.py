@@ -17,7 +17,7 @@ from rich.table import Table
 import turret
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.errors import TurretRpcError
-from turret.clients.messages.mix import AdapterWeight
+from turret.clients.requests import AdapterWeight
 from turret.server.command.interrupts import raising_terminated
 from turret.server.server_process import ServerProcess, ServerProcessError
 

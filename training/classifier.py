@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from turret.clients.evaluation.evaluate import (
+from turret.clients.evaluate import (
     LabelPair,
     label_figures,
     macro_f1_of_sets,

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from turret.clients.evaluation.rows import Row, RowError, read_rows
+from turret.clients.rows import Row, RowError, read_rows
 from turret.server.adapters.adapter import MAX_LABEL_CHARS, MAX_LABELS
 from turret.server.basics.files import unreadable
 from turret.server.engine.scheduling.sequence import last_occurrence

@@ -16,8 +16,8 @@ from turret.server.adapters.checkpoint.adapter_checkpoint import PEFT_PREFIX, Ad
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.component import Component, ComponentRef
-from turret.server.adapters.lowering.components import check_fusable, update_of
-from turret.server.adapters.methods.low_rank.learned_fusion import METHOD as LEARNED_FUSION
+from turret.server.adapters.lowering import check_fusable, update_of
+from turret.server.adapters.methods.learned_fusion import METHOD as LEARNED_FUSION
 from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.training.batches import IGNORED, TrainingBatch

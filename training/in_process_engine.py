@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from turret.clients.messages.sequences import TrainingDatum
+from turret.clients.requests import TrainingDatum
 from turret.kernels.cpu.native import has_native
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.basics.files import sync_directory

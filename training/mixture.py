@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from transformers.activations import ACT2FN
 from turret.kernels.between import clamped_swiglu_reference
 from turret.server.models.decoding.arch import LAYER_PREFIX, ROUTER, Arch, ClampedSwiglu
 from turret.server.models.loader import CheckpointTensors
+from turret.server.models.model_source import ModelSource
 
 # (path below the layer, out_features, in_features) -> module.
 MakeLinear = Callable[[str, int, int], torch.nn.Module]
@@ -116,12 +116,11 @@ def as_modules(model: Any) -> Iterator[None]:
         config.model_type = kind
 
 
-def load_4bit(weights: Path, arch: Arch, config: Any, dtype: torch.dtype) -> Any:
+def load_4bit(source: ModelSource, arch: Arch, config: Any, dtype: torch.dtype) -> Any:
     """A transformers model of the weights that the server serves, with its experts as modules.
 
     Args:
-        weights: The directory of a bitsandbytes-4bit checkpoint, which may be that of a larger
-            model that contains this one.
+        source: The 4-bit weights, which may be those of a larger model that contains this one.
         arch: The architecture of the model.
         config: transformers' config.
         dtype: The dtype in which 4-bit modules compute, and that of biases and 16-bit modules.
@@ -132,7 +131,7 @@ def load_4bit(weights: Path, arch: Arch, config: Any, dtype: torch.dtype) -> Any
         del config.quantization_config
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    tensors = CheckpointTensors(weights, arch.experts)
+    tensors = CheckpointTensors(source, arch.experts)
 
     def make(number: int) -> MakeLinear:
         prefix = f"{LAYER_PREFIX}.{number}"

@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 
 from turret.clients.client import TurretClient
 from turret.clients.errors import NotFoundError, TurretRpcError
-from turret.clients.messages.mix import AdapterWeight
-from turret.clients.messages.sequences import TrainingDatum
+from turret.clients.requests import AdapterWeight, TrainingDatum
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
 from turret.server.basics.files import replace_file
 from turret.server.training.trainer import AdamParams, LearnerConfig

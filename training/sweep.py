@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from turret.clients.messages.results import Model
-from turret.server.api.tenants.tenants import MAX_MODELS
+from turret.clients.results import Model
+from turret.server.api.tenants import MAX_MODELS
 from turret.training.base_model import check_base
 from turret.training.engine import Engine
 from turret.training.errors import RunError

@@ -1,4 +1,7 @@
-"""``turret train init|plan|run|report|sweep|promote``. Heavy imports wait until a verb runs."""
+"""``turret train init|plan|run|report|sweep|promote``, and ``turret model repair``.
+
+Heavy imports wait until a verb runs.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ import importlib
 import importlib.util
 import logging
 import math
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +23,7 @@ from turret.training.words import say
 # Packages of the `train` extra.
 _PACKAGES = ("peft", "accelerate", "tensorboard")
 _RANKS = (2, 4, 8, 16, 32)
+_MAX_REPAIR_RANK = 1024
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], text: str) -> None:
@@ -109,7 +112,7 @@ def with_errors(
 
     def run(args: argparse.Namespace) -> int:
         from turret.clients.errors import TurretRpcError
-        from turret.clients.messages.fields import ArgumentError
+        from turret.clients.fields import ArgumentError
         from turret.clients.verbs.command import print_error
         from turret.server.command.interrupts import exit_code, raising_terminated
         from turret.server.command.parser import EXIT_USAGE
@@ -123,9 +126,8 @@ def with_errors(
             with raising_terminated():
                 return verb(args) or 0
         except BrokenPipeError:
-            # The reader closed the pipe. Redirect stdout so that the flush at exit succeeds.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141
+            # The command as a whole handles a reader that has closed the output.
+            raise
         except OSError as error:
             where = "" if error.filename is None else f"{error.filename}: "
             how = _how_to_go_on(args)
@@ -218,7 +220,7 @@ def check_installed(*packages: str) -> None:
 
 def _check(args: argparse.Namespace, configs: Sequence[Any], *, compares: bool = False) -> None:
     """Check configs and their bases, before torch is loaded."""
-    from turret.server.command.threads import use_threads
+    from turret.server.basics.machine import use_threads
     from turret.training.examples import check_compared, read_files
     from turret.training.settings.checks import check_bases, check_inputs, check_served
 
@@ -457,3 +459,76 @@ def _report(args: argparse.Namespace) -> None:
     from turret.training.run.folder import RunFolder
 
     print(write_report(RunFolder(args.run)))
+
+
+def add_repair(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``turret model repair``."""
+    from turret.server.basics.names import model_place
+
+    parser = subparsers.add_parser(
+        "repair",
+        help="make an adapter that corrects part of a model's quantisation error",
+        description="Make a LoRA that approximates the difference between the weights in a model's"
+        " files and the quantised ones. In a mix, it brings the base closer to the files.",
+    )
+    parser.add_argument(
+        "model",
+        metavar="DIR|ORG/NAME|FILE",
+        type=model_place,
+        nargs="?",
+        help="as for turret serve (default: the bundled model)",
+    )
+    parser.add_argument(
+        "--text",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a text like those that the model will read; its first 8192 tokens are used",
+    )
+    parser.add_argument("--rank", type=_rank, default=32, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="directory for the adapter"
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="show no progress")
+    parser.set_defaults(func=with_errors(_repair))
+
+
+def _rank(text: str) -> int:
+    from turret.training.settings.flags import whole
+
+    return whole(text, 1, _MAX_REPAIR_RANK)
+
+
+def _repair(args: argparse.Namespace) -> None:
+    from turret.server.basics.files import unreadable
+    from turret.server.command.interrupts import ending_at_interrupts
+    from turret.training.errors import ConfigError, RunError
+
+    check_installed("peft")
+    output: Path = args.output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RunError(say("PATH_EXISTS", path=output))
+    try:
+        text = args.text.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError.of("--text", unreadable(args.text, error)) from None
+    if not text.strip():
+        raise ConfigError.of("--text", say("NO_TOKENS"))
+
+    from turret.training.run.progress import training_progress
+
+    with training_progress("repair", stays=False, is_quiet=args.quiet) as listen:
+        with ending_at_interrupts("stopped"):
+            from turret.training.base_model import find_base
+            from turret.training.repair import repair
+        made = repair(
+            find_base(args.model),
+            output,
+            rank=args.rank,
+            text=text,
+            progress=lambda text: listen({"kind": "phase", "text": text}),
+        )
+    print(
+        f"{output}: a LoRA of {made.num_modules} modules; it reduces the error of their weights"
+        f" from {made.before:.1%} to {made.after:.1%}"
+    )

@@ -1,7 +1,7 @@
 """Every sentence of the trainer's errors, by its reason."""
 
 from turret.clients import words as clients
-from turret.server.words import adapters, http, requests, serving, start
+from turret.server import words as server
 from turret.words import Text as Text
 from turret.words import sayer
 
@@ -140,12 +140,4 @@ TEXTS = {
     f" {_TRAINED_BASE}",
 }
 
-say = sayer(
-    clients.TEXTS,
-    requests.TEXTS,
-    adapters.TEXTS,
-    serving.TEXTS,
-    http.TEXTS,
-    start.TEXTS,
-    TEXTS,
-)
+say = sayer(clients.TEXTS, server.TEXTS, TEXTS)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.client import TurretClient
-from turret.clients.messages.requests import GenerateOptions
+from turret.clients.requests import GenerateOptions
 
 Chat = list[tuple[str, str]]
 

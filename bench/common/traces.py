@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from turret.clients.aio import AsyncTurretClient
-from turret.clients.messages.results import AdapterUse
+from turret.clients.results import AdapterUse
 
 # Ranges of the lengths of prompts and answers: those of S-LoRA, and short ones, for which the cost
 # per request dominates.

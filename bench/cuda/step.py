@@ -27,9 +27,14 @@ from turret.server.adapters.operators.kronecker import Kronecker
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
-from turret.server.engine.step.gpu import decode_graphs
-from turret.server.engine.step.gpu.decode_graphs import Capture, Outputs, StepBody, capture_for
-from turret.server.engine.step.gpu.executor import GpuExecutor
+from turret.server.engine.step.gpu import executor
+from turret.server.engine.step.gpu.executor import (
+    Capture,
+    GpuExecutor,
+    Outputs,
+    StepBody,
+    capture_for,
+)
 from turret.server.engine.step.runner import Computed, Runner, StepResult
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.arch import Arch, Rope
@@ -261,7 +266,7 @@ class DecodeStep:
 
     def capture(self, step: Step) -> Callable[[], None]:
         """Run a step until it is captured; returns the replay that was captured last."""
-        for _ in range(decode_graphs.SIGHTS):
+        for _ in range(executor.SIGHTS):
             self.draw(step)
         assert self._captures.replay is not None, "the step was not captured"
         return self._captures.replay

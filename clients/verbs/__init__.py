@@ -6,35 +6,23 @@ Each verb sets ``func(args) -> int``, which returns the exit code: 0 on success,
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import os
 
 # gRPC's C++ library logs what errors already report. It reads this variable when it is loaded.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
-# Each verb has a function ``add_VERB`` in the module of its name, or in the one in _PLACES. Modules
-# are imported on demand, so unused verbs cost a command nothing.
+# Verb → its line in the help, and the name of the function that adds it. Modules are imported on
+# demand, so unused verbs cost a command nothing.
 VERBS = {
-    "generate": "complete a prompt",
-    "chat": "talk to the model",
-    "score": "print log probabilities of a prompt",
-    "classify": "label texts",
-    "embed": "turn texts into vectors",
-    "eval": "evaluate adapters on a test set",
-    "adapters": "manage adapters",
-    "health": "exit 0 if a server is serving, 1 if not",
+    "generate": ("complete a prompt", "turret.clients.verbs.generate:add_generate"),
+    "chat": ("talk to the model", "turret.clients.verbs.generate:add_chat"),
+    "score": ("print log probabilities of a prompt", "turret.clients.verbs.texts:add_score"),
+    "classify": ("label texts", "turret.clients.verbs.texts:add_classify"),
+    "embed": ("turn texts into vectors", "turret.clients.verbs.texts:add_embed"),
+    "eval": ("evaluate adapters on a test set", "turret.clients.verbs.eval:add_eval"),
+    "adapters": ("manage adapters", "turret.clients.verbs.adapters:add_adapters"),
+    "health": (
+        "exit 0 if a server is serving, 1 if not",
+        "turret.clients.verbs.health:add_health",
+    ),
 }
-_PLACES = {"chat": "generate", "score": "texts", "classify": "texts", "embed": "texts"}
-
-
-def add_verb(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], name: str) -> None:
-    """Add one of ``VERBS`` to a command's parser."""
-    module = importlib.import_module(f"{__name__}.{_PLACES.get(name, name)}")
-    getattr(module, f"add_{name}")(subparsers, VERBS[name])
-
-
-def add_verbs(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add all verbs to a command's parser."""
-    for name in VERBS:
-        add_verb(subparsers, name)

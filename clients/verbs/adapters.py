@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from turret.clients.client import TurretClient
-from turret.clients.messages.results import MergeState
+from turret.clients.results import MergeState
 from turret.clients.verbs import command, tables
 
 _COUNT = {"type": int, "metavar": "N"}

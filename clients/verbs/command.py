@@ -19,9 +19,8 @@ from turret.clients.calls import RetryPolicy
 from turret.clients.channel import DEFAULT_ADDRESS, Tls
 from turret.clients.client import TurretClient
 from turret.clients.errors import COMMAND_HINTS, AnswerCutError, TurretRpcError, hint_for
-from turret.clients.messages.fields import ArgumentError
-from turret.clients.messages.mix import AdapterWeight
-from turret.clients.messages.requests import GenerateOptions
+from turret.clients.fields import ArgumentError
+from turret.clients.requests import AdapterWeight, GenerateOptions
 from turret.clients.words import say
 
 DEFAULT_TIMEOUT_SECONDS = 600.0

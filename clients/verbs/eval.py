@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from turret.clients.client import TurretClient
 from turret.clients.errors import UnavailableError
-from turret.clients.evaluation.evaluate import (
+from turret.clients.evaluate import (
     CLASS_METRICS,
     LABEL_SET_METRICS,
     METRICS,
@@ -27,8 +27,8 @@ from turret.clients.evaluation.evaluate import (
     evaluate,
     mix_name,
 )
-from turret.clients.evaluation.rows import EvalExample, RowError, read_eval_set
-from turret.clients.messages.fields import ArgumentValueError
+from turret.clients.fields import ArgumentValueError
+from turret.clients.rows import EvalExample, RowError, read_eval_set
 from turret.clients.verbs import command
 from turret.clients.verbs.tables import print_cells
 from turret.clients.words import say

@@ -10,10 +10,9 @@ from typing import Any
 
 from turret.clients.client import TurretClient
 from turret.clients.errors import AnswerCutError, TurretRpcError, UnavailableError
-from turret.clients.messages.fields import ArgumentValueError, check_text
-from turret.clients.messages.mix import AdapterWeight
-from turret.clients.messages.requests import GenerateOptions, Prompt
-from turret.clients.messages.results import Chunk
+from turret.clients.fields import ArgumentValueError, check_text
+from turret.clients.requests import AdapterWeight, GenerateOptions, Prompt
+from turret.clients.results import Chunk
 from turret.clients.verbs import command
 from turret.clients.words import say
 from turret.words import counted

@@ -14,9 +14,9 @@ from typing import Any
 
 from turret.clients.client import TurretClient
 from turret.clients.errors import TurretRpcError
-from turret.clients.evaluation.evaluate import Estimate, MixReport, gain
-from turret.clients.messages.mix import AdapterWeight
-from turret.clients.messages.results import Adapter
+from turret.clients.evaluate import Estimate, MixReport, gain
+from turret.clients.requests import AdapterWeight
+from turret.clients.results import Adapter
 from turret.clients.verbs import command
 from turret.clients.verbs.eval import FLAGS, judge, print_reports, read_test_set
 from turret.clients.words import say

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from turret.clients.messages.results import Adapter, Alias, Fusion, MergeState, ModuleError
+from turret.clients.results import Adapter, Alias, Fusion, MergeState, ModuleError
 from turret.words import about_bytes, counted
 
 # Warn if rounding loses this share of the change or more.

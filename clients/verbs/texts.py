@@ -8,8 +8,8 @@ import json
 import math
 
 from turret.clients.client import TurretClient
-from turret.clients.evaluation.evaluate import perplexity
-from turret.clients.messages.results import Classification
+from turret.clients.evaluate import perplexity
+from turret.clients.results import Classification
 from turret.clients.verbs import command
 from turret.clients.verbs.tables import print_cells, terminal
 from turret.words import counted

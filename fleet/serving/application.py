@@ -32,9 +32,9 @@ from turret.fleet.serving.registry_actor import RayChannel, start_registry
 from turret.fleet.serving.replica_server import ReplicaServer
 from turret.fleet.serving.scaling import RUNNING, WAITING, policy
 from turret.server import log
+from turret.server.basics.machine import available_cpus
 from turret.server.basics.settings import Layer, load
 from turret.server.command.flags import read_settings
-from turret.server.command.threads import available_cpus
 from turret.server.config import Config
 from turret.v1 import adapters_pb2, inference_pb2
 

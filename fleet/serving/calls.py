@@ -15,7 +15,7 @@ from starlette.types import Scope
 
 from turret.server.api.gate import ServingGate
 from turret.server.api.services import Services
-from turret.server.rpc.interceptor import CallInterceptor
+from turret.server.rpc import CallInterceptor
 
 FORWARDED_FOR = "x-forwarded-for"
 # Messages that may wait for the client. The engine's thread never waits for this queue.

@@ -23,13 +23,18 @@ from turret.server import log, tracing
 from turret.server.api.access import Shares, TokenReloader, TokenTable, authorize
 from turret.server.api.gate import Backend, ServingGate
 from turret.server.api.services import Services
-from turret.server.basics.triton_needs import see_only
+from turret.server.basics.machine import see_only
 from turret.server.config import Config
 from turret.server.errors import UnavailableError
 from turret.server.metrics import Metrics, add_aliases
 from turret.server.metrics_server import MetricsServer
-from turret.server.rpc.interceptor import CallInterceptor, authorization_of, current_call
-from turret.server.rpc.server import HealthServicer, Servicer
+from turret.server.rpc import (
+    CallInterceptor,
+    HealthServicer,
+    Servicer,
+    authorization_of,
+    current_call,
+)
 from turret.v1 import adapters_pb2, inference_pb2
 
 _log = logging.getLogger(__name__)

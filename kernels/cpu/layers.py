@@ -246,7 +246,10 @@ def paged_attention(
 
 _address, _int, _double = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
-PROJECTIONS = ("qkv", "o", "gate_up", "down")
+PROJECTIONS = ("qkv", "o", "gate_up", "down", "router")
+EXPERT_PROJECTIONS = ("experts_gate_up", "experts_down")
+# ``Activation`` in layers.c.
+SILU, GELU, CLAMPED_SWIGLU = range(3)
 
 
 class NativeLinear(ctypes.Structure):
@@ -262,20 +265,34 @@ class NativeLinear(ctypes.Structure):
     )
 
 
+class NativeExperts(ctypes.Structure):
+    """A projection of all experts; ``weights`` has their addresses (``nf4_expert_products``)."""
+
+    _fields_ = (
+        ("weights", _address),
+        ("bias", _address),
+        *((name, _int) for name in ("is_mxfp4", "out_features", "in_features")),
+    )
+
+
 class NativeLayer(ctypes.Structure):
-    """A layer. Norms are fp32 or None. Keys and values are the layer's part of the cache."""
+    """A layer. Norms are fp32 or None. Keys and values are the layer's part of the cache.
+
+    A layer has ``gate_up`` and ``down``, or ``router`` and experts. The others are zeros.
+    """
 
     _fields_ = (
         *(
             (name, _address)
             for name in (
                 *("before_attention", "after_attention", "before_mlp", "after_mlp"),
-                *("q_norm", "k_norm", "keys", "values"),
+                *("q_norm", "k_norm", "sinks", "keys", "values"),
             )
         ),
         ("rope", _int),
         ("window", _int),
         ("linears", NativeLinear * len(PROJECTIONS)),
+        ("experts", NativeExperts * len(EXPERT_PROJECTIONS)),
     )
 
 
@@ -289,12 +306,16 @@ class NativeModel(ctypes.Structure):
             (name, _int)
             for name in (
                 *("num_layers", "hidden", "heads", "kv_heads", "head_dim", "block_size"),
-                *("q_norm_width", "k_norm_width", "is_interleaved", "is_gelu"),
+                *("q_norm_width", "k_norm_width", "is_interleaved", "activation"),
+                *("experts", "per_token", "normalizes"),
             )
         ),
         *(
             (name, _double)
-            for name in ("eps", "residual_scale", "attention_scale", "attention_softcap")
+            for name in (
+                *("eps", "residual_scale", "attention_scale", "attention_softcap"),
+                *("alpha", "limit"),
+            )
         ),
     )
 
@@ -330,7 +351,9 @@ class NativePass(ctypes.Structure):
             (name, _address)
             for name in (
                 *("hidden", "out", "normed", "wide", "narrow", "delta", "q", "slots"),
-                *("ropes", "plans", "adapters", "places", "inputs", "scratch", "changed"),
+                *("ropes", "plans", "adapters", "places", "inputs", "expert_adapters"),
+                *("chosen", "pair_places", "pair_rows", "pair_experts", "ends", "weights"),
+                *("scratch", "changed"),
             )
         ),
         *((name, _int) for name in ("updates", "base_low", "base_high", "rows", "threads")),

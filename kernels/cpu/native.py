@@ -66,6 +66,7 @@ _SIGNATURES = {
     "turret_sparse_steps": (_pointer, _pointer, _int),
     "turret_sparse_fill": (*(_pointer,) * 3, _int, *(_pointer,) * 6),
     "turret_layers": (_pointer, _pointer),
+    "turret_choose_experts": (_pointer, *(_int,) * 3, _pointer, _pointer),
     "turret_ahead": (_pointer, *(_int,) * 4, _pointer, _int),
     "turret_dots": (_pointer,),
     "turret_columns": (_pointer,),

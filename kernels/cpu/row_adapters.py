@@ -47,7 +47,7 @@ class ExpertTable:
 
     def __init__(self, updates: Sequence[tuple[torch.Tensor, torch.Tensor] | None]) -> None:
         self._kept = updates
-        # Each row is an ``Update`` in ``experts.c``.
+        # Each row is an ``ExpertUpdate`` in ``adapters.h``.
         rows = [
             [0, 0, 0] if pair is None else [*(t.data_ptr() for t in pair), pair[0].shape[1]]
             for pair in updates
@@ -81,7 +81,7 @@ class ExpertAdapters:
         width = max((sum(table.width for table, _ in row) for row in rows), default=0)
         threads = num_threads()
         self._scratch = torch.empty(threads * width)
-        # ``ExpertStep`` in ``experts.c``, whose ``Member`` is a row of ``_members``.
+        # ``ExpertStep`` in ``adapters.h``, whose ``ExpertMember`` is a row of ``_members``.
         self._step = (ctypes.c_int64 * 6)(
             self._members.data_ptr(),
             self._first.data_ptr(),
@@ -90,6 +90,7 @@ class ExpertAdapters:
             width,
             threads,
         )
+        self.address = ctypes.addressof(self._step)
 
     def adapt(
         self,
@@ -109,7 +110,7 @@ class ExpertAdapters:
             rows: The row of ``x`` that each pair reads, ``[pairs]`` int64; None if each pair has
                 its own.
         """
-        # ``Pairs`` in ``experts.c``.
+        # ``ExpertPairs`` in ``adapters.h``.
         pairs = (ctypes.c_int64 * 10)(
             x.data_ptr(),
             y.data_ptr(),
@@ -122,7 +123,7 @@ class ExpertAdapters:
             y.shape[1],
             update,
         )
-        functions().turret_adapt_experts(ctypes.addressof(self._step), ctypes.addressof(pairs))
+        functions().turret_adapt_experts(self.address, ctypes.addressof(pairs))
 
 
 # Operators of linear modules, as the kernels read them.

@@ -29,7 +29,7 @@ from turret.server.adapters.operators.adapter_operators import (
     beyond_updates,
     frobenius_norm,
 )
-from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.registry import AdapterRegistry
 from turret.server.basics.work import Cancellation, compute_on_this_thread
 from turret.server.errors import (
     InvalidRequestError,

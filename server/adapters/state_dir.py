@@ -7,8 +7,9 @@
     files/<uuid>.<generation>/  the files of an uploaded generation
     incoming/<random>/          a running upload; emptied at startup
 
-Only the registrations' files count. Other content of ``files/`` is left over from a crash, or from
-a generation that was still in use at shutdown, and is removed at startup. An operation writes files
+Only the registrations' files count. Other content of ``files/`` is left over from a crash, from a
+generation that was still in use at shutdown, or from a private adapter, which has no registration
+here. It is removed at startup. An operation writes files
 first and the registration last, so a crash leaves the state before it or the state after it.
 """
 
@@ -45,6 +46,7 @@ from turret.server.basics.files import (
     reporting_disk_faults,
     sync_directory,
 )
+from turret.server.basics.names import is_private
 from turret.server.errors import (
     BudgetExceededError,
     InvalidRequestError,
@@ -195,7 +197,7 @@ class StagedUpload:
         with self._lock:
             self._missing[file.name] = file
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes | memoryview) -> None:
         """Appends to a file.
 
         Raises:
@@ -325,6 +327,9 @@ class NoStateDir:
         Raises:
             StorageFullError: The disk is full; what was saved before still holds.
         """
+        if is_private(adapter.name):
+            # Adapters of samplers do not survive a restart.
+            return
         saved = SavedRegistration(
             name=adapter.name,
             uuid=adapter.uuid,
@@ -366,7 +371,7 @@ class NoStateDir:
     def staged_source(self, staged: StagedUpload, name: str) -> Source:
         raise _required()
 
-    def adopt(self, staged: StagedUpload, adapter: Adapter) -> None:
+    def adopt(self, adapter: Adapter, put: Callable[[Path], object]) -> None:
         raise _required()
 
 
@@ -510,13 +515,11 @@ class StateDir(SharedStateDir):
         Raises:
             StorageFullError: The disk is full; what was saved before still holds.
         """
-        with reporting_disk_faults():
-            replace_file(self._adapters / _file_name(saved.name), saved.to_json())
+        _change(self._adapters / _file_name(saved.name), saved.to_json())
 
     def remove(self, name: str) -> None:
         """Forgets a registration; the caller discards its files."""
-        with reporting_disk_faults():
-            remove_file(self._adapters / _file_name(name))
+        _change(self._adapters / _file_name(name), None)
 
     def read_aliases(self) -> list[Alias]:
         """Every alias, by name; see ``read``."""
@@ -529,33 +532,19 @@ class StateDir(SharedStateDir):
             StorageFullError: The disk is full; what was saved before still holds.
         """
         fields = {**dataclasses.asdict(alias), "version": 1}
-        path = self._aliases / _file_name(alias.name)
-        with reporting_disk_faults():
-            before = path.read_bytes() if path.exists() else None
-            try:
-                replace_file(path, json.dumps(fields, indent=1).encode())
-            except OSError:
-                # The file may have been replaced despite the error. A restart could then find
-                # targets that were not kept.
-                with contextlib.suppress(OSError):
-                    if before is None:
-                        path.unlink(missing_ok=True)
-                    else:
-                        replace_file(path, before)
-                raise
+        _change(self._aliases / _file_name(alias.name), json.dumps(fields, indent=1).encode())
 
     def remove_alias(self, name: str) -> None:
         """Forgets an alias."""
-        with reporting_disk_faults():
-            remove_file(self._aliases / _file_name(name))
+        _change(self._aliases / _file_name(name), None)
 
-    def adopt(self, staged: StagedUpload, adapter: Adapter) -> None:
-        """Moves a finished upload to its place and points the adapter there."""
+    def adopt(self, adapter: Adapter, put: Callable[[Path], object]) -> None:
+        """Points the adapter to a new directory, which ``put`` makes with the adapter's files."""
         target = self._files / adapter.key
-        with reporting_disk_faults():
-            staged.move(target)
         path = str(target.relative_to(self.path))
         adapter.source = dataclasses.replace(adapter.source, path=path)
+        with reporting_disk_faults():
+            put(target)
 
     def discard(self, source: Source) -> None:
         """Removes a generation's files if they were uploaded; others belong to the operator.
@@ -579,6 +568,30 @@ class StateDir(SharedStateDir):
 def open_state_dir(path: Path | None, max_upload_bytes: int) -> NoStateDir:
     """The state directory of a server, if it has one; arguments and errors as for ``StateDir``."""
     return NoStateDir() if path is None else StateDir(path, max_upload_bytes)
+
+
+def _change(path: Path, data: bytes | None) -> None:
+    """Writes a whole file, or removes it.
+
+    Raises:
+        StorageFullError, StorageFailedError: The disk failed; the file is as it was.
+    """
+    with reporting_disk_faults():
+        before = path.read_bytes() if path.exists() else None
+        try:
+            _put(path, data)
+        except OSError:
+            # The file may have changed despite the error, and a restart would find the change.
+            with contextlib.suppress(OSError):
+                _put(path, before)
+            raise
+
+
+def _put(path: Path, data: bytes | None) -> None:
+    if data is None:
+        remove_file(path)
+    else:
+        replace_file(path, data)
 
 
 def _file_name(name: str) -> str:

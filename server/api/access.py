@@ -29,7 +29,7 @@ from turret.server.words import say
 _log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-_Stamp = tuple[tuple[int, int, int], ...]
+_Stamp = tuple[tuple[int, ...], ...]
 
 
 class WatchedFiles(Generic[_T]):
@@ -62,16 +62,18 @@ class WatchedFiles(Generic[_T]):
         stamp = self._stamp()
         if stamp is None or stamp == self._seen:
             return False
-        self._seen = stamp
         try:
             for path in self._paths:
                 # Reject a FIFO here: some readers would wait for its writer and block the reload.
                 read_regular(path)
+            # Try unreadable files again at the next look, because a shortage on the server may be
+            # the reason, and invalid ones after they have changed.
+            self._seen = stamp
             self.newest = self._read()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, MemoryError) as error:
             _log.error(
                 f"cannot read the {self._what} again; keeping the old ones",
-                extra=log.fields(reason=error),
+                extra=log.fields(reason=str(error) or repr(error)),
             )
             return False
         _log.info(f"{self._what} reloaded")
@@ -87,7 +89,8 @@ class WatchedFiles(Generic[_T]):
             stats = [path.stat() for path in self._paths]
         except OSError:
             return None
-        return tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats)
+        # A copy can keep the time of the content, but not the time of the last change of the file.
+        return tuple((s.st_ino, s.st_size, s.st_ctime_ns) for s in stats)
 
 
 # Host names by which a browser may call a server without tokens.

@@ -8,49 +8,34 @@ raises TurretErrors. The code of a protocol (gRPC or HTTP) parses its input into
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import contextlib
 import functools
+import hashlib
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf import duration_pb2
 
+from turret.server.adapters.adapter import AdapterRef, origin_of
+from turret.server.adapters.combination import Combination
 from turret.server.adapters.state_dir import StagedUpload, UploadedFile
+from turret.server.api import uploads
 from turret.server.api.access import MAX_EXPORTS
-from turret.server.api.admin_messages import (
-    RESIDENCIES,
-    adapter_message,
-    alias_message,
-    checked_alias,
-    checked_fuse_request,
-    checked_merge_request,
-    cut_page,
-    fuse_response,
-    make_page_token,
-    merge_state_message,
-    page_length,
-    read_page_token,
-)
 from turret.server.api.call import Call
 from turret.server.api.gate import ServingGate
-from turret.server.api.limits import MAX_PAGE_TOKEN_CHARS, MAX_PATH_CHARS, MAX_WORD_CHARS
-from turret.server.api.uploads import (
-    UPLOAD_FILES,
-    Entries,
-    Messages,
-    check_complete,
-    check_file,
-    check_template,
-    checked_header,
-    most_seconds,
-    next_message,
-    reading_options,
-    receive_chunks,
+from turret.server.api.limits import (
+    MAX_ALIAS_TARGETS,
+    MAX_PAGE_TOKEN_CHARS,
+    MAX_PATH_CHARS,
+    MAX_WEIGHT,
+    MAX_WORD_CHARS,
 )
-from turret.server.api.violations import Violations
+from turret.server.api.violations import Violations, adapter_refs, message_of, timestamp
 from turret.server.basics.names import HUB_SCHEME, closest, is_private, is_remote
 from turret.server.basics.turns import FairPool
 from turret.server.basics.work import Cancellation
@@ -59,9 +44,228 @@ from turret.server.words import say
 from turret.v1 import adapters_pb2
 
 if TYPE_CHECKING:
-    from turret.server.adapters.adapter import AdapterInfo
+    from turret.server.adapters.adapter import AdapterInfo, Alias
+    from turret.server.adapters.base import Precision
+    from turret.server.adapters.combination import FuseResult
     from turret.server.adapters.merger import MergeState
-    from turret.server.adapters.registry.registry import AdapterRegistry, UnloadMode
+    from turret.server.adapters.registry import AdapterRegistry, UnloadMode
+
+
+# Conversion of registered adapters from domain to proto.
+
+
+RESIDENCIES = {
+    "disk": adapters_pb2.Adapter.DISK,
+    "host": adapters_pb2.Adapter.HOST,
+    "device": adapters_pb2.Adapter.DEVICE,
+}
+
+
+def _sendable(text: str) -> str:
+    """The text with a question mark for each half of a surrogate pair, which protobuf rejects.
+
+    New adapters with such text are rejected, but a state directory may contain adapters that an
+    earlier version accepted.
+    """
+    return text.encode("utf-8", "replace").decode()
+
+
+def adapter_message(record: AdapterInfo) -> adapters_pb2.Adapter:
+    """A registry record in the form of the API."""
+    facts = record.facts
+    return message_of(
+        adapters_pb2.Adapter,
+        record,
+        digest=_sendable(facts.digest),
+        method=_sendable(facts.method),
+        ranks=facts.ranks,
+        target_modules=map(_sendable, facts.target_modules),
+        bytes_disk=facts.bytes_disk,
+        residency=RESIDENCIES[record.residency],
+        base_model=_sendable(facts.base_model),
+        warnings=map(_sendable, facts.warnings),
+        source=_sendable(record.source),
+        invocation_token_ids=facts.invocation,
+        labels=map(_sendable, facts.labels),
+        vocab_size=facts.vocab_size,
+        chat_template=origin_of(facts.chat_template),
+        last_used_time=timestamp(record.last_used_time),
+    )
+
+
+def alias_message(alias: Alias) -> adapters_pb2.Alias:
+    """An alias in the form of the API."""
+    targets = [message_of(adapters_pb2.AliasTarget, target) for target in alias.targets]
+    return adapters_pb2.Alias(name=alias.name, targets=targets)
+
+
+def checked_alias(message: adapters_pb2.SetAliasRequest) -> tuple[str, list[AdapterRef]]:
+    """The name and the targets of a request.
+
+    Raises:
+        InvalidRequestError: Lists every offending field.
+    """
+    violations = Violations()
+    violations.check_name(message.name, "name")
+    violations.check(len(message.targets) > 0, "targets", "EMPTY")
+    refs: list[AdapterRef] = []
+    if violations.check_count(len(message.targets), MAX_ALIAS_TARGETS, "targets"):
+        for index, target in enumerate(message.targets):
+            path = f"targets[{index}]"
+            violations.check_name(target.name, f"{path}.name")
+            weight = target.weight if target.HasField("weight") else 1.0
+            if not 0 < weight <= MAX_WEIGHT:
+                wanted = f"greater than 0 and at most {MAX_WEIGHT}"
+                text = say("INVALID_VALUE", value=weight, wanted=wanted)
+                violations.add(f"{path}.weight", text)
+                continue
+            generation = target.generation if target.HasField("generation") else None
+            refs.append(AdapterRef(name=target.name, generation=generation, weight=weight))
+    violations.raise_if_any()
+    return message.name, refs
+
+
+# Page tokens of ``ListAdapters``: the last name of the previous page, with its filters.
+
+DEFAULT_PAGE_SIZE = 100
+MAX_PAGE_SIZE = 1000
+# gRPC clients accept 4 MiB by default.
+MAX_PAGE_BYTES = 3 << 20
+_CHECK_BYTES = 8
+
+
+def _check(name: bytes, filters: str) -> bytes:
+    return hashlib.sha256(filters.encode() + b"\0" + name).digest()[:_CHECK_BYTES]
+
+
+def make_page_token(last_name: str, filters: str) -> str:
+    """A token for the page after ``last_name`` under the same filters."""
+    name = last_name.encode()
+    return base64.urlsafe_b64encode(_check(name, filters) + name).decode()
+
+
+def read_page_token(token: str, filters: str, violations: Violations) -> str:
+    """The name that the page starts after; empty for the first page.
+
+    Records a token that is not from this server, or is for other filters.
+    """
+    if not token:
+        return ""
+    try:
+        data = base64.b64decode(token.encode(), altchars=b"-_", validate=True)
+    except (binascii.Error, ValueError):
+        data = b""
+    check, name = data[:_CHECK_BYTES], data[_CHECK_BYTES:]
+    is_own = bool(name) and check == _check(name, filters)
+    violations.check(is_own, "page_token", "NOT_A_PAGE_TOKEN")
+    return name.decode("ascii", "replace")
+
+
+def cut_page(messages: Iterable[adapters_pb2.Adapter]) -> list[adapters_pb2.Adapter]:
+    """The first adapters, as many as fit into one message, but at least one."""
+    page: list[adapters_pb2.Adapter] = []
+    left = MAX_PAGE_BYTES
+    for message in messages:
+        left -= message.ByteSize()
+        if page and left < 0:
+            break
+        page.append(message)
+    return page
+
+
+# Conversion of fusions between proto and domain.
+
+_OPTIONAL = ("rank", "energy", "density", "seed")
+
+
+def checked_fuse_request(
+    request: adapters_pb2.FuseAdaptersRequest,
+) -> tuple[str, tuple[AdapterRef, ...], Combination]:
+    """The name of the result, its mix and its combination.
+
+    Raises:
+        InvalidRequestError: Lists every offending field.
+    """
+    violations = Violations()
+    violations.check_name(request.name, "name")
+    violations.check(len(request.adapters) > 0, "adapters", "EMPTY")
+    refs = adapter_refs(request.adapters, violations)
+    values: dict[str, Any] = {
+        field: getattr(request, field) for field in _OPTIONAL if request.HasField(field)
+    }
+    # An empty string selects the default.
+    for field, path in (("name", "combination"), ("majority_sign_method",) * 2):
+        text = getattr(request, path)
+        violations.check_chars(text, MAX_WORD_CHARS, path)
+        if text and len(text) <= MAX_WORD_CHARS:
+            values[field] = text
+    combination = Combination()
+    try:
+        combination = Combination(**values)
+    except InvalidRequestError as error:
+        violations.found.extend(error.violations)
+    violations.raise_if_any()
+    return request.name, refs, combination
+
+
+def fuse_response(
+    result: FuseResult, adapter: adapters_pb2.Adapter
+) -> adapters_pb2.FuseAdaptersResponse:
+    """A ``FuseResult`` in the form of the API."""
+    modules = [message_of(adapters_pb2.ModuleError, each) for each in result.modules]
+    return adapters_pb2.FuseAdaptersResponse(
+        adapter=adapter, relative_error=result.relative_error, modules=modules
+    )
+
+
+# Conversion of merges between proto and domain.
+
+_Request = adapters_pb2.MergeAdaptersRequest
+# None lets the merge choose the precision.
+_PRECISIONS: dict[int, Precision | None] = {
+    _Request.PRECISION_UNSPECIFIED: None,
+    _Request.AUTO: None,
+    _Request.NF4: "NF4",
+    _Request.BF16: "BF16",
+}
+
+
+def checked_merge_request(request: _Request) -> tuple[tuple[AdapterRef, ...], Precision | None]:
+    """The mix, and the precision in which it is stored.
+
+    Raises:
+        InvalidRequestError: Lists every offending field.
+    """
+    violations = Violations()
+    violations.check(len(request.adapters) > 0, "adapters", "EMPTY")
+    refs = adapter_refs(request.adapters, violations)
+    # A mix whose weights are all zero would change nothing, but would prevent another merge.
+    is_nothing = bool(refs) and all(ref.weight == 0 for ref in refs)
+    violations.check(not is_nothing, "adapters", "NO_WEIGHT")
+    violations.check_enum(request, "precision")
+    violations.raise_if_any()
+    return refs, _PRECISIONS[request.precision]
+
+
+def merge_state_message(state: MergeState) -> adapters_pb2.MergeState:
+    """The state in the form of the API."""
+    merge = state.merge
+    if merge is None:
+        return adapters_pb2.MergeState(base_generation=state.base_generation)
+    return adapters_pb2.MergeState(
+        base_generation=state.base_generation,
+        active=True,
+        adapters=[message_of(adapters_pb2.MergedAdapter, each) for each in merge.adapters],
+        precision=merge.precision,
+        merge_time=timestamp(merge.time),
+        relative_error=merge.report.relative_error,
+        update_error=merge.report.update_error,
+        modules=[
+            adapters_pb2.ModuleError(module=path, relative_error=error)
+            for path, error in merge.report.modules
+        ],
+    )
+
 
 _T = TypeVar("_T")
 
@@ -177,14 +381,14 @@ class Adapters:
     async def load(
         self, message: adapters_pb2.LoadAdapterRequest, call: Call
     ) -> adapters_pb2.Adapter:
-        options = {"pinned": message.pinned, **reading_options(message)}
+        options = {"pinned": message.pinned, **uploads.reading_options(message)}
         load = self._gate.enter().registry.load
         return await self._read(load, *_checked_source(message, call), call, **options)
 
     async def replace(
         self, message: adapters_pb2.ReplaceAdapterRequest, call: Call
     ) -> adapters_pb2.Adapter:
-        options = {**_generations(message), **reading_options(message)}
+        options = {**_generations(message), **uploads.reading_options(message)}
         replace = self._gate.enter().registry.replace
         return await self._read(replace, *_checked_source(message, call), call, **options)
 
@@ -209,7 +413,7 @@ class Adapters:
         """Call a method of the registry that returns the changed adapter."""
         return adapter_message(await self._slow.run(call.tenant, change, *args, **kwargs))
 
-    async def upload(self, messages: Messages, call: Call) -> adapters_pb2.Adapter:
+    async def upload(self, messages: uploads.Messages, call: Call) -> adapters_pb2.Adapter:
         """Receive the files of an adapter: a header, then chunks in the order of its files.
 
         Raises:
@@ -217,17 +421,17 @@ class Adapters:
             DeadlineExceededError: The client was silent for too long.
         """
         with self._upload_of(call) as registry:
-            header = checked_header(await next_message(messages))
+            header = uploads.checked_header(await uploads.next_message(messages))
             files = [UploadedFile(file.path, file.size_bytes, file.sha256) for file in header.files]
 
             async def receive(staged: StagedUpload) -> None:
                 write = functools.partial(self._slow.run, call.tenant, staged.write)
-                await receive_chunks(messages, write, most_seconds(header))
+                await uploads.receive_chunks(messages, write, uploads.most_seconds(header))
 
             return await self._received(registry, header, call, files, receive)
 
     async def upload_archive(
-        self, header: adapters_pb2.UploadHeader, entries: Entries, call: Call
+        self, header: adapters_pb2.UploadHeader, entries: uploads.Entries, call: Call
     ) -> adapters_pb2.Adapter:
         """Receive an adapter's files one after another; other files are skipped.
 
@@ -247,17 +451,17 @@ class Adapters:
                 num_bytes, run = 0, functools.partial(self._slow.run, call.tenant)
                 async for name, size, chunks in entries:
                     num_bytes += max(size, 0)
-                    to_write = size if name in UPLOAD_FILES else 0
+                    to_write = size if name in uploads.UPLOAD_FILES else 0
                     await run(registry.check_room, num_bytes, num_bytes - to_write)
-                    if name not in UPLOAD_FILES:
+                    if name not in uploads.UPLOAD_FILES:
                         continue
-                    check_file(name, size, announced, violations, name)
+                    uploads.check_file(name, size, announced, violations, name)
                     violations.raise_if_any()
                     announced.add(name)
                     await run(staged.announce, UploadedFile(name, size))
                     async for data in chunks:
                         await run(staged.write, name, data)
-                check_complete(announced, violations, "files")
+                uploads.check_complete(announced, violations, "files")
                 violations.raise_if_any()
 
             return await self._received(registry, header, call, (), receive)
@@ -284,7 +488,7 @@ class Adapters:
         try:
             await receive(staged)
             await self._slow.run(call.tenant, staged.finish)
-            options = {**_generations(header), **reading_options(header)}
+            options = {**_generations(header), **uploads.reading_options(header)}
             options |= {"pinned": header.pinned, "replace": header.replace}
             return await self._change(call, registry.upload, header.name, staged, **options)
         finally:
@@ -355,15 +559,10 @@ class Adapters:
         violations.check_chars(message.page_token, MAX_PAGE_TOKEN_CHARS, "page_token")
         violations.raise_if_any()
         filters = f"{message.method}\0{message.residency}"
-        length, after = 0, ""
-        try:
-            length = page_length(message.page_size)
-        except InvalidRequestError as error:
-            violations.found.extend(error.violations)
-        try:
-            after = read_page_token(message.page_token, filters)
-        except InvalidRequestError as error:
-            violations.found.extend(error.violations)
+        size = message.page_size
+        violations.check(size >= 0, "page_size", "TOO_SMALL", least=0, value=size)
+        length = min(size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
+        after = read_page_token(message.page_token, filters, violations)
         violations.check_enum(message, "residency")
         violations.check(
             message.method in ("", *backend.methods),
@@ -534,7 +733,7 @@ def _checked_source(
     violations.check(message.path != "", "path", "REQUIRED")
     violations.check_chars(message.path, MAX_PATH_CHARS, "path")
     violations.check("\0" not in message.path, "path", "HOLDS_NUL")
-    check_template(message, violations)
+    uploads.check_template(message, violations)
     violations.raise_if_any()
     call.adapters = (message.name,)
     return message.name, message.path

@@ -17,7 +17,7 @@ from turret.server.api.access import Party, Shares
 from turret.server.api.limits import MAX_MIX_MEMBERS, MAX_NAME_CHARS, MAX_REQUEST_ID_CHARS
 from turret.server.basics.codes import Code
 from turret.server.basics.work import turret_error
-from turret.server.errors import VIOLATION_COUNT
+from turret.server.errors import VIOLATION_COUNT, TurretError
 from turret.server.metrics import Metrics
 from turret.server.words import say
 from turret.v1 import adapters_pb2, inference_pb2
@@ -58,48 +58,14 @@ class Failure:
 Failures = deque[Failure]
 
 
-# Errors as clients see them: a code, a message, and when to try again.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fault:
-    """An error as clients see it.
-
-    Attributes:
-        code: The code of the error.
-        reason: A constant for programs, such as ``ADAPTER_NOT_FOUND``.
-        message: The message for people. If it is a sentence of the catalogue, it is a ``Text`` with
-            its own reason and parameters, and so is each description.
-        metadata: Names and numbers that the message contains.
-        violations: ``(field path, description)`` of each invalid field of the request.
-        retry_after_seconds: When to try again; None if that would not help.
-    """
-
-    code: Code
-    reason: str
-    message: str
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    violations: tuple[tuple[str, str], ...] = ()
-    retry_after_seconds: float | None = None
-
-
-def fault_of(error: BaseException) -> Fault:
+def fault_of(error: BaseException) -> TurretError:
     """The part of an error that clients may know.
 
     An error that turret did not raise on purpose becomes INTERNAL, unless it reports a lack of
     memory. Its text may contain anything, so clients do not get it, and the caller must log it.
     """
     found = turret_error(error)
-    if found.code is Code.INTERNAL:
-        return Fault(code=Code.INTERNAL, reason="INTERNAL", message=say("INTERNAL"))
-    return Fault(
-        code=found.code,
-        reason=found.reason,
-        message=found.message,
-        metadata=found.metadata,
-        violations=found.violations,
-        retry_after_seconds=found.retry_after_seconds,
-    )
+    return TurretError(say("INTERNAL")) if found.code is Code.INTERNAL else found
 
 
 _log = logging.getLogger(__name__)

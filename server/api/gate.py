@@ -11,9 +11,9 @@ from turret.server.errors import ServerStartingError, UnavailableError
 from turret.server.words import Text, say
 
 if TYPE_CHECKING:
-    from turret.server.adapters.fuse.fuser import Fuser
+    from turret.server.adapters.fuser import Fuser
     from turret.server.adapters.merger import Merger
-    from turret.server.adapters.registry.registry import AdapterRegistry
+    from turret.server.adapters.registry import AdapterRegistry
     from turret.server.api.vocabularies import Vocabularies
     from turret.server.engine.engine import Engine
     from turret.server.models.describe import ModelInfo

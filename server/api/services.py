@@ -14,7 +14,7 @@ from turret.server.api.inference import Inference
 from turret.server.metrics import Metrics
 
 if TYPE_CHECKING:
-    from turret.server.api.tenants.tenants import Tenants
+    from turret.server.api.tenants import Tenants
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,7 +49,7 @@ class Services:
     def __post_init__(self) -> None:
         if self.training is not None:
             # Imported here because the import takes time, and few servers train.
-            from turret.server.api.tenants.tenants import Tenants
+            from turret.server.api.tenants import Tenants
 
             self.tenants = Tenants(self.gate, self.training, self.tokens)
         self.inference = Inference(self.gate)

@@ -19,7 +19,7 @@ from turret.v1 import adapters_pb2
 
 if TYPE_CHECKING:
     # The server listens before torch is loaded, which takes seconds.
-    from turret.server.adapters.registry.installer import AdapterTokenizers
+    from turret.server.adapters.installer import AdapterTokenizers
     from turret.server.constraints.compiler import ConstraintCompiler
     from turret.server.models.own_tokenizers import OwnTokenizers, TokenizerKey
     from turret.server.models.tokenizer import Tokenizer

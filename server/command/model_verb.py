@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _RANKS = (8, 16, 64)
 # The server does not import the trainer, so the function that adds its verb is found by name.
-_REPAIR = "turret.training.repair.verb:add_parser"
+_REPAIR = "turret.training.verbs:add_repair"
 EXIT_FAILED = 1
 
 

@@ -22,9 +22,9 @@ from turret.server.adapters.base import BaseSizes, ModuleSize
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot, check_is_adapter
 from turret.server.api.access import TokenTable
 from turret.server.basics.files import read_regular, unreadable, unwritable
+from turret.server.basics.machine import missing_for_triton
 from turret.server.basics.names import HUB_SCHEME, closest, closest_path, how_to_add, is_remote
 from turret.server.basics.settings import Violation, split_address, text_of
-from turret.server.basics.triton_needs import missing_for_triton
 from turret.server.config import (
     AdapterConfig,
     Config,

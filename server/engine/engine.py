@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
 from turret.server.adapters.adapter import Mix
-from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.registry import AdapterRegistry
 from turret.server.basics.turns import FairPool
 from turret.server.constraints.matcher import start_roomy
 from turret.server.engine.answer import Answer, AnswerMemory, AnswerText, Stream
@@ -395,10 +395,12 @@ class Engine:
     # The methods below run on the engine thread.
 
     def _run(self) -> None:
-        with self._on_thread():
-            self._loop.run()
-        if self.is_dead:
-            self._call(self._bury)
+        try:
+            with self._on_thread():
+                self._loop.run()
+        finally:
+            if self.is_dead:
+                self._call(self._bury)
 
     def _bury(self) -> None:
         self.dead.set()

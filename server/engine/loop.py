@@ -19,7 +19,7 @@ from turret.server import log
 from turret.server.adapters.adapter import HostResult, Mix, template_of
 from turret.server.adapters.base import ChangedBase
 from turret.server.adapters.device.store import AdapterMemoryError
-from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.registry import AdapterRegistry
 from turret.server.basics.work import turret_error
 from turret.server.engine.answer import Answer, Stream, uses_of
 from turret.server.engine.observer import LoopObserver
@@ -328,7 +328,7 @@ class EngineLoop:
     # The loop.
 
     def run(self) -> None:
-        """Serve until stopped. Never raises: a failure ends every request and sets ``is_dead``."""
+        """Serve until stopped. A failure ends every request and sets ``is_dead``."""
         try:
             while not self._stopping:
                 self._read_inbox()
@@ -343,8 +343,11 @@ class EngineLoop:
         # would wait forever.
         except BaseException:
             # The device's state is unknown, and continuing could give wrong answers.
-            _log.exception("the engine failed")
-            self._die()
+            try:
+                _log.exception("the engine failed")
+            finally:
+                # Without memory, even logging fails.
+                self._die()
 
     def serve(self) -> bool:
         """Run a step of requests within background work, if there is one to run.

@@ -18,8 +18,8 @@ from turret.server.api.violations import Violations, adapter_refs
 from turret.server.basics.names import ADAPTER_NAME, BASE
 from turret.server.errors import AdapterNotFoundError, InvalidRequestError
 from turret.server.http.endpoint import Exchange
-from turret.server.http.schemas.fields import Sent, closed, not_one_of
-from turret.server.http.schemas.requests import (
+from turret.server.http.fields import Sent, closed, not_one_of
+from turret.server.http.request_models import (
     Asking,
     ChatOnly,
     FunctionTool,

@@ -11,16 +11,22 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequen
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from turret.server.api.inference_answers import JoinedChunks, converted
+from turret.server.api.inference import JoinedChunks, converted
 from turret.server.api.limits import MAX_CONSTRAINT_CHARS
 from turret.server.errors import InvalidRequestError, UnavailableError
 from turret.server.http.answers import FINISH_REASONS, Ended
 from turret.server.http.asked import Asked, ToolUse
 from turret.server.http.endpoint import Exchange
 from turret.server.http.refusals import Refusal, refusal_of, renamed_path
-from turret.server.http.tools.calls import AnswerPiece, CallBegun, Said, Thought, UnenforceableError
-from turret.server.http.tools.grammar import CallsGrammar, constrained
-from turret.server.http.tools.reader import AnswerReader
+from turret.server.http.tool_calls import (
+    AnswerPiece,
+    AnswerReader,
+    CallBegun,
+    Said,
+    Thought,
+    UnenforceableError,
+)
+from turret.server.http.tool_grammar import CallsGrammar, constrained
 from turret.server.words import say
 from turret.v1 import inference_pb2
 

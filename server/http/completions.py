@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
-from turret.server.api.inference_answers import converted, together
+from turret.server.api.inference import converted, together
 from turret.server.api.limits import MAX_INPUTS
 from turret.server.errors import InvalidRequestError
 from turret.server.http.answers import (
@@ -24,9 +24,8 @@ from turret.server.http.answers import (
 from turret.server.http.asked import Asked, asked_of, chat_of, read_request, tools_in, with_input
 from turret.server.http.choices import Choices, Chunk, blamed_on, make_readers
 from turret.server.http.endpoint import HOLE, Exchange, Template, event_bytes
-from turret.server.http.schemas.requests import DEFAULT_MAX_TOKENS, ChatRequest, CompletionRequest
-from turret.server.http.tools.calls import Said
-from turret.server.http.tools.reader import AnswerReader, delta_of, message_of
+from turret.server.http.request_models import DEFAULT_MAX_TOKENS, ChatRequest, CompletionRequest
+from turret.server.http.tool_calls import AnswerReader, Said, delta_of, message_of
 from turret.server.words import say
 from turret.v1 import inference_pb2
 

@@ -84,7 +84,9 @@ class Connection(HttpToolsProtocol):
         self._running = cycle
         is_old = scope["http_version"] == "1.0"
         if not is_old:
-            scope.setdefault("extensions", {})[EXTENSION] = Chunks(cycle)
+            # The cycle has the original scope. With a reference to the chunks in it, each request
+            # would keep the buffers of its connection until the next garbage collection.
+            scope = {**scope, "extensions": {EXTENSION: Chunks(cycle)}}
 
         async def framed(message: Any) -> None:
             """Sends a message of the application, and announces the end of the connection.
@@ -202,6 +204,9 @@ class Connection(HttpToolsProtocol):
             running.disconnected = True
             running.message_event.set()
         super().connection_lost(exc)
+        # uvicorn keeps the timer of a connection that the client reset, which keeps the connection
+        # and its TLS buffers in memory for another 75 seconds.
+        self._unset_keepalive_if_required()
 
     def _await_head(self) -> None:
         if self._head_timer is None:
@@ -309,6 +314,24 @@ class Listener(socket.socket):
         self.num_open -= 1
 
 
+class NewestContext(ssl.SSLContext):
+    """Serves each connection by the newest certificates.
+
+    A context resumes its own sessions without checking a client's certificate again. So each
+    connection belongs to the context of its certificates, and sessions end with them.
+
+    Attributes:
+        files: The context for the certificates in the files.
+    """
+
+    files: WatchedFiles[ssl.SSLContext]
+
+    def wrap_bio(self, *args: Any, **settings: Any) -> ssl.SSLObject:
+        """Begin a connection, as asyncio does."""
+        self.files.look()
+        return self.files.newest.wrap_bio(*args, **settings)
+
+
 def tls_context(security: SecurityConfig) -> ssl.SSLContext | None:
     """The TLS context for the flags, mutual with ``--tls-client-ca``; None for plain text.
 
@@ -322,19 +345,12 @@ def tls_context(security: SecurityConfig) -> ssl.SSLContext | None:
     paths = [security.tls_cert, security.tls_key]
     if security.tls_client_ca is not None:
         paths.append(security.tls_client_ca)
-    files = WatchedFiles(paths, lambda: _context(security), "certificates")
-
-    def choose(connection: Any, name: str | None, context: ssl.SSLContext) -> None:
-        """Chooses the context in every handshake, before the certificate is sent."""
-        files.look()
-        connection.context = files.newest
-
     # uvicorn passes neither setting on.
     sslproto.SSLProtocol.max_size = _TLS_BUFFER_BYTES
     constants.SSL_HANDSHAKE_TIMEOUT = HANDSHAKE_SECONDS
-    first = files.newest
-    first.sni_callback = choose
-    return first
+    context = NewestContext(ssl.PROTOCOL_TLS_SERVER)
+    context.files = WatchedFiles(paths, lambda: _context(security), "certificates")
+    return context
 
 
 def _context(security: SecurityConfig) -> ssl.SSLContext:

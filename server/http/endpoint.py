@@ -19,14 +19,14 @@ from starlette.types import Receive, Scope, Send
 from turret.server import log
 from turret.server.api.access import Party, authorize, bearer_token, roles_of
 from turret.server.api.call import REQUEST_ID_KEY, Call
-from turret.server.api.inference_answers import converted
+from turret.server.api.inference import converted
 from turret.server.api.services import Services
 from turret.server.basics.codes import Code
 from turret.server.basics.turns import FairPool
 from turret.server.errors import InvalidRequestError, UnavailableError
 from turret.server.http.connection import EXTENSION, MAX_BODY_BYTES, MAX_HEAD_BYTES, Chunks
+from turret.server.http.fields import Body, Sent, read
 from turret.server.http.refusals import HttpRefusal, Refusal, refusal_of
-from turret.server.http.schemas.fields import Body, Sent, read
 from turret.server.words import say
 
 _JSON = {"content-type": "application/json"}

@@ -20,8 +20,8 @@ from turret.server.http.asked import (
 from turret.server.http.choices import Dialect, Event, Item, Kind, answer_in_items
 from turret.server.http.endpoint import Exchange, Json
 from turret.server.http.refusals import Refusal
-from turret.server.http.schemas.requests import CountRequest, MessagesRequest
-from turret.server.http.tools.calls import CallBegun, Said, Thought
+from turret.server.http.request_models import CountRequest, MessagesRequest
+from turret.server.http.tool_calls import CallBegun, Said, Thought
 from turret.v1 import inference_pb2
 
 

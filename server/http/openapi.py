@@ -10,9 +10,9 @@ from typing import Any
 
 import turret
 from turret.server.api.access import SERVICE_ROLES
-from turret.server.http.archive import ARCHIVE, ARCHIVE_FLAGS
+from turret.server.http.answer_models import AnthropicFailure, Failure
 from turret.server.http.endpoint import Exchange, Handler, Route, dumps
-from turret.server.http.schemas.answers import AnthropicFailure, Failure
+from turret.server.http.models import ARCHIVE, ARCHIVE_FLAGS
 
 DESCRIPTION = """\
 OpenAI's HTTP API for the base model, its adapters and their mixes.

@@ -12,7 +12,7 @@ from turret.server.http.endpoint import Exchange
 from turret.server.http.refusals import HttpRefusal
 from turret.server.words import say
 
-FOLDER = Path(__file__).parent / "console" / "static"
+FOLDER = Path(__file__).parent / "static"
 _TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",

@@ -16,8 +16,8 @@ from turret.server.http.asked import (
 from turret.server.http.choices import Dialect, Event, Item, Logprobs, answer_in_items
 from turret.server.http.endpoint import Exchange
 from turret.server.http.refusals import Refusal
-from turret.server.http.schemas.requests import ResponseRequest, TextFormat
-from turret.server.http.tools.calls import CallBegun, Said, Thought
+from turret.server.http.request_models import ResponseRequest, TextFormat
+from turret.server.http.tool_calls import CallBegun, Said, Thought
 from turret.v1 import inference_pb2
 
 LOGPROBS = "message.output_text.logprobs"

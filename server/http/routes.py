@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from turret.server.http import archive, completions, messages, models, pages, responses, texts
-from turret.server.http.console import state
+from turret.server.http import answer_models as answers
+from turret.server.http import completions, console, messages, models, pages, responses, texts
+from turret.server.http import request_models as requests
 from turret.server.http.endpoint import ADAPTERS, INFERENCE, Route
-from turret.server.http.schemas import answers, requests
 
 _ask = partial(Route, service=INFERENCE)
 # Metrics count these paths, which run on adapters.
@@ -48,20 +48,20 @@ ROUTES: tuple[Route, ...] = (
     _ask("/detokenize", texts.detokenize, requests.DetokenizeRequest, answers.Text),
     _ask("/tokenizer_info", texts.tokenizer_info, answer=answers.TokenizerInfo),
     *(
-        Route(path, state.health, answer=answers.Health)
+        Route(path, console.health, answer=answers.Health)
         for path in ("/health", "/v1/health", "/ping")
     ),
-    Route("/version", state.version, answer=answers.Version),
-    Route("/metrics", state.metrics, service="metrics"),
+    Route("/version", console.version, answer=answers.Version),
+    Route("/metrics", console.metrics, service="metrics"),
     _hidden("/docs", _docs),
     _hidden("/docs/{file}", _docs),
     _hidden("/", _console),
     # The state is open to every role. The handler itself rejects callers without a role.
-    _hidden("/console/state", state.state),
+    _hidden("/console/state", console.state),
     _hidden("/console/{file}", _console),
     _manage("/v1/load_lora_adapter", models.load_adapter, requests.LoadAdapter),
     _manage("/v1/unload_lora_adapter", models.unload_adapter, requests.AdapterName),
     _manage("/v1/pin_lora_adapter", models.pin_adapter, requests.AdapterName),
     _manage("/v1/unpin_lora_adapter", models.unpin_adapter, requests.AdapterName),
-    _manage("/v1/upload_lora_adapter", archive.upload, is_raw=True),
+    _manage("/v1/upload_lora_adapter", models.upload, is_raw=True),
 )

@@ -27,10 +27,10 @@ from turret.server.basics.settings import split_address
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http.connection import Connection, Listener, tls_context
 from turret.server.http.endpoint import ADAPTERS, Endpoint, Route, dumps
+from turret.server.http.fields import slip_of
 from turret.server.http.openapi import sender
 from turret.server.http.refusals import HttpRefusal, refusal_of
 from turret.server.http.routes import ROUTES
-from turret.server.http.schemas.fields import slip_of
 from turret.server.words import say
 
 ANY = "*"
@@ -219,10 +219,9 @@ def application(listen: ListenConfig, services: Services) -> Starlette:
     apart = {route.path for route in ROUTES} - {route.path for route in served}
     if services.tenants is not None:
         # Imported here because the import takes time, and few servers train.
-        from turret.server.http.tinker.routes import routes
-        from turret.server.http.tinker.sessions import TinkerState
+        from turret.server.http import tinker
 
-        served += routes(TinkerState(services))
+        served += tinker.ROUTES
     document = Route("/openapi.json", sender(served, has_tokens=has_tokens), is_hidden=True)
     answered = []
     for route in (*served, document):

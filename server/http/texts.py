@@ -9,7 +9,7 @@ from typing import Any
 from turret.server.http.answers import head, uses_json
 from turret.server.http.asked import chat_of, inputs_of, read_request, tools_in
 from turret.server.http.endpoint import Exchange, Json
-from turret.server.http.schemas.requests import (
+from turret.server.http.request_models import (
     ClassifyRequest,
     DetokenizeRequest,
     EmbeddingsRequest,

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from turret.server.errors import InvalidRequestError, TurretError
@@ -444,6 +447,36 @@ def _checked() -> Iterator[None]:
         raise InvalidRequestError.of("model", say("CONFIG_INVALID", problem=problem)) from None
 
 
+class _HubKernels(ModuleType):
+    """Takes the place of transformers' module for kernels from the hub while configs are imported.
+
+    The configs of Llama list transformers' activations, and each activation asks that module to let
+    a kernel from the hub replace it. The module imports torch's distributed tensors, which takes as
+    long as importing torch. If anything else in it is used, the module itself is imported.
+    """
+
+    def use_kernel_forward_from_hub(self, _: str) -> Callable[[type], type]:
+        return lambda activation: activation
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        sys.modules.pop(self.__name__, None)
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+@contextlib.contextmanager
+def _without_hub_kernels() -> Iterator[None]:
+    name = "transformers.integrations.hub_kernels"
+    mine = _HubKernels(name)
+    found = sys.modules.setdefault(name, mine)
+    try:
+        yield
+    finally:
+        if found is mine and sys.modules.get(name) is mine:
+            del sys.modules[name]
+
+
 def transformers_config(source: Path | Mapping[str, Any]) -> Any:
     """The transformers config of a model.
 
@@ -457,7 +490,7 @@ def transformers_config(source: Path | Mapping[str, Any]) -> Any:
     # Imported here because it is slow, and the families are also listed without it.
     from transformers import AutoConfig
 
-    with _checked():
+    with _checked(), _without_hub_kernels():
         if isinstance(source, Path):
             return AutoConfig.from_pretrained(source)
         return AutoConfig.for_model(**source)

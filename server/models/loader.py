@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from turret.kernels.cpu import native
+from turret.kernels.likeliest import ScreenCodes
 from turret.kernels.rows.linear import linear_formulation, prepare_linear
 from turret.kernels.rows.trial import choices
 from turret.server.basics.work import OnProgress
@@ -17,21 +20,30 @@ from turret.server.models.decoding.adapted_linear import (
     AdaptedLinear,
     ExpertMixture,
 )
-from turret.server.models.decoding.arch import LAYER_PREFIX, ROUTER, Arch, Experts
+from turret.server.models.decoding.arch import LAYER_PREFIX, ROUTER, Arch, Experts, Linear
 from turret.server.models.decoding.cpu_layers import CpuLayerOps
 from turret.server.models.decoding.decoder import Decoder, DecoderLayer
 from turret.server.models.families import read_arch, transformers_config
 from turret.server.models.fidelity import Fidelity
-from turret.server.models.model_source import ModelSource, StoredTensors, no_progress, quantize
+from turret.server.models.model_source import (
+    HEAD_COPY,
+    ModelSource,
+    StoredTensors,
+    no_progress,
+    quantize,
+)
 from turret.server.models.sources.model_directory import read_object, unsupported, weight_files
 from turret.server.models.weights.base_linear import BaseLinear
 from turret.server.models.weights.nf4 import (
     DenseLinear,
     Nf4Weight,
     PackedLinear,
+    Weight,
     dequantize_stored,
     fuse_weights,
+    multiplies_packed,
 )
+from turret.server.models.weights.nf4_cpu import unpack
 from turret.server.models.weights.nf4_experts import Nf4Experts
 from turret.server.words import say
 
@@ -79,22 +91,22 @@ def _product(base: BaseLinear) -> str:
 class CheckpointTensors:
     """Reads tensors and quantised weights, and records which were read.
 
+    In the cache, the codes of each fused projection are stored as a ``PackedLinear``. Only there,
+    because the kernels trust the sizes.
+
     Args:
-        folder: A bitsandbytes-4bit checkpoint.
+        source: The model.
         experts: The experts of its architecture, or None.
-        quantizes_all: Whether weights that are stored in 16 bits are quantised as well.
 
     Attributes:
         fidelity: The states of the weights that were read.
     """
 
-    def __init__(
-        self, folder: Path, experts: Experts | None, *, quantizes_all: bool = False
-    ) -> None:
+    def __init__(self, source: ModelSource, experts: Experts | None) -> None:
         self.fidelity = Fidelity()
-        self._quantizes_all = quantizes_all
-        self._files = weight_files(folder)
-        self._stored = StoredTensors(self._files, experts)
+        self._quantizes_all = source.quantizes_all
+        self._is_cached = source.fidelity is not None
+        self._stored = StoredTensors(weight_files(source.weights), experts)
         self._read: set[str] = set()
         # Weight → names of its quantisation state. They are indexed once, because there may be
         # 100,000 names.
@@ -103,6 +115,13 @@ class CheckpointTensors:
             module, found, _ = name.partition(".weight.")
             if found:
                 self._beside.setdefault(f"{module}.weight", []).append(name)
+        # Weight → the weights of the projection with which its codes are stored.
+        self._fused: dict[str, tuple[str, ...]] = {}
+        for name in self._stored:
+            modules, _, kind = name.partition(":")
+            if self._is_cached and kind == "packed":
+                weights = tuple(modules.split("+"))
+                self._fused |= dict.fromkeys(weights, weights)
 
     def has(self, name: str) -> bool:
         return name in self._stored
@@ -111,14 +130,6 @@ class CheckpointTensors:
         """See ``StoredTensors``."""
         self._read.add(name)
         return self._stored.get(name, is_kept=is_kept)
-
-    def mapped(self, name: str) -> torch.Tensor:
-        """A tensor as a part of a mapped file, which must not change.
-
-        It has a mapping of its own, so that the pages of other tensors are not kept with it.
-        """
-        self._read.add(name)
-        return StoredTensors(self._files, None).get(name, is_kept=False)
 
     def of_shape(self, name: str, *shape: int) -> torch.Tensor:
         tensor = self.get(name)
@@ -134,9 +145,38 @@ class CheckpointTensors:
         _check_shape(name, tuple(weight.shape), shape)
         return weight
 
+    def packed(self, modules: Sequence[Linear]) -> PackedLinear | None:
+        """A projection as a part of the mapped file; None if its codes are not stored as one.
+
+        Args:
+            modules: The modules that form it.
+        """
+        names = tuple(f"{path}.weight" for path, _, _ in modules)
+        if self._fused.get(names[0]) != names:
+            return None
+        self._read.update(*(self._beside[name] for name in names))
+        packed, absmax = (self.get(name, is_kept=False) for name in PackedLinear.names(names))
+        return PackedLinear(packed, absmax, tuple(out for _, out, _ in modules))
+
+    def head_copy(self) -> ScreenCodes | None:
+        """The int8 copy of the head, if the cache has one."""
+        if not self._is_cached or not self.has(HEAD_COPY[0]):
+            return None
+        return ScreenCodes(*(self.get(name, is_kept=False) for name in HEAD_COPY))
+
+    def _codes(self, name: str) -> torch.Tensor:
+        """The codes of a weight, row by row."""
+        if name not in self._fused:
+            return self.get(name, is_kept=False)
+        names = self._fused[name]
+        packed, absmax = (self.get(each, is_kept=False) for each in PackedLinear.names(names))
+        blocks = [math.prod(self._stored.shape(f"{each}.absmax")) for each in names]
+        rows = packed.split([count // len(absmax) for count in blocks])
+        return unpack(rows[names.index(name)])
+
     def _weight(self, name: str) -> Nf4Weight | torch.Tensor:
         parts = {key: self.get(key) for key in self._beside.get(name, ())}
-        tensor = self.get(name, is_kept=False)
+        tensor = self._codes(name)
         if not parts:
             source = self._stored.format(name)
             if not source and not self._quantizes_all:
@@ -190,12 +230,11 @@ def load_decoder(
         InvalidRequestError: Unsupported architecture, or tensors that the config does not explain.
     """
     arch = read_arch(transformers_config(source.files))
-    tensors = CheckpointTensors(source.weights, arch.experts, quantizes_all=source.quantizes_all)
+    tensors = CheckpointTensors(source, arch.experts)
 
     def dense(name: str) -> torch.Tensor:
         # Files in the cache never change, so the mapped file itself can be the tensor's memory.
-        # Copying to new memory is the slowest part of loading.
-        stored = tensors.get(name) if source.fidelity is None else tensors.mapped(name)
+        stored = tensors.get(name, is_kept=source.fidelity is None)
         return stored.to(dtype=dtype, device=device)
 
     embedding = dense("model.embed_tokens.weight")
@@ -210,7 +249,7 @@ def load_decoder(
         # Some configs claim or default to tied embeddings although the checkpoint has two tensors.
         if not (arch.tie_word_embeddings and torch.equal(own, embedding)):
             head, arch = own, replace(arch, tie_word_embeddings=False)
-    unread = tensors.unread()
+    head_copy, unread = tensors.head_copy(), tensors.unread()
     if unread:
         raise InvalidRequestError.of(
             "model", say("TENSORS_UNEXPECTED", names=", ".join(unread[:8]))
@@ -220,6 +259,7 @@ def load_decoder(
         prepare_linear(head)
     decoder = _decoder_type(gpu)(arch, embedding=embedding, layers=layers, norm=norm, head=head)
     decoder.fidelity = source.fidelity or tensors.fidelity
+    decoder.head_copy = head_copy
     return decoder
 
 
@@ -254,9 +294,8 @@ def _load_layer(
     for name, slices in arch.linears().items():
         if name == ROUTER or not arch.has(number, name):
             continue
-        weights = [
-            tensors.weight(f"{prefix}.{path}.weight", (out, inner)) for path, out, inner in slices
-        ]
+        modules = [(f"{prefix}.{path}", out, inner) for path, out, inner in slices]
+        weights = _weights(tensors, modules, dtype, device, gpu)
         biases = [bias(path, out) for path, out, _ in slices]
         has_bias = any(tensors.has(f"{prefix}.{path}.bias") for path, _, _ in slices)
         projections[name] = AdaptedLinear(
@@ -282,6 +321,20 @@ def _load_layer(
     )
 
 
+def _weights(
+    tensors: CheckpointTensors,
+    modules: Sequence[Linear],
+    dtype: torch.dtype,
+    device: torch.device,
+    gpu: bool,
+) -> list[Weight]:
+    """The weights of a fused projection, in a form that its products read."""
+    packed = None if gpu else tensors.packed(modules)
+    if packed is not None and multiplies_packed(packed.format, dtype, device):
+        return [packed]
+    return [tensors.weight(f"{path}.weight", (out, inner)) for path, out, inner in modules]
+
+
 def _load_experts(
     tensors: CheckpointTensors,
     arch: Arch,
@@ -290,20 +343,12 @@ def _load_experts(
     device: torch.device,
     gpu: bool,
 ) -> ExpertMixture:
-    experts = arch.experts
-    assert experts is not None, "a layer that has a router has experts"
-    prefix = f"{LAYER_PREFIX}.{number}.{experts.checkpoint_path}"
     projections = {}
-    for name, (_, out, inner) in arch.expert_linears().items():
-        modules = [
-            [f"{prefix}.experts.{module.format(e)}" for module in experts.modules[name]]
-            for e in range(experts.count)
-        ]
-        shape = out // len(modules[0]), inner
-        weights = [[tensors.weight(f"{m}.weight", shape) for m in each] for each in modules]
+    for name, experts in arch.expert_modules(number).items():
+        weights = [_weights(tensors, modules, dtype, device, gpu) for modules in experts]
         bias = None
-        if tensors.has(f"{modules[0][0]}.bias"):
-            parts = [[tensors.of_shape(f"{m}.bias", shape[0]) for m in each] for each in modules]
+        if tensors.has(f"{experts[0][0][0]}.bias"):
+            parts = [[tensors.of_shape(f"{m}.bias", out) for m, out, _ in each] for each in experts]
             bias = torch.stack([torch.cat(each) for each in parts]).to(dtype=dtype, device=device)
         base = Nf4Experts(weights, dtype, device, gpu=gpu)
         projections[name] = AdaptedExperts(number, name, base, bias)

@@ -20,15 +20,16 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from turret.kernels.likeliest import Screen, ScreenCodes
 from turret.server import log
 from turret.server.basics.work import OnProgress
 from turret.server.errors import InvalidRequestError
-from turret.server.models.decoding.arch import Experts
+from turret.server.models.decoding.arch import Arch, Experts
 from turret.server.models.families import read_arch, transformers_config
 from turret.server.models.fidelity import Fidelity, WeightState, squared_error
 from turret.server.models.sources.check import MODEL_NAME, find_gguf, skipped_modules
@@ -46,7 +47,7 @@ from turret.server.models.sources.model_directory import (
     scale_block,
     weight_files,
 )
-from turret.server.models.weights.nf4 import BLOCKSIZE, Nf4Weight, reads_mxfp4
+from turret.server.models.weights.nf4 import BLOCKSIZE, Nf4Weight, PackedLinear, reads_mxfp4
 from turret.server.words import say
 
 _log = logging.getLogger(__name__)
@@ -250,7 +251,7 @@ def experts_in(names: Iterable[str], experts: Experts | None) -> ExpertStacks:
 
 
 # Part of the cache key: raise it when the format of the cached files changes.
-_FORMAT = "4"
+_FORMAT = "5"
 _MANIFEST = "turret.json"
 
 
@@ -264,7 +265,7 @@ class ModelSource:
 
     Attributes:
         name: The model id on the hub, the checkpoint's own name, or the directory's name.
-        weights: Directory of a bitsandbytes-4bit checkpoint.
+        weights: Directory of a bitsandbytes-4bit checkpoint, or of a model in the cache.
         files: Directory with config.json and the tokenizer.
         digest: Identifies the weights as served: SHA-256 of the weight files, and of
             ``quantizes_all`` if that changes them.
@@ -421,13 +422,14 @@ def _resolve(
         return ModelSource(name, model, model, "" if is_plan else _digest(shards))
     target = _target(cache_dir, [model / "config.json", *shards], skip)
     if not _is_cached(target):
-        tensors = _read_plain(model, shards, scale_block(config))
+        arch = read_arch(transformers_config(model))
+        tensors = _read_plain(shards, arch, scale_block(config))
         formats = {name: tensors.format(name) for name in tensors}
         quantizing = _Quantizing(formats, skip, progress)
         if is_plan:
             return ModelSource(name, target, model, "", fidelity=quantizing.planned())
         with _new_directory(target) as build:
-            quantizing.write(((key, tensors.get(key)) for key in tensors), build, name)
+            quantizing.write(((key, tensors.get(key)) for key in tensors), arch, build, name)
     return _read_cached(target, model)
 
 
@@ -450,17 +452,16 @@ def _resolve_gguf(
             found.tokenizer.save_pretrained(build)
             ends = json.dumps({"eos_token_id": found.eos_token_ids})
             (build / "generation_config.json").write_text(ends)
-            quantizing.write(found.tensors, build, name)
+            quantizing.write(found.tensors, read_arch(found.config), build, name)
     # The cached name may differ: the bundled model's file may also have been given by its path.
     return dataclasses.replace(_read_cached(target, target), name=name)
 
 
-def _read_plain(
-    model: Path, shards: Sequence[Path], block: tuple[int, int] | None
-) -> StoredTensors:
-    tensors = StoredTensors(shards, read_arch(transformers_config(model)).experts, block)
-    if codes := tensors.codes():
-        raise InvalidRequestError.of("model", say("TENSORS_UNEXPECTED", names=", ".join(codes[:8])))
+def _read_plain(shards: Sequence[Path], arch: Arch, block: tuple[int, int] | None) -> StoredTensors:
+    tensors = StoredTensors(shards, arch.experts, block)
+    # The names of the cache's own tensors have colons.
+    if wrong := [*tensors.codes(), *(name for name in tensors if ":" in name)]:
+        raise InvalidRequestError.of("model", say("TENSORS_UNEXPECTED", names=", ".join(wrong[:8])))
     return tensors
 
 
@@ -498,8 +499,45 @@ def quantize(name: str, tensor: torch.Tensor, source: str, fidelity: Fidelity) -
     return weight
 
 
+# The names of the head's ``ScreenCodes`` in the cache.
+HEAD_COPY = ("head:codes", "head:scales", "head:bounds")
+# Names of dtypes in safetensors files.
+_DTYPES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16"},
+    **{torch.int8: "I8", torch.uint8: "U8"},
+}
+# The size of a cache line: products read their weights fastest from multiples of it.
+_LINE = 64
+
+
+def _safetensors(tensors: Mapping[str, torch.Tensor], line: int = 1) -> Iterator[Any]:
+    """The parts of a safetensors file, as bytes or arrays.
+
+    Args:
+        tensors: The tensors.
+        line: Tensors whose size is a multiple of this number of bytes begin at such a multiple. By
+            default, the file is the one that ``save_file`` writes.
+    """
+
+    def place(name: str) -> tuple[bool, int, str]:
+        return tensors[name].nbytes % line > 0, -tensors[name].itemsize, name
+
+    header, end = dict[str, Any](__metadata__={"format": "pt"}), 0
+    names = sorted(tensors, key=place)
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
+        shape, dtype = list(tensor.shape), _DTYPES[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % max(8, line))
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        yield tensors[name].reshape(-1).view(torch.uint8).numpy()
+
+
 class _Quantizing:
-    """Quantises a model and writes it, with a report, as a 4-bit checkpoint.
+    """Quantises a model and writes it to the cache, with a report.
 
     Args:
         formats: The quantised format of each tensor in the model's files, or empty.
@@ -517,24 +555,45 @@ class _Quantizing:
         self._fidelity = Fidelity()
 
     def write(
-        self, tensors: Iterable[tuple[str, torch.Tensor]], build: Path, model_name: str
+        self,
+        tensors: Iterable[tuple[str, torch.Tensor]],
+        arch: Arch,
+        build: Path,
+        model_name: str,
     ) -> None:
         """Write the tensors of a model to a directory."""
-        total, out = len(self._formats), dict[str, torch.Tensor]()
+        total, weights = len(self._formats), dict[str, Nf4Weight | torch.Tensor]()
         for done, (key, tensor) in enumerate(tensors):
             self._progress("Quantising to NF4", done, total)
-            out.update(self._stored(key, tensor.to(torch.bfloat16)))
+            weights[key] = self._stored(key, tensor.to(torch.bfloat16))
         self._progress("Quantising to NF4", total, total)
+        out = dict[str, torch.Tensor]()
+        for key, weight in weights.items():
+            out |= weight.to_tensors(key) if isinstance(weight, Nf4Weight) else {key: weight}
+        # The digest is that of a bitsandbytes checkpoint with these weights.
+        digest = hashlib.sha256()
+        for part in _safetensors(out):
+            digest.update(part)
+        _pack(weights, out, arch)
+        head = out.get("lm_head.weight", out.get("model.embed_tokens.weight"))
+        if head is not None and Screen.serves(head):
+            copy = ScreenCodes.of(head)
+            out |= zip(HEAD_COPY, (copy.codes, copy.scales, copy.bounds), strict=True)
         try:
-            save_file(out, build / WEIGHTS, metadata={"format": "pt"})
-        except SafetensorError as error:
+            with (build / WEIGHTS).open("wb") as file:
+                for part in _safetensors(out, _LINE):
+                    file.write(part)
+        except OSError as error:
             said = say("CACHE_NOT_WRITABLE", folder=build.parent, problem=error)
             raise InvalidRequestError.of("model", said) from None
         manifest = {
             "name": model_name,
-            "digest": _digest([build / WEIGHTS]),
+            "digest": digest.hexdigest(),
             "format": _FORMAT,
             "fidelity": self._fidelity.rows(),
+            "files": {
+                path.name: _digest([path]) for path in build.iterdir() if path.name != WEIGHTS
+            },
         }
         (build / _MANIFEST).write_text(json.dumps(manifest))
 
@@ -548,25 +607,43 @@ class _Quantizing:
                 found.count(key, _state(key, source), source)
         return found
 
-    def _stored(self, key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _stored(self, key: str, tensor: torch.Tensor) -> Nf4Weight | torch.Tensor:
         source = self._formats[key]
         is_skipped = key.removesuffix(_WEIGHT) in self._skipped
         if is_skipped or not is_quantized(key):
             if is_quantized(key):
                 self._fidelity.count(key, "16-bit", source)
-            return {key: tensor.contiguous().clone()}
-        return quantize(key, tensor, source, self._fidelity).to_tensors(key)
+            return tensor.contiguous().clone()
+        return quantize(key, tensor, source, self._fidelity)
+
+
+def _pack(
+    weights: dict[str, Nf4Weight | torch.Tensor], out: dict[str, torch.Tensor], arch: Arch
+) -> None:
+    """Replace the codes in ``out`` by those of fused projections, which the CPU's products read."""
+    for modules in (each for layer in range(arch.num_layers) for each in arch.projections(layer)):
+        names = [f"{path}.weight" for path, _, _ in modules]
+        slices = [w for name in names if isinstance(w := weights.get(name), Nf4Weight)]
+        shapes = [(rows, inner) for _, rows, inner in modules]
+        if [weight.shape for weight in slices] == shapes and PackedLinear.packs(slices):
+            linear = PackedLinear.pack(slices)
+            out |= zip(PackedLinear.names(names), (linear.packed, linear.absmax), strict=True)
+            # Each is dropped now, so that little more memory is needed.
+            for name in names:
+                del weights[name], out[name]
 
 
 def _is_cached(target: Path) -> bool:
-    """Whether the cache has a checkpoint, with a valid manifest and complete weights."""
+    """Whether the cache has a checkpoint, with a valid manifest and complete files."""
     if not target.exists():
         return False
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, SafetensorError):
         _read_cached(target, target)
+        others = json.loads((target / _MANIFEST).read_text())["files"]
         with safe_open(target / WEIGHTS, framework="pt"):
-            return True
-    _log.warning("the cached weights are damaged", extra=log.fields(path=target))
+            if all(_digest([target / name]) == digest for name, digest in others.items()):
+                return True
+    _log.warning("the cached model is damaged", extra=log.fields(path=target))
     return False
 
 

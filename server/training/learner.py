@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
 from turret.server.adapters.base import BaseModel, BaseModule
@@ -20,18 +21,17 @@ from turret.server.adapters.checkpoint.adapter_checkpoint import (
     PEFT_PREFIX,
     PROMPT_EMBEDDINGS,
     AdapterCheckpoint,
+    Findings,
 )
-from turret.server.adapters.fuse.lora_files import (
-    AdapterFiles,
-    save_tensors,
-    target_modules,
-)
-from turret.server.adapters.lowering.method import LinearMethod
-from turret.server.adapters.lowering.start import NewModule
+from turret.server.adapters.checkpoint.reader import all_finite
+from turret.server.adapters.fuser import digest_of, save_tensors, target_modules
+from turret.server.adapters.loader import LoadedAdapter
+from turret.server.adapters.lowering import LinearMethod, NewModule, in_one_block
+from turret.server.adapters.methods import method_for
 from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.vocabulary import HEAD
-from turret.server.errors import InvalidRequestError
+from turret.server.errors import AdapterCheckpointError, InvalidRequestError
 from turret.server.training.methods import served_method
 from turret.server.training.trainer import AdamParams, LearnerConfig
 from turret.server.training.training_pass import PassAdapter
@@ -53,12 +53,13 @@ class Learner:
 
     Args:
         config: The adapter's config, as PEFT writes it.
-        tensors: Its tensors by the names in its file, without PEFT's prefix.
+        tensors: The tensors of its method by the names in its file, without PEFT's prefix.
         base: The base model.
 
     Attributes:
-        parameters: The tensors, fp32.
-        served: The adapter as requests would use it.
+        parameters: The tensors, fp32. They and their gradients are views of two long vectors, which
+            the optimizer changes in one call.
+        served: The adapter as requests would use it. A step changes its tensors in place.
         leaves: See ``Segment``.
     """
 
@@ -68,30 +69,64 @@ class Learner:
         self.config = config
         self._base = base
         self._key = f"training-{next(_serial)}"
-        self.parameters = {
-            name: tensor.to(torch.float32, copy=True).requires_grad_()
-            for name, tensor in tensors.items()
+        self._weights, views = _in_one_vector(list(tensors.values()))
+        self._weights.grad = torch.zeros_like(self._weights)
+        self.parameters = dict(zip(tensors, views, strict=True))
+        self._gradients = _split(self._weights.grad, views)
+        for parameter, gradient in zip(views, self._gradients, strict=True):
+            parameter.requires_grad_().grad = gradient
+        self._optimizer = torch.optim.AdamW([self._weights], lr=0.0, fused=True)
+        tensors = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        self._method, self._lowered = lower_checkpoint(self._checkpoint(tensors), base)
+        # The names and shapes stay the same, so they are checked only once. In float32, gradients
+        # are not rounded on their way through the serving dtype.
+        wide = replace(base, dtype=torch.float32)
+        checkpoint = self._checkpoint(self.parameters)
+        self._reading = method_for(checkpoint).read(checkpoint, wide)
+        operators = _modules(self._lowered.operators)
+        self._served = [tensor for module in operators.values() for tensor in module.tensors()]
+        self._leaf_values, self._leaves = _in_one_vector(self._served)
+        numbers = iter(self._leaves)
+        self.leaves: Leaves = {
+            path: [next(numbers).requires_grad_() for _ in module.tensors()]
+            for path, module in operators.items()
         }
         self._count = 0
-        self._optimizer = torch.optim.AdamW(self.parameters.values(), lr=0.0, fused=True)
-        self.served, self.leaves = self._refreshed()
+        self._refresh()
 
-    def _lower(self, base: BaseModel, tensors: Mapping[str, torch.Tensor]) -> AdapterOperators:
-        checkpoint = AdapterCheckpoint(self._key, self.config, tensors, digest="", bytes_disk=0)
-        return lower_checkpoint(checkpoint, base)[1].operators
+    def _checkpoint(
+        self, tensors: Mapping[str, torch.Tensor], digest: str = "", size: int = 0
+    ) -> AdapterCheckpoint:
+        return AdapterCheckpoint(self._key, self.config, tensors, digest=digest, bytes_disk=size)
 
-    def _refreshed(self) -> tuple[PassAdapter, Leaves]:
+    def _refresh(self) -> None:
+        """Compute the operators from the tensors, without gradients.
+
+        Raises:
+            AdapterCheckpointError: A number is NaN or infinite.
+        """
         self._count += 1
-        operators = self._lower(
-            self._base, {name: tensor.detach() for name, tensor in self.parameters.items()}
-        )
-        leaves = {
-            path: [
-                tensor.to(torch.float32, copy=True).requires_grad_() for tensor in module.tensors()
-            ]
-            for path, module in _modules(operators).items()
-        }
-        return PassAdapter(f"{self._key}/{self._count}", operators), leaves
+        self.served = PassAdapter(f"{self._key}/{self._count}", self._lowered.operators)
+        self._drop_gradients()
+        reading = self._reading
+        reading.findings = Findings(self._key)
+        with torch.enable_grad():
+            made = _modules(method_for(reading.checkpoint).lower(reading).operators)
+            found = [tensor for path in self.leaves for tensor in made[path].tensors()]
+            self._source = _Source.apply(self._leaves, *found)
+        with torch.no_grad():
+            torch._foreach_copy_(self._served, found)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_copy_(self._leaves, self._served)  # pyright: ignore[reportPrivateImportUsage]
+        findings = Findings(self._key)
+        if not (all_finite(self._weights) and all_finite(self._leaf_values)):
+            findings.add(TENSORS_FILE, say("NOT_FINITE", dtype=self._base.dtype))
+        findings.raise_if_any()
+
+    def _drop_gradients(self) -> None:
+        assert self._weights.grad is not None
+        self._weights.grad.zero_()
+        for leaf in self._leaves:
+            leaf.grad = None
 
     @property
     def num_soft_tokens(self) -> int:
@@ -109,37 +144,31 @@ class Learner:
 
     def collect(self) -> None:
         """Turn the gradients of the operators into gradients of the tensors."""
-        with torch.enable_grad():
-            # In float32, gradients are not rounded on their way through the serving dtype.
-            wide = replace(self._base, dtype=torch.float32)
-            modules = _modules(self._lower(wide, self.parameters))
-        pairs = [
-            (tensor, leaf.grad)
-            for path, leaves in self.leaves.items()
-            for tensor, leaf in zip(modules[path].tensors(), leaves, strict=True)
-            if leaf.grad is not None and tensor.requires_grad
-        ]
-        if pairs:
-            torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
+        torch.autograd.backward(self._source, retain_graph=True)
 
     def step(self, adam: AdamParams) -> dict[str, float]:
         """Update the tensors with the gradients since the last step, and reset the gradients.
+
+        Without gradients, nothing changes.
 
         Returns:
             The norm of the gradient before it was clipped.
 
         Raises:
             InvalidRequestError: The gradient is infinite or NaN; the tensors stay as they were.
+            AdapterCheckpointError: The new tensors cannot be served, such as infinite ones; the
+                tensors stay as they were.
         """
+        if all(leaf.grad is None for leaf in self._leaves):
+            return {"grad_norm": 0.0}
         self.collect()
-        tensors = list(self.parameters.values())
-        limit = adam.grad_clip_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(tensors, limit, foreach=True)
+        # The norm of one long vector would be less exact.
+        norm = get_total_norm(self._gradients, foreach=True)
         if not norm.isfinite():
-            self._optimizer.zero_grad()
-            for leaf in itertools.chain(*self.leaves.values()):
-                leaf.grad = None
+            self._drop_gradients()
             raise InvalidRequestError(say("GRADIENT_NOT_FINITE"))
+        if adam.grad_clip_norm:
+            clip_grads_with_norm_([self._weights], adam.grad_clip_norm, norm)
         for group in self._optimizer.param_groups:
             group |= {
                 "lr": adam.learning_rate,
@@ -147,16 +176,44 @@ class Learner:
                 "eps": adam.eps,
                 "weight_decay": adam.weight_decay,
             }
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self.served, self.leaves = self._refreshed()
+        self._change(self._optimizer.step)
         return {"grad_norm": float(norm)}
+
+    def _change(self, change: Callable[[], object]) -> None:
+        """Change the tensors, and the operators with them.
+
+        Raises:
+            AdapterCheckpointError: A number is NaN or infinite; the tensors stay as they were.
+        """
+        before = self._weights.clone()
+        change()
+        try:
+            self._refresh()
+        except AdapterCheckpointError:
+            self._weights.copy_(before)
+            self._refresh()
+            raise
 
     # Files.
 
-    def files(self) -> AdapterFiles:
-        """The adapter in PEFT's layout. The tensors change with the next step."""
-        return AdapterFiles(self.config, self._tensors())
+    def digest(self) -> str:
+        """The digest of the files that ``save`` writes."""
+        return digest_of(self.config, self._tensors())
+
+    def loaded(self, digest: str, size: int) -> LoadedAdapter:
+        """The adapter as if it had been loaded from the files that ``save`` writes.
+
+        Args:
+            digest: The digest of the files.
+            size: The size of the files.
+        """
+        facts = self._lowered.facts(self._checkpoint(self._tensors(), digest, size), self._method)
+        # The next step changes the operators of this adapter.
+        copies: dict[str, Any] = in_one_block(_modules(self._lowered.operators))[0]
+        head, prompt = copies.pop(HEAD, None), copies.pop(PROMPT_EMBEDDINGS, None)
+        operators = AdapterOperators(copies, prompt, head=head)
+        depends_on_base = self._lowered.depends_on_base
+        return LoadedAdapter(facts, operators, self._base.generation if depends_on_base else None)
 
     def save(self, folder: Path, *, with_optimizer: bool) -> None:
         """Write the adapter in PEFT's layout, and the optimizer's state alongside it."""
@@ -170,14 +227,24 @@ class Learner:
         return {_in_file(name): p.detach() for name, p in self.parameters.items()}
 
     def _state(self) -> dict[str, torch.Tensor]:
+        parameters = list(self.parameters.values())
+        # The number of steps is one for all, and in the file one for each tensor.
+        of_all = {
+            key: _split(value, parameters) if value.dim() else [value.view(1)] * len(parameters)
+            for key, value in self._optimizer.state[self._weights].items()
+        }
         return {
-            f"{name}/{key}": value.reshape(-1) if value.dim() == 0 else value
-            for name, p in self.parameters.items()
-            for key, value in self._optimizer.state[p].items()
+            f"{name}/{key}": values[number]
+            for number, name in enumerate(self.parameters)
+            for key, values in of_all.items()
         }
 
     def load(self, folder: Path, *, with_optimizer: bool) -> None:
-        """Restore the tensors, and optionally the optimizer's state, that ``save`` wrote."""
+        """Restore the tensors, and optionally the optimizer's state, that ``save`` wrote.
+
+        Raises:
+            AdapterCheckpointError: The tensors cannot be served; everything stays as it was.
+        """
         # A save may replace the directory meanwhile, so read both files from the same open
         # directory.
         directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -187,15 +254,50 @@ class Learner:
             saved = load_file(opened / OPTIMIZER_FILE) if with_optimizer else {}
         finally:
             os.close(directory)
-        with torch.no_grad():
-            for name, p in self.parameters.items():
-                p.copy_(tensors[_in_file(name)])
+
+        def copy() -> None:
+            with torch.no_grad():
+                for name, p in self.parameters.items():
+                    p.copy_(tensors[_in_file(name)])
+
+        self._change(copy)
         self._optimizer.state.clear()
+        found: defaultdict[str, dict[str, torch.Tensor]] = defaultdict(dict)
         for key, value in saved.items():
             name, _, field = key.rpartition("/")
-            state = self._optimizer.state[self.parameters[name]]
-            state[field] = value.reshape(()) if field == "step" else value
-        self.served, self.leaves = self._refreshed()
+            found[field][name] = value.view(-1)
+        for field, values in found.items():
+            ordered = [values[name] for name in self.parameters]
+            vector = ordered[0].view(()) if field == "step" else torch.cat(ordered)
+            self._optimizer.state[self._weights][field] = vector
+
+
+class _Source(torch.autograd.Function):
+    """A number whose backward pass begins with the gradients of leaves.
+
+    One call with all of them takes less time than ``torch.autograd.backward`` with many tensors.
+    The graph does not keep the numbers of the tensors.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, leaves: Sequence[torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.leaves = leaves
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor):  # type: ignore[override]
+        return None, *(leaf.grad for leaf in ctx.leaves)
+
+
+def _in_one_vector(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A vector with the numbers of all tensors in float32, and its views in their shapes."""
+    vector = torch.cat([tensor.detach().reshape(-1).float() for tensor in tensors])
+    return vector, _split(vector, tensors)
+
+
+def _split(vector: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    parts = vector.split([tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
 
 def add_gradients(total: Leaves, more: Leaves) -> None:

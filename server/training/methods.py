@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from turret.server.adapters.lowering.method import LinearMethod
+from turret.server.adapters.lowering import LinearMethod
 from turret.server.adapters.methods import METHODS as SERVED
 from turret.server.adapters.methods.prompt_kit import SoftTokens
 

@@ -20,9 +20,9 @@ import torch
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE, AdapterRef
 from turret.server.adapters.device.store import ProjectionLayout, StepStore
 from turret.server.adapters.operators.vocabulary import HEAD
-from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.adapters.state_dir import StagedUpload, UploadedFile
-from turret.server.basics.names import is_private
+from turret.server.adapters.registry import AdapterRegistry
+from turret.server.adapters.state_dir import UploadedFile
+from turret.server.basics.files import reporting_disk_faults
 from turret.server.basics.turns import FairPool
 from turret.server.basics.work import work_in_background
 from turret.server.engine.engine import Engine
@@ -129,10 +129,6 @@ class TrainingService:
         self._thread = FairPool(
             ThreadPoolExecutor(1, thread_name_prefix="training", initializer=work_in_background)
         )
-        # Samplers do not survive a restart, so remove their adapters.
-        for info in registry.list():
-            if is_private(info.name):
-                self._unload(info.name)
 
     async def _in_background(self, adapter_id: int, work: Callable[[], T]) -> T:
         """Run work that does not need the engine, on the thread for optimizers."""
@@ -439,7 +435,8 @@ class TrainingService:
         """Change an adapter's tensors, then drop the former ones from the store."""
         before = self._learners[adapter_id].served.key
         result = await self._in_background(adapter_id, change)
-        await self._on_engine(lambda between: self._store.drop(before))
+        # The caller need not wait until the engine has time for this.
+        self._engine.run_background(lambda between: self._store.drop(before))
         return result
 
     async def save(self, adapter_id: int, folder: Path, *, with_optimizer: bool) -> None:
@@ -461,13 +458,24 @@ class TrainingService:
         """Register the current tensors as a generation of an adapter name, for sampling."""
         learner = self._learners[adapter_id]
 
-        def run() -> Published:
-            files = learner.files()
-            return self._register(
-                name, files.announced(), lambda staged: files.write(staged, lambda: None)
-            )
+        staged = await asyncio.to_thread(self._registry.stage, [])
+        folder = staged.directory
 
-        return await asyncio.to_thread(run)
+        def register(digest: str) -> Published:
+            size = sum(path.stat().st_size for path in folder.iterdir())
+            info = self._registry.publish(name, learner.loaded(digest, size), folder.rename)
+            return Published(info.generation, size)
+
+        try:
+            # Hashing takes about as long as writing, so do both at once.
+            with reporting_disk_faults():
+                digest, _ = await asyncio.gather(
+                    asyncio.to_thread(learner.digest),
+                    asyncio.to_thread(learner.save, folder, with_optimizer=False),
+                )
+            return await asyncio.to_thread(register, digest)
+        finally:
+            await asyncio.to_thread(staged.discard)
 
     async def serve(self, folder: Path, name: str) -> Published:
         """Register the files of ``save`` under an adapter's name, for sampling.
@@ -477,34 +485,22 @@ class TrainingService:
         """
         paths = [folder / each for each in (CONFIG_FILE, TENSORS_FILE)]
 
-        def write(staged: StagedUpload) -> None:
-            for path in paths:
-                with path.open("rb") as file:
-                    while content := file.read(_READ_BYTES):
-                        staged.write(path.name, content)
-            staged.finish()
-
         def run() -> Published:
             announced = [UploadedFile(path.name, path.stat().st_size) for path in paths]
-            return self._register(name, announced, write)
+            staged = self._registry.stage(announced)
+            try:
+                for path in paths:
+                    with path.open("rb") as file:
+                        while content := file.read(_READ_BYTES):
+                            staged.write(path.name, content)
+                staged.finish()
+                replace = self._registry.find(AdapterRef(name=name)) is not None
+                info = self._registry.upload(name, staged, replace=replace)
+                return Published(info.generation, sum(file.size_bytes for file in announced))
+            finally:
+                staged.discard()
 
         return await asyncio.to_thread(run)
-
-    def _register(
-        self,
-        name: str,
-        announced: Sequence[UploadedFile],
-        write: Callable[[StagedUpload], None],
-    ) -> Published:
-        """Register files as a generation of a name; blocks."""
-        staged = self._registry.stage(announced)
-        try:
-            write(staged)
-            replace = self._registry.find(AdapterRef(name=name)) is not None
-            info = self._registry.upload(name, staged, replace=replace)
-            return Published(info.generation, sum(file.size_bytes for file in announced))
-        finally:
-            staged.discard()
 
     async def withdraw(self, name: str) -> None:
         """Unregister a name of ``publish`` or ``serve``, and end the requests that use it.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from turret.clients.channel import Tls
     from turret.clients.client import TurretClient
     from turret.clients.errors import TurretRpcError
-    from turret.clients.messages.mix import AdapterWeight
+    from turret.clients.requests import AdapterWeight
 
 __version__ = "0.2.0"
 
@@ -24,7 +24,7 @@ __all__ = ["AdapterWeight", "AsyncTurretClient", "Tls", "TurretClient", "TurretR
 
 # Names that are imported at their first use, because the server and the trainer do not need them.
 _PLACES = {
-    "AdapterWeight": "messages.mix",
+    "AdapterWeight": "requests",
     "AsyncTurretClient": "aio",
     "Tls": "channel",
     "TurretClient": "client",

@@ -15,8 +15,8 @@ from servers.http_harness import http_harness
 from servers.rpc_harness import failure_of, harness
 
 from turret.server.adapters.adapter import MULTI_LABEL, REGRESSION, SINGLE_LABEL, Head
-from turret.server.api import inputs
-from turret.server.api.inputs import probabilities
+from turret.server.api import inference
+from turret.server.api.inference import probabilities
 from turret.server.engine.scheduling.request import Output, Pooling, Request
 from turret.server.errors import InvalidRequestError
 from turret.server.http import texts as texts_module
@@ -58,7 +58,7 @@ async def test_an_engine_error_about_the_mix_fails_the_whole_call() -> None:
 
 async def test_the_number_of_labels_per_call_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a bound, 2,048 inputs with 4,096 labels each would take gigabytes."""
-    monkeypatch.setattr(inputs, "MAX_LABEL_SCORES", 5)
+    monkeypatch.setattr(inference, "MAX_LABEL_SCORES", 5)
     async with harness() as server, http_harness() as web:
         assert len((await server.inference.Classify(texts("a", "b"))).classifications) == 2
         failure = await failure_of(server.inference.Classify(texts("a", "b", "c")))

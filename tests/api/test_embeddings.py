@@ -17,7 +17,7 @@ from servers.http_harness import http_harness
 from servers.rpc_harness import failure_of, harness
 
 from turret.server.adapters.adapter import AdapterRef
-from turret.server.api import access, inputs
+from turret.server.api import access, inference
 from turret.server.api.access import MAX_AT_A_TIME, Shares
 from turret.server.api.limits import MAX_INPUTS
 from turret.server.engine.scheduling.request import (
@@ -107,7 +107,7 @@ async def test_every_offending_field_is_listed_with_its_input() -> None:
 
 
 async def test_the_vectors_of_a_call_share_one_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "MAX_EMBEDDING_NUMBERS", 3 * MODEL_INFO.hidden_size)
+    monkeypatch.setattr(inference, "MAX_EMBEDDING_NUMBERS", 3 * MODEL_INFO.hidden_size)
     async with harness() as server:
         assert len((await server.inference.Embed(texts(*"abc"))).embeddings) == 3
         failure = await failure_of(server.inference.Embed(texts(*"abcd")))
@@ -297,6 +297,6 @@ def test_each_generation_is_reported_once() -> None:
         use = replace(done.adapters_used[0], generation=generation, cold_start=cold)
         return replace(done, adapters_used=(use,))
 
-    found = inputs.summed_fields([ended(1, False), ended(1, True), ended(2, False)])
+    found = inference.summed_fields([ended(1, False), ended(1, True), ended(2, False)])
     told = [(use.generation, use.cold_start) for use in found["adapters_used"]]
     assert told == [(1, True), (2, False)]

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor
 from google.protobuf.message_factory import GetMessageClass
-from pages.security_page import FILES, comments, name_of, number_in
+from pages.security import FILES, comments, name_of, number_in
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
 from turret.server.api.call import Call
 from turret.server.api.gate import ServingGate
 from turret.server.api.services import Services
 from turret.server.errors import InvalidRequestError
-from turret.server.rpc.server import METHODS
+from turret.server.rpc import METHODS
 
 # Chunks follow a valid header; tests/rpc/test_transfers.py sends them.
 _CHUNK = "FileChunk"

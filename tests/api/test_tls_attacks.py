@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import pickle
+import resource
+import socket
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -141,6 +144,52 @@ async def test_only_client_certificates_of_the_authority_are_accepted(
         assert await is_served(address, start, context_of(pem, start, "client"))
 
 
+def _resumed(
+    address: str, start: Any, context: ssl.SSLContext, session: ssl.SSLSession | None = None
+) -> tuple[bool, ssl.SSLSession] | None:
+    """Whether the server resumed a session, and the next one; None if it rejects the client."""
+    host, _, port = address.rpartition(":")
+    try:
+        with (
+            socket.create_connection((host, int(port)), SECONDS) as plain,
+            context.wrap_socket(plain, server_hostname=host, session=session) as secure,
+        ):
+            # The tickets of TLS 1.3 arrive with the answer.
+            secure.sendall(_GREETING if start is grpc_server else _GET)
+            if not secure.recv(9) or secure.session is None:
+                return None
+            return bool(secure.session_reused), secure.session
+    except OSError:
+        return None
+
+
+@SERVERS
+async def test_no_session_outlives_the_authority_that_admitted_its_client(
+    pem: Path, start: Any, tmp_path: Path
+) -> None:
+    authorities = tmp_path / "authorities.crt"
+    authorities.write_bytes((pem / "ca.crt").read_bytes())
+    security = dataclasses.replace(secured(pem, mutual=True), tls_client_ca=authorities)
+    versions = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)
+    async with start(security) as address:
+        kept = []
+        for version in versions:
+            context = context_of(pem, start, "client")
+            context.minimum_version = context.maximum_version = version
+            begun = await asyncio.to_thread(_resumed, address, start, context)
+            assert begun is not None
+            again = await asyncio.to_thread(_resumed, address, start, context, begun[1])
+            assert again is not None
+            assert again[0], version
+            kept.append((context, again[1]))
+        authorities.unlink()
+        authorities.write_bytes((pem / "other.crt").read_bytes())
+        for context, session in kept:
+            found = await asyncio.to_thread(_resumed, address, start, context, session)
+            assert found is None, context.maximum_version
+        assert await is_served(address, start, context_of(pem, start, "stranger"))
+
+
 async def test_a_certificate_gives_no_role(pem: Path, tmp_path: Path) -> None:
     """A client with a certificate, but without a token of the right role, is rejected."""
     path = tmp_path / "tokens"
@@ -199,4 +248,46 @@ def test_a_fifo_in_place_of_the_token_file_changes_nothing(
     token_file.write_text("delta-secret admin")
     assert files.look()
     assert files.newest.roles_of("delta-secret") == {"admin"}
+    assert files.newest.roles_of("alpha-secret") is None
+
+
+def test_files_that_could_not_be_read_are_read_later(tmp_path: Path) -> None:
+    """Otherwise, a token that was deleted during a shortage would stay valid."""
+    token_file = tmp_path / "tokens"
+    token_file.write_text("alpha-secret inference\n")
+    shortages = [MemoryError()]
+
+    def read() -> TokenTable:
+        if len(shortages) < 2:
+            return TokenTable.read(token_file)
+        raise shortages.pop()
+
+    files = WatchedFiles((token_file,), read, "tokens")
+    token_file.write_text("beta-secret inference\n")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        assert not files.look()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert files.look()
+    assert files.newest.roles_of("alpha-secret") is None
+    shortages.append(MemoryError())
+    token_file.write_text("gamma-secret inference\n")
+    assert not files.look()
+    token_file.write_text("longer-secret inference\n")
+    assert files.look()
+
+
+def test_a_file_with_the_size_and_time_of_its_predecessor_is_read(tmp_path: Path) -> None:
+    token_file = tmp_path / "tokens"
+    token_file.write_text("alpha-secret inference")
+    os.utime(token_file, (1, 1))
+    files = WatchedFiles((token_file,), lambda: TokenTable.read(token_file), "tokens")
+    changed = token_file.stat().st_ctime_ns
+    # The kernel's time advances every few milliseconds.
+    while token_file.stat().st_ctime_ns == changed:
+        token_file.write_text("gamma-secret inference")
+        os.utime(token_file, (1, 1))
+    assert files.look()
     assert files.newest.roles_of("alpha-secret") is None

@@ -29,6 +29,8 @@ from servers.engine_harness import EngineHarness, make_request
 from servers.zygote import Life, Zygote, running_zygote
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from turret.clients.errors import TurretRpcError
+from turret.server.engine import loop
 from turret.server.engine.step.runner import TorchExecutor
 from turret.server.errors import TurretError, UnavailableError
 from turret.v1 import inference_pb2, inference_pb2_grpc
@@ -69,19 +71,16 @@ class Served:
     def code(self, kind: str, name: str, path: str = "") -> Code:
         try:
             self.admin.perform(Operation(kind, name, path), self.admin.state())
-        except grpc.RpcError as error:
-            return error.code()  # type: ignore[attr-defined]
+        except TurretRpcError as error:
+            return error.code
         return Code.OK
 
-    def answer_code(self, **fields: Any) -> Code:
-        """The status of a request to the base."""
-        with grpc.insecure_channel(self.life.address) as channel:
-            request = inference_pb2.GenerateRequest(**fields)
-            request.stop.max_tokens = 2
-            try:
-                inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=60)
-            except grpc.RpcError as error:
-                return error.code()  # type: ignore[attr-defined]
+    def constrained_code(self) -> Code:
+        """The status of a request to the base with a constraint."""
+        try:
+            self.admin.client.generate("a", regex="[a-z]{9}", max_tokens=2)
+        except TurretRpcError as error:
+            return error.code
         return Code.OK
 
     def serves(self) -> bool:
@@ -89,8 +88,11 @@ class Served:
         return all(self.admin.generate(name) == text for name, text in self.answers.items())
 
 
+Start = Callable[..., Served]
+
+
 @pytest.fixture
-def start(zygote: Zygote, model: Path, tmp_path: Path) -> Iterator[Callable[..., Served]]:
+def start(zygote: Zygote, model: Path, tmp_path: Path) -> Iterator[Start]:
     root = tmp_path / "adapters"
     for seed, name in enumerate(PATHS):
         write_adapter(root, arch_of(model), AdapterSpec(name, rank=4), seed)
@@ -110,9 +112,7 @@ def start(zygote: Zygote, model: Path, tmp_path: Path) -> Iterator[Callable[...,
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_or_read_only_changes_nothing(
-    start: Callable[..., Served], tmp_path: Path
-) -> None:
+def test_a_disk_that_is_full_or_read_only_changes_nothing(start: Start, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 24) as disk:
         served = start(disk)
         before = served.admin.state()
@@ -141,7 +141,7 @@ def test_a_disk_that_is_full_or_read_only_changes_nothing(
 
 @pytest.mark.slow
 def test_without_descriptors_or_memory_calls_fail_and_the_server_stays(
-    start: Callable[..., Served], tmp_path: Path
+    start: Start, tmp_path: Path
 ) -> None:
     served = start(tmp_path / "state")
     pid, process = served.life.pid, served.life.process
@@ -164,7 +164,7 @@ def test_without_descriptors_or_memory_calls_fail_and_the_server_stays(
     resource.prlimit(pid, resource.RLIMIT_AS, (process.memory_info().vms + (4 << 20), whole[1]))
     calls = (("merge", "x"), ("unmerge", "x"), ("load", "z"), ("fuse", "v"), ("unload", "z"))
     codes = {kind: served.code(kind, name, "c") for kind, name in calls}
-    codes["constraint"] = served.answer_code(prompt="a", regex="[a-z]{9}")
+    codes["constraint"] = served.constrained_code()
     assert served.life.is_alive, codes
     # A call may miss the result of an earlier call that failed for lack of memory.
     missing = {Code.NOT_FOUND, Code.FAILED_PRECONDITION}
@@ -182,7 +182,7 @@ def test_without_descriptors_or_memory_calls_fail_and_the_server_stays(
 
 @pytest.mark.slow
 def test_a_server_that_exceeds_its_groups_memory_comes_back_with_every_adapter(
-    start: Callable[..., Served], tmp_path: Path
+    start: Start, tmp_path: Path
 ) -> None:
     """The kernel kills the server, as in a container.
 
@@ -193,7 +193,7 @@ def test_a_server_that_exceeds_its_groups_memory_comes_back_with_every_adapter(
     with memory_group(f"turret-{served.life.pid}", 12 << 20) as group:
         (group / "cgroup.procs").write_text(str(served.life.pid))
         confirmed: list[str] = []
-        with contextlib.suppress(grpc.RpcError):
+        with contextlib.suppress(TurretRpcError):
             for name in names:
                 served.admin.perform(Operation("load", name, "c"), {})
                 confirmed.append(name)
@@ -207,9 +207,7 @@ def test_a_server_that_exceeds_its_groups_memory_comes_back_with_every_adapter(
 
 
 @pytest.mark.slow
-def test_no_wait_depends_on_the_wall_clock(
-    start: Callable[..., Served], tmp_path: Path, clock: WallClock
-) -> None:
+def test_no_wait_depends_on_the_wall_clock(start: Start, tmp_path: Path, clock: WallClock) -> None:
     """Setting the clock during a stream neither ends nor extends anything."""
     served = start(tmp_path / "state")
     request = inference_pb2.GenerateRequest(prompt="a b c")
@@ -244,7 +242,7 @@ def test_no_wait_depends_on_the_wall_clock(
 
 
 @pytest.mark.long
-def test_five_hundred_adapters_come_and_go(start: Callable[..., Served], tmp_path: Path) -> None:
+def test_five_hundred_adapters_come_and_go(start: Start, tmp_path: Path) -> None:
     """Only a few adapters fit in memory; answers and the server's resource use stay the same."""
     served = start(tmp_path / "state", "--adapter-host-bytes", "1MiB")
     admin, source = served.admin, random.Random(1)
@@ -274,7 +272,7 @@ def test_five_hundred_adapters_come_and_go(start: Callable[..., Served], tmp_pat
 
 @pytest.mark.slow
 def test_a_server_keeps_serving_without_its_model_directory(
-    start: Callable[..., Served], model: Path, tmp_path: Path
+    start: Start, model: Path, tmp_path: Path
 ) -> None:
     """The served model was read at startup; later reads report the missing file."""
     served = start(tmp_path / "state")
@@ -293,9 +291,7 @@ def test_a_server_keeps_serving_without_its_model_directory(
 
 
 @pytest.mark.slow
-def test_clients_that_die_or_never_read_leave_nothing_behind(
-    start: Callable[..., Served], tmp_path: Path
-) -> None:
+def test_clients_that_die_or_never_read_leave_nothing_behind(start: Start, tmp_path: Path) -> None:
     served = start(tmp_path / "state")
     process = served.life.process
 
@@ -404,13 +400,31 @@ async def _live(model: Path, root: Path, mode: Counted) -> tuple[list[Any], list
     return answers, in_flight, is_dead
 
 
-@pytest.mark.slow
-async def test_a_fault_in_any_operation_ends_every_request_and_releases_everything(
-    tiny_llama: Path,
-) -> None:
+@pytest.fixture(scope="module")
+def root(tiny_llama: Path) -> Path:
     root = tiny_llama.parent / "adapters"
     for seed, name in enumerate("ab"):
         write_adapter(root, arch_of(tiny_llama), AdapterSpec(name, rank=4), seed)
+    return root
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_an_engine_that_cannot_log_its_failure_ends_every_request(
+    tiny_llama: Path, root: Path
+) -> None:
+    """Without memory, logging fails as well."""
+    with patch.object(loop._log, "exception", side_effect=MemoryError):
+        async with asyncio.timeout(60):
+            answers, in_flight, is_dead = await _live(tiny_llama, root, Counted(1))
+    assert is_dead
+    assert all(isinstance(answer, TurretError) for answer in answers)
+    assert in_flight == [0, 0]
+
+
+@pytest.mark.slow
+async def test_a_fault_in_any_operation_ends_every_request_and_releases_everything(
+    tiny_llama: Path, root: Path
+) -> None:
     whole = Counted()
     answers, in_flight, is_dead = await _live(tiny_llama, root, whole)
     assert not is_dead

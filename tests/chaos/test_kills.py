@@ -14,6 +14,8 @@ from builders.random_adapters import AdapterSpec, arch_of, write_adapter
 from chaos.administration import PATHS, Administrator, Entry, Operation, State, is_before_or_after
 from servers.zygote import shared_zygote
 
+from turret.clients.errors import TurretRpcError
+
 # Maximum number of seconds from the first call to the kill; a dozen calls fit in this time.
 MOST_SECONDS = 0.5
 # Rejections: a fusion of unsuitable adapters, a second merge, a component in use.
@@ -33,8 +35,8 @@ def write_adapters(model: Path, root: Path) -> None:
 def _outcome(administrator: Administrator, operation: Operation, state: State) -> grpc.StatusCode:
     try:
         administrator.perform(operation, state)
-    except grpc.RpcError as error:
-        return error.code()  # type: ignore[attr-defined]
+    except TurretRpcError as error:
+        return error.code
     return grpc.StatusCode.OK
 
 
@@ -61,7 +63,7 @@ def test_a_kill_in_any_call_leaves_the_state_before_or_after(
             assert is_before_or_after(pending, known, found), (pending, known, found)
             cut[f"{pending.kind} {'before' if found == known else 'after'}"] += 1
         # All registered adapters are served, the base is restored, and nothing is left over.
-        assert not administrator.is_merged()
+        assert not administrator.client.adapters.get_merge_state().active
         base = base or administrator.generate()
         assert administrator.generate() == base
         for name in found:
@@ -88,13 +90,13 @@ def test_a_kill_in_any_call_leaves_the_state_before_or_after(
                 continue
             try:
                 after = administrator.state()
-            except grpc.RpcError:
+            except TurretRpcError:
                 break
             done[pending.kind] += 1
             known, pending = after, None
         killer.join()
         life.wait()
-        administrator.channel.close()
+        administrator.client.close()
     print(f"\n{sum(done.values())} calls {dict(done)}; cut short: {dict(cut)}")
     assert sum(cut.values()) > 0
 

@@ -18,7 +18,7 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from said import says
 from servers.certificates import certify
 from servers.command import parse_and_run
-from servers.fake_turret import FakeInference, FakeTurret, fake_turret, refuse, serving
+from servers.fake_turret import FakeInference, FakeTurret, fake_turret, serving
 
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.channel import Tls
@@ -75,7 +75,9 @@ def test_health_reports_why_no_turret_server_answers(
 def test_a_call_suggests_how_to_wait_for_the_model(
     run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(server.inference, "_accept", _refuse)
+    with pytest.raises(Refusal) as refused:
+        ServingGate().enter()
+    server.inference.refusal = refused.value
     monkeypatch.setattr("time.sleep", lambda _seconds: None)
     code, _, err = run("generate", "a")
     assert code == 1
@@ -88,12 +90,6 @@ def test_a_call_suggests_how_to_wait_for_the_model(
         client.generate("a")
     assert raised.value.reason == "SERVER_STARTING"
     assert "max_retries=" in raised.value.hint
-
-
-def _refuse(_request: object, context: grpc.ServicerContext) -> None:
-    with pytest.raises(Refusal) as refused:
-        ServingGate().enter()
-    refuse(context, refused.value)
 
 
 # The clients over TLS, with certificates on both sides.

@@ -6,12 +6,11 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from servers.command import parse_and_run
-from servers.fake_turret import FakeTurret, fake_turret
+from servers.fake_turret import FakeTurret
 
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.client import TurretClient
@@ -21,23 +20,15 @@ from turret.v1 import inference_pb2
 Embed = inference_pb2.EmbedRequest
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[FakeTurret]:
-    with fake_turret() as running:
-        yield running
+Run = Callable[..., tuple[int, str, str]]
 
 
-def run(server: FakeTurret, *arguments: str) -> int:
-    return parse_and_run(*arguments, "--address", server.address)
-
-
-def test_every_kind_of_input_becomes_a_vector(server: FakeTurret) -> None:
+def test_every_kind_of_input_becomes_a_vector(client: TurretClient, server: FakeTurret) -> None:
     inputs = ["a b", [1, 2, 3], [{"role": "user", "content": "hi"}]]
-    with TurretClient(server.address) as client:
-        found = client.embed(
-            inputs, adapters=["sql", ("json", -0.5)], pooling="mean", normalize=False, dimensions=7
-        )
-        single = client.embed("a b")
+    found = client.embed(
+        inputs, adapters=["sql", ("json", -0.5)], pooling="mean", normalize=False, dimensions=7
+    )
+    single = client.embed("a b")
     assert [vector[:2] for vector in found.vectors] == [(2, 0), (3, 1), (1, 2)]
     assert found.vectors[0][2] == 0.125
     assert (found.usage.prompt_tokens, found.request_id) == (5, "e")
@@ -60,65 +51,55 @@ async def test_the_asyncio_client_embeds_too(server: FakeTurret) -> None:
 
 
 def test_the_command_prints_one_array_per_line(
-    server: FakeTurret, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    run: Run, server: FakeTurret, tmp_path: Path
 ) -> None:
     (tmp_path / "texts").write_text("from file\n\nlast\n")
     flags = ("--pooling", "mean", "--no-normalize", "-a", "sql")
-    assert run(server, "embed", "a b c", "--file", str(tmp_path / "texts"), *flags) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [json.loads(line) for line in lines] == [[3, 0, 0.125], [2, 1, 0.125], [1, 2, 0.125]]
+    code, out, _ = run("embed", "a b c", "--file", str(tmp_path / "texts"), *flags)
+    assert code == 0
+    vectors = [json.loads(line) for line in out.splitlines()]
+    assert vectors == [[3, 0, 0.125], [2, 1, 0.125], [1, 2, 0.125]]
     sent = server.inference.requests[-1]
     assert [each.prompt for each in sent.inputs] == ["a b c", "from file", "last"]
     assert (sent.pooling, sent.normalize) == (Embed.MEAN, False)
 
 
-def test_the_command_compares_texts(
-    server: FakeTurret, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_compares_texts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("a\n[b] c\n"))
-    assert run(server, "embed", "-", "--similarity") == 0
-    printed = capsys.readouterr().out
+    code, printed, _ = run("embed", "-", "--similarity")
+    assert code == 0
     # The cosine of (1, 0, 0.125) and (2, 1, 0.125).
     assert "0.893" in printed
     assert "[b] c" in printed
-    assert run(server, "embed", "a", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["vectors"][0][0] == 1
-    assert run(server, "embed") == 2
-    assert say("NO_TEXTS") in capsys.readouterr().err
+    assert json.loads(run("embed", "a", "--json")[1])["vectors"][0][0] == 1
+    code, _, err = run("embed")
+    assert (code, say("NO_TEXTS") in err) == (2, True)
 
 
-def test_each_pair_of_texts_has_its_cosine(
-    server: FakeTurret, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_pair_of_texts_has_its_cosine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["a " * n for n in range(1, 13)]
-    assert run(server, "embed", *texts, "--similarity", "--json") == 0
-    every = json.loads(capsys.readouterr().out)
+    every = json.loads(run("embed", *texts, "--similarity", "--json")[1])
     assert [row[index] for index, row in enumerate(every)] == pytest.approx([1.0] * 12)
     monkeypatch.setenv("COLUMNS", "60")
-    assert run(server, "embed", *texts, "--similarity") == 0
-    printed = capsys.readouterr().out
+    printed = run("embed", *texts, "--similarity")[1]
     expected = [f"{every[a][b]:.3f}" for a, b in itertools.combinations(range(12), 2)]
     assert re.findall(r"^│ +(\d\.\d{3}) │", printed, re.MULTILINE) == expected
 
 
 @pytest.mark.parametrize("columns", [40, 80])
 def test_a_narrow_terminal_truncates_no_probability(
-    columns: int,
-    server: FakeTurret,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    columns: int, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    assert run(server, "classify", "b" * 60, "-a", "sql") == 0
-    printed = capsys.readouterr().out
+    code, printed, _ = run("classify", "b" * 60, "-a", "sql")
+    assert code == 0
     assert "25.0%" in printed
     assert "…" not in printed
     assert printed.replace("label", "").replace("[b]", "").count("b") == 60
 
 
-def test_labels_have_all_details_of_the_head(server: FakeTurret) -> None:
-    with TurretClient(server.address) as client:
-        found = client.classify(["a b", [1]], adapters="sql", request_id="r")
+def test_labels_have_all_details_of_the_head(client: TurretClient, server: FakeTurret) -> None:
+    found = client.classify(["a b", [1]], adapters="sql", request_id="r")
     assert found.labels == ("[b]", "[b]")
     assert found.classifications[0].probabilities == {"a": 0.25, "[b]": None}
     assert [each.scores[1].logit for each in found.classifications] == [2.0, 1.0]
@@ -132,20 +113,18 @@ async def test_the_asyncio_client_classifies_too(server: FakeTurret) -> None:
         assert (await client.classify("a", adapters=["sql"])).labels == ("[b]",)
 
 
-def test_the_command_labels_texts(
-    server: FakeTurret, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_the_command_labels_texts(run: Run, server: FakeTurret, tmp_path: Path) -> None:
     (tmp_path / "texts").write_text("one\ntwo words\n")
     texts = ("--file", str(tmp_path / "texts"), "-a", "sql")
-    assert run(server, "classify", *texts, "--labels-only") == 0
-    assert capsys.readouterr().out == "[b]\n[b]\n"
-    assert run(server, "classify", *texts) == 0
-    printed = capsys.readouterr().out
+    assert run("classify", *texts, "--labels-only") == (0, "[b]\n[b]\n", "")
+    code, printed, _ = run("classify", *texts)
+    assert code == 0
     assert "[b]" in printed
     assert "a 25.0%" in printed
-    assert run(server, "classify", *texts, "--chat", "--json") == 0
+    code, out, _ = run("classify", *texts, "--chat", "--json")
+    assert code == 0
     turns = [each.chat.messages[0] for each in server.inference.requests[-1].inputs]
     assert [(turn.role, turn.content) for turn in turns] == [("user", "one"), ("user", "two words")]
-    assert json.loads(capsys.readouterr().out)["classifications"][0]["label"] == "[b]"
+    assert json.loads(out)["classifications"][0]["label"] == "[b]"
     with pytest.raises(SystemExit):
-        run(server, "classify", "a")
+        run("classify", "a")

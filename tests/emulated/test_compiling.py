@@ -21,8 +21,12 @@ from triton.runtime import driver
 from turret.kernels.gpu import common
 from turret.kernels.gpu.rms_norm import residual_rms_norm
 from turret.server.cli import main
-from turret.server.engine.step.gpu.compiling import Target, compile_launches
-from turret.server.engine.step.gpu.executor import GpuExecutor, compile_steps
+from turret.server.engine.step.gpu.executor import (
+    GpuExecutor,
+    Target,
+    compile_launches,
+    compile_steps,
+)
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 # Rows 0, 1 and 3 have adapters, two of them the same one; row 2 uses the base model.

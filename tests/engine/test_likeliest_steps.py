@@ -123,7 +123,7 @@ async def test_logits_that_reach_their_cap_are_not_screened(
         {"sampling": SamplingParams(temperature=0.0, repetition_penalty=1.3)},
         {"sampling": SamplingParams(temperature=0.0, presence_penalty=0.5)},
         {"sampling": SamplingParams(temperature=0.0, frequency_penalty=0.5)},
-        {"sampling": SamplingParams(temperature=0.0, logit_bias={3: 50.0})},
+        {"sampling": SamplingParams(temperature=0.0, logit_bias={3: 50.0, 4: -50.0})},
         {"sampling": SamplingParams(temperature=0.8, seed=1)},
         {"options": ResponseOptions(logprobs=True)},
     ],
@@ -147,20 +147,88 @@ async def test_a_request_for_more_logits_gets_all_of_them(
     assert [a.token_ids for a in answers] == [alone.token_ids, expected.token_ids]
 
 
-async def test_end_tokens_are_banned_until_min_tokens(root: Path, asked: Counter[str]) -> None:
-    """Afterwards, the screen is used again."""
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of rows of each computation of all logits."""
+    rows: list[int] = []
+    logits = Decoder.logits
+
+    def counting(self: Decoder, hidden: torch.Tensor, *more: Any) -> torch.Tensor:
+        rows.append(len(hidden))
+        return logits(self, hidden, *more)
+
+    monkeypatch.setattr(Decoder, "logits", counting)
+    return rows
+
+
+# Of 24 greedy tokens of ``prompts(3)[2]`` without other settings.
+_STEPS = 24
+
+
+@pytest.mark.parametrize("pattern", [None, r"[\s\S]*"])
+@pytest.mark.parametrize("speculation", ["auto", "off"])
+@pytest.mark.parametrize(
+    "lower",
+    [
+        lambda tokens: {tokens[3]: -50.0},
+        lambda tokens: dict.fromkeys(tokens, -0.1),
+        lambda tokens: dict.fromkeys(tokens, -50.0),
+    ],
+    ids=["one", "slightly", "all"],
+)
+async def test_negative_biases_need_all_logits_only_for_their_tokens(
+    root: Path,
+    asked: Counter[str],
+    whole: list[int],
+    lower: Any,
+    speculation: str,
+    pattern: str | None,
+) -> None:
+    """The likeliest token is the next one unless its own logit is lowered."""
+    prompt = prompts(3)[2]
+    constraint = None if pattern is None else compiled("regex", pattern)
+    options = {**OPTIONS, "speculation": speculation}
+    async with EngineHarness.start(*served(root, "llama"), **options) as harness:
+        free = await harness.run(make_request(prompt, max_tokens=_STEPS))
+        sampling = SamplingParams(temperature=0.0, logit_bias=lower(free.token_ids))
+        request = make_request(prompt, max_tokens=_STEPS, sampling=sampling, constraint=constraint)
+        expected = await harness.run(request)
+        assert not asked, "logprobs are asked for"
+        whole.clear()
+        answers = await harness.run_all(
+            [
+                *without_logprobs([request]),
+                make_request(prompt, max_tokens=_STEPS, options=PLAIN),
+            ]
+        )
+    assert [answer.token_ids for answer in answers] == [expected.token_ids, free.token_ids]
+    assert asked["screen"]
+    assert whole, "the likeliest token has a bias"
+
+
+async def test_end_tokens_are_banned_until_min_tokens(
+    root: Path, asked: Counter[str], whole: list[int]
+) -> None:
+    """Only a step whose likeliest token is banned needs all logits, and the one after it."""
     prompt = prompts(3)[2]
     async with EngineHarness.start(*served(root, "llama"), **OPTIONS) as harness:
         free = await harness.run(make_request(prompt, max_tokens=12))
-        stop = StopConditions(
-            max_tokens=12, min_tokens=6, stop_token_ids=frozenset({free.token_ids[1]})
-        )
-        whole = await harness.run(make_request(prompt, stop=stop))
+        banned = free.token_ids[1]
+        stop = StopConditions(max_tokens=12, min_tokens=12, stop_token_ids=frozenset({banned}))
+        expected = await harness.run(make_request(prompt, stop=stop))
         assert not asked
+        assert expected.token_ids != free.token_ids
+        whole.clear()
         plain = await harness.run(make_request(prompt, stop=stop, options=PLAIN))
-    assert plain.token_ids == whole.token_ids
-    assert len(whole.token_ids) >= 6
-    assert asked.total() <= 12 - 6
+        assert plain.token_ids == expected.token_ids
+        assert 0 < len(whole) < 12
+        # A ban that concerns no likeliest token costs nothing.
+        unlikely = next(n for n in range(VOCAB_SIZE) if n not in free.token_ids)
+        stop = replace(stop, stop_token_ids=frozenset({unlikely}))
+        whole.clear()
+        plain = await harness.run(make_request(prompt, stop=stop, options=PLAIN))
+    assert plain.token_ids == free.token_ids
+    assert not whole
 
 
 @pytest.mark.parametrize(
@@ -171,32 +239,25 @@ async def test_end_tokens_are_banned_until_min_tokens(root: Path, asked: Counter
     ],
 )
 async def test_a_grammar_checks_the_likeliest_token_first(
-    root: Path, asked: Counter[str], pattern: str, told: range
+    root: Path, asked: Counter[str], whole: list[int], pattern: str, told: range
 ) -> None:
     """If the grammar rejects a token, this step and the next ones use all logits."""
     constraint = compiled("regex", pattern)
     prompt, other = prompts(2)
     request = make_request(prompt, max_tokens=12, constraint=constraint)
     free = make_request(other, max_tokens=12)
-    whole: list[torch.Tensor] = []
     async with EngineHarness.start(*served(root, "llama"), **OPTIONS) as harness:
         expected = [await harness.run(request), await harness.run(free)]
         assert not asked
-        decoder_logits = Decoder.logits
-
-        def counting(self: Decoder, hidden: torch.Tensor, *more: Any) -> torch.Tensor:
-            whole.append(hidden)
-            return decoder_logits(self, hidden, *more)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Decoder, "logits", counting)
-            [alone] = await harness.run_all(without_logprobs([request]))
+        whole.clear()
+        [alone] = await harness.run_all(without_logprobs([request]))
+        count = len(whole)
         together = await harness.run_all(
             [replace(r, request_id=f"{r.request_id}-2", options=PLAIN) for r in (request, free)]
         )
     assert alone.token_ids == expected[0].token_ids
     assert [a.token_ids for a in together] == [a.token_ids for a in expected]
-    assert len(alone.token_ids) - len(whole) in told, (len(whole), asked)
+    assert len(alone.token_ids) - count in told, (count, asked)
 
 
 async def test_drafts_are_checked_with_the_screen(root: Path, asked: Counter[str]) -> None:

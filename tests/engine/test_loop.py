@@ -17,9 +17,9 @@ from said import says
 from simulation.parts import Clock
 
 from turret.kernels.cpu.native import library, num_threads
+from turret.server.adapters import leases
 from turret.server.adapters.device.store import AdapterMemoryError
-from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.adapters.residency import leases
+from turret.server.adapters.registry import AdapterRegistry
 from turret.server.engine import loop
 from turret.server.engine.answer import Answer, AnswerText, Stream
 from turret.server.engine.loop import EngineLoop, Outbox

@@ -11,14 +11,8 @@ from fleets.parts import Disk, Replica
 from turret.fleet import protocol as m
 from turret.fleet.protocol import generations_of
 from turret.fleet.registry import FleetRegistry
+from turret.server import errors
 from turret.server.adapters.adapter import AliasTarget, Source
-from turret.server.errors import (
-    AdapterBusyError,
-    AdapterExistsError,
-    AdapterGenerationError,
-    AdapterMergedError,
-    UnavailableError,
-)
 
 
 def register(name: str, digest: str, **fields: object) -> m.Register:
@@ -55,23 +49,23 @@ def test_a_registry_rejects_operations_of_its_previous_incarnation() -> None:
     operation = registry.submit(register("a", "d1"), 1.0)
     other = FleetRegistry(disk, now=1.0, is_first=False)
     other.submit(register("b", "d2"), 1.0)
-    with pytest.raises(UnavailableError):
+    with pytest.raises(errors.UnavailableError):
         other.outcome(operation, 1.0)
 
 
 def test_a_replacement_must_name_the_generation_it_replaces() -> None:
     registry, _ = fleet()
     registry.submit(register("a", "d1"), 1.0)
-    with pytest.raises(AdapterExistsError):
+    with pytest.raises(errors.AdapterExistsError):
         registry.submit(register("a", "d2"), 1.0)
     uuid = registry.state.names["a"].uuid
     registry.submit(register("a", "d2", replaces=(uuid, 1)), 1.0)
     assert registry.state.names["a"].generation == 2
     now = {"adapter": "a", "generation": "2"}
-    with pytest.raises(AdapterGenerationError) as refused:
+    with pytest.raises(errors.AdapterGenerationError) as refused:
         registry.submit(register("a", "d3", replaces=(uuid, 1)), 1.0)
     assert refused.value.metadata == {**now, "expected": "1"}
-    with pytest.raises(AdapterGenerationError) as refused:
+    with pytest.raises(errors.AdapterGenerationError) as refused:
         registry.submit(register("a", "d3", replaces=("other", 2)), 1.0)
     assert refused.value.metadata == now
 
@@ -90,7 +84,7 @@ def test_an_unload_waits_for_requests_on_every_replica_until_its_timeout() -> No
             beat(registry, replica, now)
         assert first.resolve("a") is None, "new requests are refused from the start"
         assert registry.outcome(operation, now) is None
-    with pytest.raises(AdapterBusyError) as refused:
+    with pytest.raises(errors.AdapterBusyError) as refused:
         registry.outcome(operation, 3.0)
     assert refused.value.metadata["requests"] == "1"
     beat(registry, first, 3.0)
@@ -191,10 +185,10 @@ def test_a_name_stays_closed_while_another_unload_waits() -> None:
         for seconds in (1.0, 3.0)
     )
     beat(registry, first, 2.0)
-    with pytest.raises(AdapterBusyError):
+    with pytest.raises(errors.AdapterBusyError):
         registry.outcome(soon, 2.0)
     assert "a" in registry.state.closed
-    with pytest.raises(AdapterBusyError):
+    with pytest.raises(errors.AdapterBusyError):
         registry.outcome(late, 4.0)
     assert "a" not in registry.state.closed
 
@@ -217,7 +211,7 @@ def test_a_kept_generation_stays_while_it_is_in_the_base() -> None:
     for generation in (1, 2):
         submit(register("a", f"d{generation + 1}", replaces=(uuid, generation)))
     gone = m.MergeMember(name="a", uuid=uuid, generation=4, weight=1.0)
-    with pytest.raises(AdapterGenerationError):
+    with pytest.raises(errors.AdapterGenerationError):
         submit(m.Merge(members=(gone,), precision="BF16", time=1.0))
     member = dataclasses.replace(gone, generation=1)
     submit(m.Merge(members=(member,), precision="BF16", time=1.0))
@@ -227,7 +221,7 @@ def test_a_kept_generation_stays_while_it_is_in_the_base() -> None:
     submit(m.DeleteAlias(name="prod"))
     kept = [each.generation for each in generations_of(disk.names["a"])]
     assert kept == [3, 1, 2]
-    with pytest.raises(AdapterMergedError):
+    with pytest.raises(errors.AdapterMergedError):
         submit(m.Rollback(name="a", generation=2, replaces=(uuid, 3)))
     assert FleetRegistry(disk, now=2.0).state.base == disk.base
     submit(m.Unmerge())

@@ -20,14 +20,14 @@ from servers.rpc_harness import bearer, failure_of, silent, tokens_of
 
 from turret.fleet.serving.calls import CallContext, from_client
 from turret.fleet.serving.replica_server import ReplicaServer
+from turret.server import rpc as interceptors
 from turret.server.api.access import Shares
 from turret.server.api.gate import ServingGate
 from turret.server.api.services import Services
 from turret.server.config import Config, ListenConfig
 from turret.server.errors import AdapterNotFoundError, QueueFullError
 from turret.server.http.server import application
-from turret.server.rpc import interceptor as interceptors
-from turret.server.rpc.interceptor import DETAILS_KEY, CallInterceptor, current_call
+from turret.server.rpc import DETAILS_KEY, CallInterceptor, current_call
 from turret.v1 import inference_pb2
 
 METHOD = "/turret.v1.Inference/GenerateStream"

@@ -19,22 +19,12 @@ from servers.fake_hub import fake_hub
 
 from turret.fleet.follower import Channel
 from turret.fleet.replica import ReplicaParts
+from turret.server import errors
 from turret.server.adapters.adapter import REQUEST, AdapterRef, OwnTemplate
 from turret.server.adapters.merger import Merger
-from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StateDir
 from turret.server.basics.work import Cancellation
-from turret.server.errors import (
-    AdapterChangedError,
-    AdapterExistsError,
-    AdapterGenerationError,
-    AdapterInUseError,
-    AdapterMergedError,
-    AdapterNotFoundError,
-    InvalidRequestError,
-    MergeActiveError,
-    UnavailableError,
-)
 
 
 @pytest.fixture
@@ -60,9 +50,9 @@ def test_an_adapter_loaded_by_one_replica_has_the_same_identity_on_all(fleet: Fl
     replaced = second.registry.replace("a", "b", expected_generation=1)
     assert replaced.generation == 2
     assert first.registry.get("a").facts.digest == replaced.facts.digest
-    with pytest.raises(AdapterGenerationError):
+    with pytest.raises(errors.AdapterGenerationError):
         first.registry.replace("a", "c", expected_generation=1)
-    with pytest.raises(AdapterExistsError):
+    with pytest.raises(errors.AdapterExistsError):
         second.registry.load("a", "c")
 
 
@@ -73,7 +63,7 @@ def test_a_chat_template_is_the_same_on_every_replica(fleet: Fleet, root: Path) 
     assert OwnTemplate.from_json(loaded.facts.chat_template).templates == {"default": "one"}
     assert second.registry.get("a").facts == loaded.facts
     given = OwnTemplate(REQUEST, {"default": "two"})
-    with pytest.raises(AdapterExistsError):
+    with pytest.raises(errors.AdapterExistsError):
         second.registry.load("a", "a", chat_template=given)
     replaced = second.registry.replace("a", "a", chat_template=given)
     assert (replaced.generation, replaced.facts.digest) == (2, loaded.facts.digest)
@@ -107,7 +97,7 @@ def test_generations_are_kept_and_rolled_back_everywhere(keeping: Fleet, root: P
         second.registry.upload("a", staged, replace=True)
         assert served(first, "a") == (uuid, number)
         assert served(first, "a", number - 1) == (uuid, number - 1)
-    with pytest.raises(AdapterNotFoundError):
+    with pytest.raises(errors.AdapterNotFoundError):
         served(first, "a", 1)
     files = keeping.state_dir / "files"
     until(lambda: {path.name for path in files.iterdir()} == {f"{uuid}.2", f"{uuid}.3"})
@@ -117,9 +107,9 @@ def test_generations_are_kept_and_rolled_back_everywhere(keeping: Fleet, root: P
     assert [served(each, "a") for each in (first, second)] == [(uuid, 2)] * 2
     assert mix.members[0][0].generation == 3
     second.registry.release(mix)
-    with pytest.raises(AdapterGenerationError):
+    with pytest.raises(errors.AdapterGenerationError):
         second.registry.rollback("a", 3, expected_generation=3)
-    with pytest.raises(AdapterNotFoundError):
+    with pytest.raises(errors.AdapterNotFoundError):
         second.registry.rollback("a")
     assert second.registry.rollback("a", 3).generation == 3
     assert first.registry.replace("a", "a").generation == 4
@@ -140,7 +130,7 @@ def test_a_rollback_to_changed_files_changes_nothing(keeping: Fleet, root: Path)
     first.registry.replace("a", "b")
     weights = root / "a" / "adapter_model.safetensors"
     weights.write_bytes((root / "c" / "adapter_model.safetensors").read_bytes())
-    with pytest.raises(AdapterChangedError):
+    with pytest.raises(errors.AdapterChangedError):
         second.registry.rollback("a")
     assert [served(each, "a")[1] for each in (first, second)] == [2, 2]
 
@@ -156,14 +146,14 @@ def test_an_alias_has_the_same_target_on_every_replica(keeping: Fleet) -> None:
     # The alias keeps a generation that the setting would not.
     assert served(first, "prod") == (uuid, 1)
     assert second.registry.get("a").kept_generations == (1, 3)
-    with pytest.raises(AdapterInUseError):
+    with pytest.raises(errors.AdapterInUseError):
         second.registry.unload("a")
     for wrong in ("a", "base", "no spaces"):
-        with pytest.raises(InvalidRequestError):
+        with pytest.raises(errors.InvalidRequestError):
             first.registry.set_alias(wrong, [AdapterRef(name="a")])
-    with pytest.raises(InvalidRequestError):
+    with pytest.raises(errors.InvalidRequestError):
         second.registry.load("prod", "b")
-    with pytest.raises(AdapterNotFoundError):
+    with pytest.raises(errors.AdapterNotFoundError):
         first.registry.set_alias("prod", [AdapterRef(name="a", generation=2)])
     split = [AdapterRef(name="a", generation=each, weight=each) for each in (1, 3)]
     second.registry.set_alias("prod", split)
@@ -182,9 +172,9 @@ def test_an_alias_has_the_same_target_on_every_replica(keeping: Fleet) -> None:
     second.registry.delete_alias("prod")
     for started in (first, second):
         assert started.registry.aliases() == []
-        with pytest.raises(AdapterNotFoundError):
+        with pytest.raises(errors.AdapterNotFoundError):
             served(started, "prod")
-    with pytest.raises(AdapterNotFoundError):
+    with pytest.raises(errors.AdapterNotFoundError):
         first.registry.delete_alias("prod")
     first.registry.unload("a")
 
@@ -304,7 +294,7 @@ def test_an_unload_drains_every_replica(fleet: Fleet) -> None:
     thread.join(10.0)
     assert results == [None]
     for replica in (first, second):
-        with pytest.raises(AdapterNotFoundError):
+        with pytest.raises(errors.AdapterNotFoundError):
             replica.registry.get("a")
         assert replica.registry.holding() == {}
         assert not replica.registry._leaving, "looked through at every report"
@@ -313,7 +303,7 @@ def test_an_unload_drains_every_replica(fleet: Fleet) -> None:
 def _is_refused(registry: AdapterRegistry, name: str) -> bool:
     try:
         mix = registry.acquire(refs(name))
-    except AdapterNotFoundError:
+    except errors.AdapterNotFoundError:
         return True
     registry.release(mix)
     return False
@@ -349,7 +339,7 @@ def test_a_restarted_registry_loses_nothing(fleet: Fleet) -> None:
         lambda: first.registry.pin("a"),
         lambda: first.registry.unload("a"),
     ):
-        with pytest.raises(UnavailableError):
+        with pytest.raises(errors.UnavailableError):
             call()
     assert [record.name for record in second.registry.list()] == ["a"]
     assert first.link.is_serving
@@ -363,7 +353,7 @@ def test_a_restarted_registry_loses_nothing(fleet: Fleet) -> None:
 def _is_back(fleet: Fleet) -> bool:
     try:
         return len(fleet.host.status().replicas) == 2
-    except UnavailableError:
+    except errors.UnavailableError:
         return False
 
 
@@ -409,16 +399,16 @@ async def test_a_merge_is_everywhere_or_nowhere(
             await asyncio.to_thread(first.registry.load, name, name)
         plain = await answer(first)
         assert plain == await answer(second)
-        with pytest.raises(InvalidRequestError):
+        with pytest.raises(errors.InvalidRequestError):
             await merge(first, "prompt_tuning")
 
         def fail(*args: object) -> None:
-            raise InvalidRequestError("the merged weights are not finite in q_proj")
+            raise errors.InvalidRequestError("the merged weights are not finite in q_proj")
 
         # If one replica fails, no replica merges.
         with monkeypatch.context() as patched:
             patched.setattr(second.merger, "_build", fail)
-            with pytest.raises(InvalidRequestError, match="not finite"):
+            with pytest.raises(errors.InvalidRequestError, match="not finite"):
                 await merge(first, "lora", "dora")
         assert await answer(first) == await answer(second) == plain
 
@@ -427,9 +417,9 @@ async def test_a_merge_is_everywhere_or_nowhere(
         merged = await answer(first)
         assert merged == await answer(second)
         assert merged != plain
-        with pytest.raises(MergeActiveError):
+        with pytest.raises(errors.MergeActiveError):
             await merge(first, "lora")
-        with pytest.raises(AdapterMergedError):
+        with pytest.raises(errors.AdapterMergedError):
             await asyncio.to_thread(first.registry.unload, "lora")
         # A later replica serves the same base, and so does a single server.
         third = await start("r2")

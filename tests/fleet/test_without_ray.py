@@ -40,7 +40,7 @@ import turret.server.app, turret.server.build, turret.server.cli
 from turret.server.cli import build_parser
 for verb in ("serve", "cluster", None):
     build_parser(verb)
-import turret.server.http.server, turret.server.rpc.server
+import turret.server.http.server, turret.server.rpc
 assert not [name for name in sys.modules if name.startswith("ray.")]
 """
 

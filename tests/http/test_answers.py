@@ -17,7 +17,7 @@ from servers.http_harness import TURNS, HttpHarness, posted
 
 from turret.server.api import inference as inference_service
 from turret.server.api.access import MAX_AT_A_TIME, Party, Shares
-from turret.server.api.inference_answers import together
+from turret.server.api.inference import together
 from turret.server.engine.scheduling.request import (
     FinishReason,
     Output,

@@ -21,8 +21,8 @@ from turret.server.api.vocabularies import Vocabulary
 from turret.server.constraints.compiler import ConstraintCompiler
 from turret.server.constraints.grammar import ConstraintSpec
 from turret.server.engine.scheduling.request import Output, Request
-from turret.server.http.tools.grammar import CallsGrammar
-from turret.server.http.tools.reader import AnswerReader
+from turret.server.http.tool_calls import AnswerReader
+from turret.server.http.tool_grammar import CallsGrammar
 from turret.server.models.loader import eos_token_ids
 from turret.server.models.tokenizer import RenderedChat, Tokenizer
 from turret.v1 import inference_pb2

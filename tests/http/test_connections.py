@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import socket
 import ssl
+import struct
 import time
 import tracemalloc
+import weakref
 from pathlib import Path
 
 import httpx2
@@ -49,6 +52,36 @@ async def test_small_writes_are_sent_without_delay(http: HttpHarness) -> None:
     found = accepted.transport.get_extra_info("socket")
     assert found.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
     writer.close()
+
+
+@pytest.mark.parametrize("is_reset", [False, True])
+async def test_an_ended_connection_leaves_nothing_for_timers_or_the_garbage_collector(
+    is_reset: bool, http: HttpHarness
+) -> None:
+    """Over TLS it would keep 70 KB, and clients can open connections faster than these end."""
+    reader, writer = await http.opened()
+    writer.write(ASK)
+    await asyncio.wait_for(reader.readuntil(b"}"), 10)
+    assert http.server._server is not None
+    connections = http.server._server.server_state.connections
+    (accepted,) = connections
+    assert isinstance(accepted, Connection)
+    kept = [weakref.ref(accepted), weakref.ref(accepted.cycle)]
+    gc.disable()
+    try:
+        del accepted
+        if is_reset:
+            linger = struct.pack("ii", 1, 0)
+            plain = writer.get_extra_info("socket")
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        writer.close()
+        for _ in range(1000):
+            if all(each() is None for each in kept):
+                break
+            await asyncio.sleep(0.01)
+        assert [each() for each in kept] == [None, None]
+    finally:
+        gc.enable()
 
 
 async def test_request_headers_have_a_size_limit(http: HttpHarness) -> None:

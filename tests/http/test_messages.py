@@ -16,7 +16,7 @@ from servers.rpc_harness import tokens_of
 from turret.server.engine.scheduling.request import FinishReason
 from turret.server.errors import UnavailableError
 from turret.server.http.messages import CountRequest, _chat_of
-from turret.server.http.schemas.requests import ChatRequest
+from turret.server.http.request_models import ChatRequest
 from turret.server.words import say
 
 PATH, COUNT = "/v1/messages", "/v1/messages/count_tokens"

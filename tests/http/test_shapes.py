@@ -15,8 +15,8 @@ from servers.limits_of_bodies import body_of, places, with_others
 from turret.server import errors
 from turret.server.http import endpoint
 from turret.server.http.endpoint import MAX_BODY_BYTES, MAX_CONTAINERS, parse
-from turret.server.http.schemas.fields import MAX_PROMPTS, is_longer, read
-from turret.server.http.schemas.requests import CompletionRequest
+from turret.server.http.fields import MAX_PROMPTS, is_longer, read
+from turret.server.http.request_models import CompletionRequest
 
 JSON = {"content-type": "application/json"}
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"

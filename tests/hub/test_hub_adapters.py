@@ -6,31 +6,22 @@ import dataclasses
 import errno
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.registries import Registries, tiny_base
+from builders.registries import tiny_base
 from huggingface_hub import constants
 from said import says
 from servers.fake_hub import TOKEN, FakeHub, Repo
 
+from turret.server import errors
 from turret.server import remote as hub_adapters
 from turret.server.adapters.adapter import AdapterRef
-from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.adapters.state_dir import StateDir
+from turret.server.adapters.registry import AdapterRegistry
 from turret.server.command.preflight import problems
 from turret.server.config import AdapterConfig, Config, ListenConfig
-from turret.server.errors import (
-    AdapterCheckpointError,
-    BudgetExceededError,
-    HubError,
-    HubUnavailableError,
-    QueueFullError,
-    StorageFullError,
-    TurretError,
-)
 from turret.server.remote import AdapterHub
 from turret.server.words import Text
 
@@ -39,39 +30,22 @@ _Make = Callable[..., AdapterRegistry]
 
 
 @pytest.fixture
-def checkpoints(tmp_path: Path) -> Iterator[Path]:
-    made = Registries(tmp_path)
-    yield made.root
-    made.close()
-
-
-@pytest.fixture
 def repo(hub: FakeHub, checkpoints: Path) -> Repo:
     return hub.repo("acme/a", checkpoints / "a")
 
 
 @pytest.fixture
-def registry(hub: FakeHub, tmp_path: Path) -> Iterator[_Make]:
-    """Create a registry with hub access and a state directory, and close the previous one."""
-    made: list[AdapterRegistry] = []
+def registry(registry_with: _Make) -> _Make:
+    """Create a registry that may fetch from some places, and close the previous one."""
 
     def make(*allowed: str, max_bytes: int = 1 << 20) -> AdapterRegistry:
-        while made:
-            made.pop().close()
-        state = StateDir(tmp_path / "state", 1 << 20)
-        state.bind("base", "digest")
-        hub_of = AdapterHub(allowed, max_bytes)
-        made.append(AdapterRegistry(None, tiny_base(), 1 << 30, 64, state=state, hub=hub_of))
-        made[-1].restore()
-        return made[-1]
+        return registry_with(hub=AdapterHub(allowed, max_bytes))
 
-    yield make
-    for one in made:
-        one.close()
+    return make
 
 
 def refused(
-    registry: AdapterRegistry, path: str, kind: type[TurretError], reason: str, **params: Any
+    registry: AdapterRegistry, path: str, kind: type[errors.TurretError], reason: str, **params: Any
 ) -> None:
     """Check that a load fails with a reason, in the error itself or in one of its parts."""
     with pytest.raises(kind, check=says(reason, **params)):
@@ -80,7 +54,7 @@ def refused(
 
 
 def load_in_vain(registry: AdapterRegistry) -> None:
-    with pytest.raises(TurretError):
+    with pytest.raises(errors.TurretError):
         registry.load("b", PATH)
 
 
@@ -122,11 +96,11 @@ def test_preloaded_adapters_are_checked_before_the_model_is_loaded(
 def test_only_allowed_organisations_are_contacted(
     registry: _Make, hub: FakeHub, repo: Repo
 ) -> None:
-    refused(registry(), PATH, AdapterCheckpointError, "HUB_NOT_ALLOWED")
+    refused(registry(), PATH, errors.AdapterCheckpointError, "HUB_NOT_ALLOWED")
     reason = "HUB_ORGANISATION_NOT_ALLOWED"
-    refused(registry("other"), PATH, AdapterCheckpointError, reason, choices="other")
+    refused(registry("other"), PATH, errors.AdapterCheckpointError, reason, choices="other")
     for path in ("hub:", "hub:a", "hub:acme/a/b", "hub:acme/../a", "hub:acme/a@"):
-        refused(registry("*"), path, AdapterCheckpointError, "NOT_A_HUB_ID")
+        refused(registry("*"), path, errors.AdapterCheckpointError, "NOT_A_HUB_ID")
     assert hub.requests == []
     assert registry("*").load("a", PATH).source
 
@@ -161,7 +135,7 @@ def test_a_cache_that_was_emptied_is_filled_again(
     shutil.rmtree(tmp_path / "hub")
     again = registry("acme")
     hub.status = 503
-    with pytest.raises(HubUnavailableError, check=says("HUB_STATUS", status=503)):
+    with pytest.raises(errors.HubUnavailableError, check=says("HUB_STATUS", status=503)):
         again.pin("a")
     hub.status = None
     mix = again.acquire([AdapterRef(name="a")])
@@ -177,12 +151,12 @@ def test_errors_of_the_hub_reach_the_caller(
     registry: _Make, repo: Repo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = registry("acme")
-    refused(one, "hub:acme/b", HubError, "HUB_NO_REPOSITORY", name="acme/b")
-    refused(one, f"{PATH}@v9", HubError, "HUB_NO_REVISION", revision="v9")
+    refused(one, "hub:acme/b", errors.HubError, "HUB_NO_REPOSITORY", name="acme/b")
+    refused(one, f"{PATH}@v9", errors.HubError, "HUB_NO_REVISION", revision="v9")
     repo.is_gated = True
-    refused(one, PATH, HubError, "HUB_GATED")
+    refused(one, PATH, errors.HubError, "HUB_GATED")
     repo.is_gated, repo.is_private = False, True
-    refused(one, PATH, HubError, "HUB_NO_REPOSITORY")
+    refused(one, PATH, errors.HubError, "HUB_NO_REPOSITORY")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert one.load("a", PATH).name == "a"
 
@@ -193,34 +167,34 @@ def test_a_branch_is_resolved_now_or_the_load_fails(
     one = registry("acme")
     loaded = one.load("a", PATH)
     hub.status = 503
-    with pytest.raises(HubUnavailableError, check=says("HUB_STATUS", status=503)):
+    with pytest.raises(errors.HubUnavailableError, check=says("HUB_STATUS", status=503)):
         one.replace("a", PATH)
     # The commit is cached, and offline, the last known commit of the branch is used.
     assert one.replace("a", loaded.source) == loaded
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert one.replace("a", PATH) == loaded
-    with pytest.raises(HubUnavailableError, check=says("HUB_OFFLINE")):
+    with pytest.raises(errors.HubUnavailableError, check=says("HUB_OFFLINE")):
         one.load("b", "hub:acme/b")
 
 
 def test_repositories_without_an_adapter_are_rejected(registry: _Make, repo: Repo) -> None:
     one, files = registry("acme"), repo.commits[repo.refs["main"]]
     repo.push({"config.json": b"{}"})
-    refused(one, PATH, AdapterCheckpointError, "NOT_AN_ADAPTER")
+    refused(one, PATH, errors.AdapterCheckpointError, "NOT_AN_ADAPTER")
     repo.push({f"checkpoint-9/{name}": data for name, data in files.items()})
-    refused(one, PATH, AdapterCheckpointError, "ADAPTER_BELOW_TOP", folder="checkpoint-9")
+    refused(one, PATH, errors.AdapterCheckpointError, "ADAPTER_BELOW_TOP", folder="checkpoint-9")
     repo.push({"adapter_config.json": b"{}", "adapter_model.bin": b""})
-    refused(one, PATH, AdapterCheckpointError, "PICKLE")
+    refused(one, PATH, errors.AdapterCheckpointError, "PICKLE")
 
 
 def test_files_pass_the_checks_of_local_ones(registry: _Make, repo: Repo) -> None:
     files = repo.commits[repo.refs["main"]]
     repo.push({**files, "adapter_config.json": b'{"peft_type": "LORA", "r": 4, "odd": 1}'})
-    refused(registry("acme"), PATH, AdapterCheckpointError, "UNKNOWN_FIELD")
-    refused(registry("acme"), PATH, AdapterCheckpointError, "FINDING", field="odd")
+    refused(registry("acme"), PATH, errors.AdapterCheckpointError, "UNKNOWN_FIELD")
+    refused(registry("acme"), PATH, errors.AdapterCheckpointError, "FINDING", field="odd")
     cut = files["adapter_model.safetensors"][:-1]
     repo.push({**files, "adapter_model.safetensors": cut})
-    refused(registry("acme"), PATH, AdapterCheckpointError, "FILE_CUT_SHORT")
+    refused(registry("acme"), PATH, errors.AdapterCheckpointError, "FILE_CUT_SHORT")
 
 
 def test_cached_adapters_are_checked_before_the_model_is_loaded(
@@ -233,7 +207,7 @@ def test_cached_adapters_are_checked_before_the_model_is_loaded(
         adapters=AdapterConfig(adapter_hub=("acme",), preload=(("a", PATH),)),
     )
     assert problems(config) == []
-    refused(registry("acme"), PATH, AdapterCheckpointError, "UNKNOWN_METHOD", value="LROA")
+    refused(registry("acme"), PATH, errors.AdapterCheckpointError, "UNKNOWN_METHOD", value="LROA")
     (problem,) = problems(config)
     assert says("UNKNOWN_METHOD", value="LROA")(problem.text)
     # A commit needs no query to the hub.
@@ -247,7 +221,7 @@ def test_cached_adapters_are_checked_before_the_model_is_loaded(
 
 def test_the_size_is_checked_before_the_download(registry: _Make, hub: FakeHub, repo: Repo) -> None:
     one = registry("acme", max_bytes=1000)
-    refused(one, PATH, BudgetExceededError, "UPLOAD_TOO_LARGE", max_upload_bytes=1000)
+    refused(one, PATH, errors.BudgetExceededError, "UPLOAD_TOO_LARGE", max_upload_bytes=1000)
     assert hub.downloads() == []
 
 
@@ -276,7 +250,7 @@ def test_a_hub_that_sends_more_than_announced_is_rejected(
 ) -> None:
     repo.lied_sizes["adapter_model.safetensors"] = 10
     one = registry("acme", max_bytes=5000)
-    refused(one, PATH, HubUnavailableError, "HUB_SENT_TOO_MUCH")
+    refused(one, PATH, errors.HubUnavailableError, "HUB_SENT_TOO_MUCH")
 
 
 def test_a_slow_hub_does_not_block_the_caller(
@@ -285,7 +259,7 @@ def test_a_slow_hub_does_not_block_the_caller(
     monkeypatch.setattr(hub_adapters, "LEAST_SECONDS", 0.3)
     one = registry("acme")
     hub.seconds_per_chunk = 0.2
-    refused(one, PATH, HubUnavailableError, "HUB_TOO_SLOW")
+    refused(one, PATH, errors.HubUnavailableError, "HUB_TOO_SLOW")
     hub.seconds_per_chunk = 0.0
     monkeypatch.setattr(hub_adapters, "LEAST_SECONDS", 30.0)
     assert one.load("a", PATH).name == "a"
@@ -301,7 +275,7 @@ def test_a_full_disk_is_reported(
 
     with monkeypatch.context() as patch:
         patch.setattr(hub_adapters, "download", full)
-        refused(one, PATH, StorageFullError, "DISK_FULL")
+        refused(one, PATH, errors.StorageFullError, "DISK_FULL")
     assert one.load("a", PATH).name == "a"
 
 
@@ -321,7 +295,7 @@ def test_concurrent_downloads_are_limited(
         thread = threading.Thread(target=load_in_vain, args=(one,))
         thread.start()
         assert going.wait(20)
-        refused(one, PATH, QueueFullError, "TOO_MANY_DOWNLOADS", most=1)
+        refused(one, PATH, errors.QueueFullError, "TOO_MANY_DOWNLOADS", most=1)
         go.set()
         thread.join()
     assert one.load("a", PATH).name == "a"

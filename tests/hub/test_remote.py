@@ -15,22 +15,14 @@ from typing import Any
 import psutil
 import pytest
 import start_problems
-from builders.registries import Registries, tiny_base
+from builders.registries import tiny_base
 from fleets.replicas import Fleet
 from said import says
 from servers.storage import needs_registry, oci_registry, s3_server
 
-from turret.server import remote
-from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.adapters.state_dir import NoStateDir, StateDir
-from turret.server.errors import (
-    AdapterCheckpointError,
-    BudgetExceededError,
-    HubError,
-    HubUnavailableError,
-    StateDirRequiredError,
-    TurretError,
-)
+from turret.server import errors, remote
+from turret.server.adapters.registry import AdapterRegistry
+from turret.server.adapters.state_dir import NoStateDir
 from turret.server.remote import RemoteAdapters
 from turret.server.remote_program import check_address, resolve_once
 
@@ -45,30 +37,13 @@ _Make = Callable[..., AdapterRegistry]
 
 
 @pytest.fixture
-def checkpoints(tmp_path: Path) -> Iterator[Path]:
-    made = Registries(tmp_path)
-    yield made.root
-    made.close()
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Iterator[_Make]:
-    """Create a registry with a state directory, and close the previous one."""
-    made: list[AdapterRegistry] = []
+def registry(registry_with: _Make) -> _Make:
+    """Create a registry that may fetch from some places, and close the previous one."""
 
     def make(*allowed: str, max_bytes: int = 1 << 20) -> AdapterRegistry:
-        while made:
-            made.pop().close()
-        state = StateDir(tmp_path / "state", 1 << 20)
-        state.bind("base", "digest")
-        remotes = RemoteAdapters(allowed, max_bytes)
-        made.append(AdapterRegistry(None, tiny_base(), 1 << 30, 64, state=state, remotes=remotes))
-        made[-1].restore()
-        return made[-1]
+        return registry_with(remotes=RemoteAdapters(allowed, max_bytes))
 
-    yield make
-    for one in made:
-        one.close()
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +75,7 @@ def oci_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def refused(
-    registry: AdapterRegistry, path: str, kind: type[TurretError], reason: str, **params: Any
+    registry: AdapterRegistry, path: str, kind: type[errors.TurretError], reason: str, **params: Any
 ) -> None:
     """Check that a load fails for a reason, and leaves nothing."""
     with pytest.raises(kind, check=says(reason, **params)):
@@ -155,25 +130,27 @@ def test_failures_of_a_bucket_are_reported(
 ) -> None:
     bucket.put(str(checkpoints / "a"), "models/a", recursive=True)
     made = registry("s3://models")
-    refused(made, "s3://models/b", HubError, "REMOTE_MISSING")
-    refused(made, "s3://models-of-others/a", AdapterCheckpointError, "BAD_PATH")
-    refused(made, "oci://models/a", AdapterCheckpointError, "BAD_PATH")
-    refused(made, "s3://models/../a", AdapterCheckpointError, "BAD_PATH")
+    refused(made, "s3://models/b", errors.HubError, "REMOTE_MISSING")
+    refused(made, "s3://models-of-others/a", errors.AdapterCheckpointError, "BAD_PATH")
+    refused(made, "oci://models/a", errors.AdapterCheckpointError, "BAD_PATH")
+    refused(made, "s3://models/../a", errors.AdapterCheckpointError, "BAD_PATH")
     small = registry("s3://models", max_bytes=10)
-    refused(small, "s3://models/a", BudgetExceededError, "UPLOAD_TOO_LARGE", max_upload_bytes=10)
+    refused(
+        small, "s3://models/a", errors.BudgetExceededError, "UPLOAD_TOO_LARGE", max_upload_bytes=10
+    )
     bucket.rm("models/a/adapter_model.safetensors")
-    refused(registry("s3://models"), "s3://models/a", AdapterCheckpointError, "BAD_PATH")
+    refused(registry("s3://models"), "s3://models/a", errors.AdapterCheckpointError, "BAD_PATH")
     unkept = AdapterRegistry(
         None, tiny_base(), 1 << 30, 64, remotes=RemoteAdapters(("s3://models",), 1 << 20)
     )
     bucket.put(str(checkpoints / "a" / FILES[1]), f"models/a/{FILES[1]}")
     assert isinstance(unkept._state, NoStateDir)
-    with pytest.raises(StateDirRequiredError):
+    with pytest.raises(errors.StateDirRequiredError):
         unkept.load("a", "s3://models/a")
     unkept.close()
     monkeypatch.setattr(remote, "LEAST_SECONDS", 0.0)
     monkeypatch.setattr(remote, "LEAST_BYTES_PER_SECOND", 1 << 60)
-    refused(registry("s3://models"), "s3://models/a", HubUnavailableError, "REMOTE_TOO_SLOW")
+    refused(registry("s3://models"), "s3://models/a", errors.HubUnavailableError, "REMOTE_TOO_SLOW")
 
 
 @needs_registry
@@ -188,9 +165,9 @@ def test_an_adapter_in_an_oci_registry_is_named_by_tag_or_digest(
     assert tagged.facts.digest == digest_of(checkpoints, "b")
     assert pinned.facts.digest == digest_of(checkpoints, "a")
     assert (tagged.source, pinned.source) == (f"{name}@{second}", f"{name}@{first}")
-    refused(made, f"{name}:v2", HubError, "REMOTE_MISSING")
-    refused(made, f"{name}@sha256:{'0' * 64}", HubError, "REMOTE_MISSING")
-    refused(made, f"oci://{oci_address}/acme/sqlite:v1", AdapterCheckpointError, "BAD_PATH")
+    refused(made, f"{name}:v2", errors.HubError, "REMOTE_MISSING")
+    refused(made, f"{name}@sha256:{'0' * 64}", errors.HubError, "REMOTE_MISSING")
+    refused(made, f"oci://{oci_address}/acme/sqlite:v1", errors.AdapterCheckpointError, "BAD_PATH")
 
 
 @needs_registry
@@ -208,7 +185,7 @@ def test_wrong_bytes_from_a_registry_are_detected(
     for path in blobs.rglob("data"):
         if path.read_bytes() == weights:
             path.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
-    kind = HubUnavailableError
+    kind = errors.HubUnavailableError
     refused(made, f"oci://{oci_address}/acme/bad:v1", kind, "REMOTE_DAMAGED")
     manifest = blobs / "sha256" / digest[7:9] / digest[7:] / "data"
     manifest.write_bytes(manifest.read_bytes() + b" ")
@@ -348,7 +325,7 @@ def test_a_slow_registry_does_not_use_up_the_download_slots(
     monkeypatch.setattr(remote, "LEAST_SECONDS", 0.5)
     served = registry(hostile)
     for kind in ("slow", *["header"] * remote.MAX_DOWNLOADS, "slow"):
-        refused(served, f"{hostile}/{kind}/x:v1", HubUnavailableError, "REMOTE_TOO_SLOW")
+        refused(served, f"{hostile}/{kind}/x:v1", errors.HubUnavailableError, "REMOTE_TOO_SLOW")
 
 
 def test_an_endless_answer_does_not_fill_the_memory(
@@ -358,7 +335,7 @@ def test_an_endless_answer_does_not_fill_the_memory(
     served, process = registry(hostile), psutil.Process()
     before = process.memory_info().rss
     # The registry asks for a token, and the answer with the token never ends.
-    refused(served, f"{hostile}/endless/x:v1", HubUnavailableError, "REMOTE_TOO_SLOW")
+    refused(served, f"{hostile}/endless/x:v1", errors.HubUnavailableError, "REMOTE_TOO_SLOW")
     assert process.memory_info().rss - before < 32 << 20
 
 
@@ -368,7 +345,9 @@ def test_a_registry_cannot_redirect_to_an_internal_address(
 ) -> None:
     problem = "AuthenticationException: the registry refers to the internal address 169.254.169.254"
     path = f"{hostile}/{kind}/x:v1"
-    refused(registry(hostile), path, HubUnavailableError, "REMOTE_NOT_REACHED", problem=problem)
+    refused(
+        registry(hostile), path, errors.HubUnavailableError, "REMOTE_NOT_REACHED", problem=problem
+    )
 
 
 @pytest.mark.parametrize(
@@ -437,5 +416,5 @@ def test_an_internal_registry_gives_no_access_to_other_internal_addresses(
 def test_layers_and_sizes_of_a_manifest(registry: _Make, hostile: str) -> None:
     served = registry(hostile)
     # The manifest is read although it arrives in pieces; the files do not match its digests.
-    refused(served, f"{hostile}/pieces/x:v1", HubUnavailableError, "REMOTE_DAMAGED")
-    refused(served, f"{hostile}/negative/x:v1", HubUnavailableError, "REMOTE_NOT_REACHED")
+    refused(served, f"{hostile}/pieces/x:v1", errors.HubUnavailableError, "REMOTE_DAMAGED")
+    refused(served, f"{hostile}/negative/x:v1", errors.HubUnavailableError, "REMOTE_NOT_REACHED")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from turret.kernels.cpu import native
 from turret.kernels.expert_routing import combine_reference, route_reference
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -70,6 +71,31 @@ def test_a_row_is_routed_the_same_alone_and_in_a_batch(
         assert torch.equal(alone.weights[0], routing.weights[row])
         own = y[routing.places[row]][alone.places[0].argsort()]
         assert torch.equal(combine_reference(own, alone)[0], together[row])
+
+
+@pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
+@pytest.mark.parametrize("isa", native.usable_isas())
+@pytest.mark.parametrize("normalizes", [True, False])
+@pytest.mark.parametrize(("experts", "per_token"), [(64, 8), (21, 5), (3, 3), (1, 1)])
+def test_the_compiled_kernel_gives_the_same_bits(
+    isa: str, experts: int, per_token: int, monkeypatch: pytest.MonkeyPatch, *, normalizes: bool
+) -> None:
+    library = native.load(isa)
+    monkeypatch.setattr(native, "library", lambda: library)
+    scores = scores_of(60, experts, torch.bfloat16)
+    scores[20:40] = scores[20:40].round()  # equal scores
+    scores[40, ::2], scores[41, -1], scores[42, 0], scores[43] = torch.nan, torch.inf, -torch.inf, 0
+    scores[43, ::2] *= -1  # -0
+    expected = route_reference(scores, per_token, normalizes=normalizes)
+    chosen = torch.empty(60, per_token, dtype=torch.int64)
+    weights = torch.empty(60, per_token + experts)
+    for row in range(60):
+        sizes = experts, per_token, normalizes
+        addresses = chosen[row].data_ptr(), weights[row].data_ptr()
+        library.turret_choose_experts(scores[row].data_ptr(), *sizes, *addresses)
+    assert torch.equal(chosen, expected.experts[expected.places])
+    found = weights[:, :per_token].nan_to_num(-1.0)
+    assert torch.equal(found, expected.weights.nan_to_num(-1.0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,13 +3,18 @@
 Faults planted in ``layers.c``, and how many of the 16 tests of families failed for each: the bias
 added twice to adapted rows (2), or not to base rows alongside adapted ones (2), the norm after
 attention left out (5), the residual scale left out (2), the norm of queries used for keys (4), the
-first layer's window (4) or frequencies (3) used in every layer. The test of operators fails if
+first layer's window (4) or frequencies (3) used in every layer. Of the four mixtures, all fail if
+updates of experts are left out, or those of the first layer are used in every layer. gpt-oss fails
+without sinks, biases of experts or its own activation, and Qwen3 if weights are always normalised.
+Only the test of equal scores fails if a product and a sum of experts' results are fused. The test
+of operators fails if
 ``CpuStep.is_native`` ignores added changes, gates or products with the base, one at a time, or if
 every slice uses the first one's change.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,18 +24,19 @@ from builders.bases.tiny_models import ARCHITECTURES, MIXTURES, OTHER_ARCHITECTU
 from builders.methods import make_config, save_adapter
 from builders.mixes.fusions import save_fusion
 from method_oracle import prompt_of, twin
+from safetensors.torch import load_file, save_file
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.kernels.cpu.native import library
+from turret.kernels.cpu import native
 from turret.server.adapters.adapter import AdapterRef
-from turret.server.adapters.device.cpu.store import CpuStore
+from turret.server.adapters.device.cpu import CpuStore
 from turret.server.adapters.device.store import KERNELS, Resident
 from turret.server.adapters.operators.low_rank import ExpertLowRank
 from turret.server.adapters.operators.modulated_base import ModulatedBase
 from turret.server.models.decoding.cpu_layers import CpuLayers
 from turret.server.models.decoding.decoder import Decoder
 
-pytestmark = pytest.mark.skipif(library() is None, reason="there is no C compiler")
+pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 
 EVERY = {"target_modules": "all-linear"}
 ADAPTERS = {
@@ -38,6 +44,14 @@ ADAPTERS = {
     "attention": ("lora", {"target_modules": r".*o_proj"}),
     "dora": ("dora", EVERY),
 }
+# In PEFT, experts and routers are parameters, which have plain LoRAs only.
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+ATTENTION = {"target_modules": r".*self_attn\.._proj"}
+OF_MIXTURES = {
+    "lora": ("lora", {**ATTENTION, "target_parameters": [*EXPERTS, "mlp.gate.weight"]}),
+    "dora": ("dora", ATTENTION),
+}
+OF_GPT_OSS = {"lora": ("lora", {**ATTENTION, "target_parameters": [*EXPERTS, "mlp.router.weight"]})}
 # torch computes queries that grow with their position.
 ONE_BY_ONE = {"ministral3"}
 
@@ -52,20 +66,26 @@ def requests() -> list[Any]:
     ]
 
 
-async def answers(folder: Path, root: Path) -> list[Any]:
+async def answers(folder: Path, root: Path, *, together: bool = True) -> list[Any]:
     harness = EngineHarness.start(folder, root, dtype="bfloat16", adapters=list(ADAPTERS))
     async with harness as started:
-        return [answer.bits for answer in await started.run_all(requests())]
+        if together:
+            return [answer.bits for answer in await started.run_all(requests())]
+        return [(await started.run(request)).bits for request in requests()]
 
 
-# Mixtures route their rows, and need other adapters; test_family_oracle.py tests them.
-@pytest.mark.parametrize(
-    "architecture", sorted({*ARCHITECTURES, *OTHER_ARCHITECTURES} - {*MIXTURES})
-)
+def save_adapters(architecture: str, root: Path) -> None:
+    adapters = ADAPTERS | (OF_MIXTURES if architecture in MIXTURES else {})
+    adapters |= OF_GPT_OSS if architecture == "gpt_oss" else {}
+    for seed, (name, (method, changes)) in enumerate(adapters.items()):
+        config = make_config(method, **changes)
+        save_adapter(twin(architecture).model, config, root / name, seed=seed)
+
+
+@pytest.mark.parametrize("architecture", sorted({*ARCHITECTURES, *OTHER_ARCHITECTURES}))
 async def test_one_call_gives_the_bits_of_many(architecture: str, tmp_path: Path) -> None:
     base = twin(architecture)
-    for seed, (name, (method, changes)) in enumerate(ADAPTERS.items()):
-        save_adapter(base.model, make_config(method, **changes), tmp_path / name, seed=seed)
+    save_adapters(architecture, tmp_path)
     with patch.object(Decoder, "_in_one_call", lambda *_: None):
         many = await answers(base.folder, tmp_path)
     calls = []
@@ -83,6 +103,26 @@ async def test_one_call_gives_the_bits_of_many(architecture: str, tmp_path: Path
     else:
         assert any(adapters is None for adapters in calls) or len(calls) > 3
         assert any(adapters is not None for adapters in calls)
+
+
+@pytest.mark.parametrize("isa", native.usable_isas())
+async def test_experts_with_equal_scores_are_chosen_as_in_torch(
+    isa: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = native.load(isa)
+    monkeypatch.setattr(native, "library", lambda: library)
+    folder = Path(shutil.copytree(twin("olmoe").folder, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    routers = [tensor for name, tensor in tensors.items() if name.endswith("mlp.gate.weight")]
+    assert len(routers) == 2
+    for router in routers:
+        router[[2, 3, 5, 7]] = router[[0]]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    save_adapters("olmoe", tmp_path)
+    with patch.object(Decoder, "_in_one_call", lambda *_: None):
+        many = await answers(folder, tmp_path)
+    assert await answers(folder, tmp_path) == many
+    assert await answers(folder, tmp_path, together=False) == many
 
 
 # At least one method per operator. A step runs all layers in one call, except with some methods.

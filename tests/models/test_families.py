@@ -5,6 +5,8 @@ The decoders are independent of families and reject unsupported features.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,6 +52,24 @@ ALL = (
     *tiny_models.OTHER_ARCHITECTURES,
     *tiny_models.MULTIMODAL_ARCHITECTURES,
 )
+
+
+_IMPORTS = """
+import sys
+from turret.server.models.families import transformers_config
+arch = transformers_config({"model_type": "llama"})
+assert not {"torch.distributed.tensor", "sympy", "accelerate"} & sys.modules.keys()
+from transformers.integrations import hub_kernels
+assert hub_kernels.use_kernel_forward_from_hub.__module__ == hub_kernels.__name__
+assert "torch.distributed.tensor" in sys.modules
+from transformers.activations import ACT2FN
+ACT2FN["silu"]
+"""
+
+
+def test_a_config_is_read_without_the_imports_of_kernels_from_the_hub() -> None:
+    done = subprocess.run([sys.executable, "-c", _IMPORTS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("architecture", ALL)

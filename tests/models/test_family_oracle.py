@@ -7,7 +7,7 @@ length from which queries grow (40), the switch of LongRoPE (64), blocks (16) an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,15 @@ from typing import Any
 import pytest
 import torch
 from builders.bases.tiny_models import MIXTURES, OTHER_ARCHITECTURES
-from builders.methods import load_adapter, make_config, save_adapter
+from builders.methods import make_config, save_adapter
 from method_oracle import (
+    Twin,
+    check_batch,
     check_bfloat16,
+    check_effect,
     check_greedy,
     check_score,
-    oracle_logprobs,
+    oracle_of,
     prompt_of,
     serve,
     twin,
@@ -68,53 +71,43 @@ def adapters_of(architecture: str) -> dict[str, tuple[str, dict[str, Any]]]:
     }
 
 
-def save_adapters(architecture: str, root: Path) -> None:
-    model = twin(architecture).model
-    for seed, (name, (method, changes)) in enumerate(adapters_of(architecture).items()):
-        save_adapter(model, make_config(method, **changes), root / name, seed=seed)
+def save_adapters(architecture: str, root: Path, names: Iterable[str] = ADAPTERS) -> None:
+    for seed, name in enumerate(names):
+        method, changes = adapters_of(architecture)[name]
+        config = make_config(method, **changes)
+        save_adapter(twin(architecture).model, config, root / name, seed=seed)
 
 
-def requests() -> list[tuple[str | None, list[int], Any]]:
-    """Adapters, prompts and requests, scored and greedy."""
-    found = []
-    for number, name in enumerate((None, *ADAPTERS)):
-        for score in (True, False):
-            prompt = prompt_of(LENGTHS[(number + 3 * score) % len(LENGTHS)], number)
-            names = [name] if name else []
-            request = make_request(prompt, *names, score=score, max_tokens=MAX_TOKENS)
-            found.append((name, prompt, request))
-    return found
+def asked() -> list[tuple[str | None, list[int], bool]]:
+    """Adapters, prompts, and whether each is scored or answered."""
+    return [
+        (name, prompt_of(LENGTHS[(number + 3 * score) % len(LENGTHS)], number), score)
+        for number, name in enumerate((None, *ADAPTERS))
+        for score in (True, False)
+    ]
 
 
-async def run_together_and_alone(
-    model: Path, root: Path, dtype: str
-) -> list[tuple[str | None, list[int], Any]]:
-    """Run all requests in one batch, and each again alone, with the same bits."""
-    async with EngineHarness.start(model, root, dtype=dtype, adapters=list(ADAPTERS)) as harness:
-        asked = requests()
-        together = await harness.run_all([request for _, _, request in asked])
-        for (name, _, request), answer in zip(asked, together, strict=True):
-            assert (await harness.run(request)).bits == answer.bits, name
-    return [(name, p, answer) for (name, p, _), answer in zip(asked, together, strict=True)]
+async def answered(base: Twin, root: Path, dtype: str) -> list[tuple[str | None, list[int], Any]]:
+    """Adapters, prompts, and the answers in one batch, which have the same bits alone."""
+    requests = [
+        make_request(prompt, name, score=score, max_tokens=MAX_TOKENS)
+        for name, prompt, score in asked()
+    ]
+    async with serve(base, root, dtype=dtype, adapters=list(ADAPTERS)) as harness:
+        answers = await harness.run_together_and_alone(requests)
+    return [(name, p, answer) for (name, p, _), answer in zip(asked(), answers, strict=True)]
 
 
 @pytest.mark.parametrize("architecture", OTHER_ARCHITECTURES)
 async def test_every_method_in_one_batch_equals_peft(architecture: str, tmp_path: Path) -> None:
     base = twin(architecture)
     save_adapters(architecture, tmp_path)
-    prompt = prompt_of(40)
-    plain = oracle_logprobs(base.model, prompt)
-    oracles: dict[str | None, Any] = {None: base.model}
+    oracles = {name: oracle_of(base.model, tmp_path, name) for name in (None, *ADAPTERS)}
     for name in ADAPTERS:
-        oracles[name] = load_adapter(base.model, tmp_path / name)
-        # Check that the adapter has an effect.
-        assert (oracle_logprobs(oracles[name], prompt) - plain).abs().max() > 0.02, name
-    for name, prompt, answer in await run_together_and_alone(base.folder, tmp_path, "float32"):
-        what = f"{architecture} {name} {len(prompt)}"
-        if answer.token_ids:
-            check_greedy(answer, oracles[name], prompt, what)
-        else:
-            check_score(answer, oracles[name], prompt, what)
+        check_effect(oracles[name], base.model, prompt_of(40), name, least=0.02)
+    for name, prompt, answer in await answered(base, tmp_path, "float32"):
+        check = check_greedy if answer.token_ids else check_score
+        check(answer, oracles[name], prompt, f"{architecture} {name} {len(prompt)}")
 
 
 async def test_a_longrope_request_keeps_its_frequencies(tmp_path: Path) -> None:
@@ -149,20 +142,12 @@ async def check_few(architecture: str, root: Path, *, gpu: bool) -> None:
     """Check the base and two adapters in one batch, to the end of a window and past a switch."""
     base = twin(architecture)
     # On experts, PEFT supports only plain LoRA.
-    names = [None, "lora" if architecture in MIXTURES else "dora", "loha"]
-    for seed, name in enumerate(names[1:]):
-        assert name is not None
-        config = make_config(name, **adapters_of(architecture)[name][1])
-        save_adapter(base.model, config, root / name, seed=seed)
-    asked = [(name, prompt_of(n, n)) for name, n in zip(names, (70, 30, 5), strict=True)]
+    names = ["lora" if architecture in MIXTURES else "dora", "loha"]
+    save_adapters(architecture, root, names)
     start = gpu_serving if gpu else EngineHarness.start
-    async with start(base.folder, root, adapters=[n for n in names if n]) as harness:
-        answers = await harness.run_all(
-            [make_request(p, *([n] if n else []), max_tokens=3) for n, p in asked]
-        )
-    for (name, prompt), answer in zip(asked, answers, strict=True):
-        model = load_adapter(base.model, root / name) if name else base.model
-        check_greedy(answer, model, prompt, f"{architecture} {name}")
+    async with start(base.folder, root, adapters=names) as harness:
+        asked = [(n, prompt_of(k, k)) for n, k in zip((None, *names), (70, 30, 5), strict=True)]
+        await check_batch(harness, base.model, root, asked)
 
 
 @pytest.mark.usefixtures("no_compiled_kernels")
@@ -185,5 +170,4 @@ async def test_bfloat16_is_as_exact_as_peft(architecture: str, tmp_path: Path) -
     """The total error is within 1.3 times that of transformers and PEFT in bfloat16."""
     exact = twin(architecture, torch.bfloat16)
     save_adapters(architecture, tmp_path)
-    answers = await run_together_and_alone(exact.folder, tmp_path, "bfloat16")
-    check_bfloat16(answers, exact.model, tmp_path)
+    check_bfloat16(await answered(exact, tmp_path, "bfloat16"), exact.model, tmp_path)

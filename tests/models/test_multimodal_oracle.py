@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from builders.bases.mixed_checkpoints import tensors_4bit
 from builders.bases.tiny_models import MULTIMODAL_ARCHITECTURES, served_weights
 from builders.methods import load_adapter, make_config, save_adapter
 from method_oracle import (
+    check_batch,
     check_bfloat16,
+    check_effect,
     check_greedy,
     check_score,
-    oracle_logprobs,
     prompt_of,
     serve,
     twin,
@@ -31,7 +33,7 @@ from servers.gpu_serving import gpu_serving
 from transformers import AutoConfig
 
 from turret.server.errors import AdapterMismatchError
-from turret.server.models.model_source import text_name
+from turret.server.models.model_source import resolve_model, text_name
 
 PROJECTIONS = "(q|k|v|o|gate|up|down)_proj"
 TEXT = {"target_modules": rf".*language_model.*\.{PROJECTIONS}"}
@@ -57,6 +59,14 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def save_some(model: Any, root: Path, *names: str) -> list[Any]:
+    """Save some of the adapters; returns their names after None, which is the base."""
+    for seed, name in enumerate(names):
+        method, changes = ADAPTERS[name]
+        save_adapter(model, make_config(method, **changes), root / name, seed=seed)
+    return [None, *names]
+
+
 def to_older_names(folder: Path, copy: Path) -> None:
     """Convert an adapter to the names of PEFT with transformers before 4.52."""
     shutil.copytree(folder, copy)
@@ -78,14 +88,12 @@ async def test_every_method_in_one_batch_equals_peft(architecture: str, tmp_path
     base = twin(architecture)
     is_tied = base.model.config.tie_word_embeddings
     oracles: dict[str, Any] = {"": base.model}
-    prompt = prompt_of(40)
-    plain = oracle_logprobs(base.model, prompt)
     for seed, (name, (method, changes)) in enumerate(ADAPTERS.items()):
         if name == "head" and is_tied:
             continue
         save_adapter(base.model, make_config(method, **changes), tmp_path / name, seed=seed)
         oracles[name] = load_adapter(base.model, tmp_path / name)
-        assert (oracle_logprobs(oracles[name], prompt) - plain).abs().max() > 0.02, name
+        check_effect(oracles[name], base.model, prompt_of(40), name, least=0.02)
         if method != "trainable_tokens":
             to_older_names(tmp_path / name, tmp_path / f"older-{name}")
             oracles[f"older-{name}"] = oracles[name]
@@ -94,40 +102,24 @@ async def test_every_method_in_one_batch_equals_peft(architecture: str, tmp_path
         for n, name in enumerate(oracles)
         for score in (True, False)
     ]
-    requests = [
-        make_request(prompt, *([name] if name else []), score=score, max_tokens=4)
-        for name, prompt, score in asked
-    ]
-    names = [name for name in oracles if name]
-    async with serve(base, tmp_path, dtype="float32", adapters=names) as harness:
-        together = await harness.run_all(requests)
-        for (name, prompt, score), request, answer in zip(asked, requests, together, strict=True):
-            assert (await harness.run(request)).bits == answer.bits, name
-            check = check_score if score else check_greedy
-            check(answer, oracles[name], prompt, f"{architecture} {name}")
+    requests = [make_request(prompt, name, score=s, max_tokens=4) for name, prompt, s in asked]
+    async with serve(base, tmp_path, dtype="float32", adapters=[*filter(None, oracles)]) as harness:
+        answers = await harness.run_together_and_alone(requests)
+    for (name, prompt, score), answer in zip(asked, answers, strict=True):
+        check = check_score if score else check_greedy
+        check(answer, oracles[name], prompt, f"{architecture} {name}")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("architecture", MULTIMODAL_ARCHITECTURES)
 async def test_bfloat16_is_as_exact_as_peft(architecture: str, tmp_path: Path) -> None:
     base = twin(architecture, torch.bfloat16)
-    names = [None, "lora", "dora", "loha", "rows"]
-    asked = []
-    for seed, name in enumerate(names):
-        if name is not None:
-            method, changes = ADAPTERS[name]
-            save_adapter(base.model, make_config(method, **changes), tmp_path / name, seed=seed)
-        prompt = prompt_of((140, 60, 90, 33, 70)[seed], seed)
-        request = make_request(prompt, *([name] if name else []), score=True)
-        asked.append((name, prompt, request))
-    async with serve(
-        base, tmp_path, dtype="bfloat16", adapters=[name for name in names if name]
-    ) as harness:
-        answers = await harness.run_all([request for _, _, request in asked])
-        for (name, _, request), answer in zip(asked, answers, strict=True):
-            assert (await harness.run(request)).bits == answer.bits, name
-    found = [(name, p, answer) for (name, p, _), answer in zip(asked, answers, strict=True)]
-    check_bfloat16(found, base.model, tmp_path)
+    names = save_some(base.model, tmp_path, "lora", "dora", "loha", "rows")
+    prompts = [prompt_of(length, seed) for seed, length in enumerate((140, 60, 90, 33, 70))]
+    requests = [make_request(p, n, score=True) for n, p in zip(names, prompts, strict=True)]
+    async with serve(base, tmp_path, dtype="bfloat16", adapters=names[1:]) as harness:
+        answers = await harness.run_together_and_alone(requests)
+    check_bfloat16([*zip(names, prompts, answers, strict=True)], base.model, tmp_path)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter needs CPU tensors")
@@ -136,18 +128,10 @@ async def test_bfloat16_is_as_exact_as_peft(architecture: str, tmp_path: Path) -
 async def test_the_gpu_path_equals_peft(architecture: str, tmp_path: Path) -> None:
     """The base and two adapters of the whole model in one batch, to the end of a window."""
     base = twin(architecture)
-    names = [None, "dora", "loha"]
-    for seed, name in enumerate(names[1:]):
-        assert name is not None
-        config = make_config(name, **ADAPTERS[name][1])
-        save_adapter(base.model, config, tmp_path / name, seed=seed)
+    names = save_some(base.model, tmp_path, "dora", "loha")
     asked = [(name, prompt_of(n, n)) for name, n in zip(names, (70, 30, 5), strict=True)]
-    async with gpu_serving(base.folder, tmp_path, [name for name in names if name]) as harness:
-        requests = [make_request(p, *([n] if n else []), max_tokens=3) for n, p in asked]
-        answers = await harness.run_all(requests)
-    for (name, prompt), answer in zip(asked, answers, strict=True):
-        model = load_adapter(base.model, tmp_path / name) if name else base.model
-        check_greedy(answer, model, prompt, f"{architecture} {name}")
+    async with gpu_serving(base.folder, tmp_path, names[1:]) as harness:
+        await check_batch(harness, base.model, tmp_path, asked)
 
 
 @pytest.mark.parametrize("target", ["vision_tower", "visual"])
@@ -172,8 +156,7 @@ def test_a_4bit_checkpoint_of_the_whole_model_is_used_unchanged(
     """Tensors have older or newer names; those of vision are ignored."""
     plain = tiny_model(architecture)
     expected = served_weights(plain, torch.float32)
-    (cached,) = (tmp_path / "cache" / "turret").glob("nf4-*/model.safetensors")
-    packed = load_file(cached)
+    packed = tensors_4bit(resolve_model(plain, tmp_path / "cache" / "turret"))
     whole = load_file(plain / "model.safetensors")
     beside = {name: tensor for name, tensor in whole.items() if text_name(name) is None}
     assert beside

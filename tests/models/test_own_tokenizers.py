@@ -38,6 +38,10 @@ from turret.server.models.tokenizer import Tokenizer
 
 def files_of(folder: Path, tokenizer: Any = None) -> TokenizerFiles:
     (tokenizer or grown_tokenizer()).save_pretrained(folder / "own")
+    return read(folder)
+
+
+def read(folder: Path) -> TokenizerFiles:
     with AdapterRoot(folder).open_directory("own") as directory:
         files = read_tokenizer_files(directory, Findings("own"))
     assert files is not None
@@ -144,11 +148,7 @@ REPEATED = {
     ("part", "rule", "reason"),
     [
         ("pre_tokenizer", SPLIT, "TOKENIZER_DIFFERS"),
-        (
-            "normalizer",
-            {"type": "Sequence", "normalizers": [DOUBLING] * 40},
-            "TOKENIZER_DIFFERS",
-        ),
+        ("normalizer", {"type": "Sequence", "normalizers": [DOUBLING] * 40}, "TOKENIZER_DIFFERS"),
         ("normalizer", {**DOUBLING, "pattern": SLOW}, "TOKENIZER_DIFFERS"),
         ("decoder", {**DOUBLING, "pattern": SLOW}, "TOKENIZER_DIFFERS"),
         ("decoder", TOO_SHORT, "TOKENIZER_DIFFERS"),
@@ -278,9 +278,7 @@ def test_older_files_and_other_special_tokens_are_read_as_transformers_does(
     config = tmp_path / "own" / "tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "add_bos_token": True}))
     theirs = AutoTokenizer.from_pretrained(tmp_path / "own")
-    with AdapterRoot(tmp_path).open_directory("own") as directory:
-        files = read_tokenizer_files(directory, Findings("own"))
-    assert files is not None
+    files = read(tmp_path)
     found = OwnTokenizers(base, base_files / "config.json").get(("x", 1 << 20, ""), lambda: files)
     for text in ("a turret and a tower", "<begin>hi<end>", "für 日本 🎉", ""):
         ids = found.encode(text)

@@ -37,7 +37,7 @@ class MetaTensors:
     def has(self, name: str) -> bool:
         return name in self._state or name in self._stacks.parts
 
-    def get(self, name: str) -> torch.Tensor:
+    def get(self, name: str, *, is_kept: bool = True) -> torch.Tensor:
         self._read.add(name)
         if name in self._stacks.parts:
             # All parts of a stack have the same shape.
@@ -57,6 +57,12 @@ class MetaTensors:
         tensor = self.get(name)
         assert tuple(tensor.shape) == shape, name
         return tensor
+
+    def packed(self, modules: object) -> None:
+        return None
+
+    def head_copy(self) -> None:
+        return None
 
     def plain(self, name: str) -> torch.Tensor:
         assert not is_quantized(name), name

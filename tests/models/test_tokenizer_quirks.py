@@ -49,31 +49,32 @@ def load(name: str, tmp_path: Path) -> tuple[Tokenizer, Any]:
     return tokenizer, AutoTokenizer.from_pretrained(folder)
 
 
+def open_with(protocol: Any, tokenizer: Tokenizer) -> None:
+    """Serve with this tokenizer over one protocol."""
+    fakes = fake_backend(protocol.engine, protocol.registry, FakeMerger(), FakeFuser())
+    vocabularies = FakeVocabularies(Vocabulary(tokenizer))
+    protocol.gate.open(replace(fakes, tokenizer=tokenizer, vocabularies=vocabularies))
+
+
 @contextlib.asynccontextmanager
 async def protocols(tokenizer: Tokenizer) -> AsyncIterator[Any]:
-    """Send a chat over either protocol; returns the engine's prompt."""
+    """Send a chat or a prompt over both protocols; returns the engines' prompts."""
     async with harness(serving=False) as rpc, http_harness(serving=False) as http:
         for protocol in (rpc, http):
-            fakes = fake_backend(protocol.engine, protocol.registry, FakeMerger(), FakeFuser())
-            vocabularies = FakeVocabularies(Vocabulary(tokenizer))
-            protocol.gate.open(replace(fakes, tokenizer=tokenizer, vocabularies=vocabularies))
+            open_with(protocol, tokenizer)
+
+        async def send(path: str, body: dict[str, Any], **message: Any) -> list[list[int]]:
+            await rpc.inference.Generate(inference_pb2.GenerateRequest(**message))
+            answer = await http.post(path, {"model": "m", **body})
+            assert answer.status_code == 200, answer.text
+            return [list(protocol.engine.requests[-1].prompt_token_ids) for protocol in (rpc, http)]
 
         async def ask(turns: list[dict[str, str]]) -> list[list[int]]:
-            messages = [
-                inference_pb2.ChatMessage(role=turn["role"], content=turn["content"])
-                for turn in turns
-            ]
-            chat = inference_pb2.Chat(messages=messages)
-            await rpc.inference.Generate(inference_pb2.GenerateRequest(chat=chat))
-            answer = await http.post("/v1/chat/completions", {"model": "m", "messages": turns})
-            assert answer.status_code == 200, answer.text
-            return [list(protocol.engine.requests[-1].prompt_token_ids) for protocol in (rpc, http)]
+            chat = {"messages": turns}
+            return await send("/v1/chat/completions", chat, chat=chat)
 
         async def complete(prompt: str) -> list[list[int]]:
-            await rpc.inference.Generate(inference_pb2.GenerateRequest(prompt=prompt))
-            answer = await http.post("/v1/completions", {"model": "m", "prompt": prompt})
-            assert answer.status_code == 200, answer.text
-            return [list(protocol.engine.requests[-1].prompt_token_ids) for protocol in (rpc, http)]
+            return await send("/v1/completions", {"prompt": prompt}, prompt=prompt)
 
         yield ask, complete
 
@@ -114,9 +115,7 @@ async def test_text_is_tokenized_with_or_without_special_tokens(name: str, tmp_p
     tokenizer, theirs = load(name, tmp_path)
     async with harness(serving=False) as rpc, http_harness(serving=False) as http:
         for protocol in (rpc, http):
-            fakes = fake_backend(protocol.engine, protocol.registry, FakeMerger(), FakeFuser())
-            vocabularies = FakeVocabularies(Vocabulary(tokenizer))
-            protocol.gate.open(replace(fakes, tokenizer=tokenizer, vocabularies=vocabularies))
+            open_with(protocol, tokenizer)
         for adds in (True, False):
             expected = theirs("hi there", add_special_tokens=adds)["input_ids"]
             body = {"prompt": "hi there", "add_special_tokens": adds}
@@ -135,9 +134,7 @@ async def test_a_template_without_system_turns_rejects_them(tmp_path: Path) -> N
         tokenizer.encode_chat(turns)
     assert refused.value.violations[0][0] == "chat.messages"
     async with http_harness(serving=False) as http:
-        fakes = fake_backend(http.engine, http.registry, FakeMerger(), FakeFuser())
-        vocabularies = FakeVocabularies(Vocabulary(tokenizer))
-        http.gate.open(replace(fakes, tokenizer=tokenizer, vocabularies=vocabularies))
+        open_with(http, tokenizer)
         told = await http.refused("/v1/chat/completions", {"model": "m", "messages": turns})
         assert (told.status, told.param) == (400, "messages")
         assert "no system role" in told.message

@@ -85,10 +85,10 @@ def release(name: str) -> list[dict[str, Any]]:
     return rendered(values)
 
 
-def rendered(values: dict[str, Any]) -> list[dict[str, Any]]:
+def rendered(values: dict[str, Any], name: str = "turret") -> list[dict[str, Any]]:
     helm = pytest.importorskip("helm_python")
     with helm.Chart.load(str(CHART)) as chart:
-        texts = chart.render(values, name="turret", namespace="models")
+        texts = chart.render(values, name=name, namespace="models")
     return [each for text in texts.values() for each in yaml.safe_load_all(text) if each]
 
 
@@ -100,23 +100,22 @@ def documents(name: str) -> list[dict[str, Any]]:
 
 
 def find(kind: str, name: str, suffix: str = "") -> dict[str, Any]:
-    (found,) = [
-        each
-        for each in documents(name)
-        if each["kind"] == kind and each["metadata"]["name"].endswith(suffix)
-    ]
+    of_kind = (each for each in documents(name) if each["kind"] == kind)
+    (found,) = [each for each in of_kind if each["metadata"]["name"].endswith(suffix)]
     return found
+
+
+def config_of(name: str, folder: Path) -> Config:
+    """The configuration of a release's servers."""
+    return Settings(Config, (read_file(settings_of(name, folder)),)).config()
 
 
 def settings_of(name: str, folder: Path) -> Path:
     """The file of settings that a release's pods read."""
-    (data,) = [
-        each["data"]["turret.toml"]
-        for each in release(name)
-        if each["kind"] == "ConfigMap" and "turret.toml" in each["data"]
-    ]
+    maps = (each["data"] for each in release(name) if each["kind"] == "ConfigMap")
+    (data,) = [data for data in maps if "turret.toml" in data]
     path = folder / "turret.toml"
-    path.write_text(data)
+    path.write_text(data["turret.toml"])
     return path
 
 
@@ -137,15 +136,15 @@ def test_manifests_are_valid(name: str) -> None:
     for document in documents(name):
         if document["kind"] not in FOREIGN:
             validate(document, VERSION, strict=True)
-        for template in pod_templates(document):
-            pod = {"apiVersion": "v1", "kind": "Pod", **template}
-            pod["metadata"] = {**pod["metadata"], "name": "pod"}
-            validate(pod, VERSION, strict=True)
+    for template in pod_templates(documents(name)):
+        pod = {"apiVersion": "v1", "kind": "Pod", **template}
+        pod["metadata"] = {**pod["metadata"], "name": "pod"}
+        validate(pod, VERSION, strict=True)
 
 
 @pytest.mark.parametrize("name", RELEASES)
 def test_pods_are_confined(name: str) -> None:
-    templates = [each for document in release(name) for each in pod_templates(document)]
+    templates = pod_templates(release(name))
     assert len(templates) == (2 if name == "fleet" else 1)
     for template in templates:
         security = template["spec"]["securityContext"]
@@ -225,13 +224,12 @@ def test_each_replicas_metrics_can_be_read(name: str, tmp_path: Path) -> None:
     selected = monitor["selector"]["matchLabels"]
     # A fleet's head has no metrics.
     assert selected.get("ray.io/node-type") == ("worker" if name == "fleet" else None)
-    template = [each for document in release(name) for each in pod_templates(document)][-1]
-    assert (
-        selected.items() <= {**template["metadata"]["labels"], "ray.io/node-type": "worker"}.items()
-    )
+    template = pod_templates(release(name))[-1]
+    labels = template["metadata"]["labels"] | {"ray.io/node-type": "worker"}
+    assert selected.items() <= labels.items()
     (container,) = template["spec"]["containers"]
     ports = {each["name"]: each["containerPort"] for each in container["ports"]}
-    config = Settings(Config, (read_file(settings_of(name, tmp_path)),)).config()
+    config = config_of(name, tmp_path)
     assert str(config.listen.metrics_address).endswith(f":{ports[endpoint['port']]}")
     metrics = find("NetworkPolicy", name)["spec"]["ingress"][-1]
     assert metrics["ports"] == [{"port": ports[endpoint["port"]], "protocol": "TCP"}]
@@ -290,7 +288,7 @@ def test_the_serve_config_names_things_that_exist() -> None:
 
 @pytest.mark.parametrize("name", ["server", "servers", "gpu"])
 def test_a_servers_settings_are_a_valid_configuration(name: str, tmp_path: Path) -> None:
-    config = Settings(Config, (read_file(settings_of(name, tmp_path)),)).config()
+    config = config_of(name, tmp_path)
     assert config.listen.http_address == "0.0.0.0:8000"
     pod = find("StatefulSet", name)["spec"]["template"]["spec"]
     (server,) = pod["containers"]
@@ -316,7 +314,7 @@ def test_a_servers_settings_are_a_valid_configuration(name: str, tmp_path: Path)
 
 
 def test_settings_and_tokens_of_the_values_reach_the_server(tmp_path: Path) -> None:
-    config = Settings(Config, (read_file(settings_of("servers", tmp_path)),)).config()
+    config = config_of("servers", tmp_path)
     assert config.adapters.preload == (("json-2", "hub:a/b"), ("sql", "sql"))
     assert (config.scheduler.max_num_seqs, config.scheduler.preempt_after_seconds) == (8, 2.5)
     assert config.listen.http_cors_origin == ("https://example.org",)
@@ -331,7 +329,7 @@ def test_settings_and_tokens_of_the_values_reach_the_server(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["servers", "fleet"])
 def test_registry_credentials_are_at_the_path_that_oras_reads(name: str) -> None:
-    pods = [each["spec"] for document in release(name) for each in pod_templates(document)]
+    pods = [each["spec"] for each in pod_templates(release(name))]
     for pod in pods:
         (volume,) = [each for each in pod["volumes"] if each["name"] == "registry"]
         (item,) = volume["secret"]["items"]
@@ -355,10 +353,7 @@ def test_a_changed_setting_replaces_the_pods() -> None:
 
 
 def test_a_release_of_another_name_has_objects_of_its_own() -> None:
-    helm = pytest.importorskip("helm_python")
-    with helm.Chart.load(str(CHART)) as chart:
-        texts = chart.render({"tokens": {"insecure": True}}, name="blue", namespace="models")
-    made = [each for text in texts.values() for each in yaml.safe_load_all(text) if each]
+    made = rendered({"tokens": {"insecure": True}}, name="blue")
     assert all(each["metadata"]["name"].startswith("blue-turret") for each in made)
     (stateful,) = [each for each in made if each["kind"] == "StatefulSet"]
     assert stateful["spec"]["selector"]["matchLabels"]["app.kubernetes.io/instance"] == "blue"

@@ -18,9 +18,9 @@ from servers.loaded_examples import examples_loaded
 from servers.server_under_test import ServerUnderTest, start_server
 
 from turret.clients.client import TurretClient
-from turret.clients.evaluation.evaluate import EvalOptions, evaluate
-from turret.clients.evaluation.rows import read_eval_set
-from turret.clients.messages.mix import AdapterWeight
+from turret.clients.evaluate import EvalOptions, evaluate
+from turret.clients.requests import AdapterWeight
+from turret.clients.rows import read_eval_set
 from turret.server.adapters.component import component_refs
 
 EXAMPLES = ROOT / "examples"

@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 from checkout import ROOT
 from servers.loaded_examples import examples_loaded
+from servers.probe import free_port
 from servers.server_under_test import ServerUnderTest, start_server
 
 from turret.clients.client import TurretClient
@@ -183,11 +183,6 @@ def test_the_classifier_of_the_page_can_be_made_and_labels_text(tmp_path: Path) 
         )
     assert done.returncode == 0, done.stderr
     assert {"shipping", "billing"} <= set(re.findall(r"[a-z]+", done.stdout))
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 def tutorial_blocks(language: str, port: int, http_port: int) -> list[str]:

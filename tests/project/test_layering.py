@@ -15,7 +15,7 @@ FORBIDDEN = {
     ("kernels/rows/elementwise.py", "from turret.server import errors"): "packages",
     ("server/engine/engine.py", "from turret.server.rpc import interceptor"): "server",
     (
-        "server/adapters/lowering/lowered.py",
+        "server/adapters/lowering.py",
         "from turret.server.adapters import registry",
     ): "adapters",
     ("fleet/follower.py", "from turret.fleet import replica"): "fleet",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,58 +12,57 @@ import torch
 from builders.adapters import base_of, linear_modules, lower_adapter, tiny_llama
 from builders.methods import make_config, save_adapter
 from checkout import ROOT
-from pages import adapters_page, operations_page, security_page
+from pages import operations
 from pages.adapter_costs import cost_rows
-from pages.parts import with_parts
-from pages.rates_page import PAGES
+from pages.generated import PAGES, with_part
 from peft import PeftType
 from safetensors.torch import load_file, save_file
 
 from turret.server import errors
 from turret.server.adapters.checkpoint import adapter_root
-from turret.server.adapters.methods.structured.loha import highest_rank
-from turret.server.api import limits
+from turret.server.adapters.methods.loha import highest_rank
+from turret.server.api import checkpoints, futures, limits
+from turret.server.api import tenants as sessions
 from turret.server.api.admin import MAX_UPLOADS
-from turret.server.api.tenants import checkpoints, futures
-from turret.server.api.tenants import tenants as sessions
 from turret.server.api.uploads import IDLE_SECONDS, MAX_CHUNK_BYTES, UPLOAD_FILES
 from turret.server.api.violations import MAX_VIOLATIONS
-from turret.server.http.tinker import wire
-from turret.server.http.tinker.routes import routes
+from turret.server.http.tinker import ROUTES, wire
 from turret.server.metrics import MAX_ADAPTER_LABELS
+from turret.training.errors import DataError
+from turret.training.examples import read_examples
 from turret.v1 import adapters_pb2
 
-LIFECYCLE = ROOT / "docs" / "lifecycle.md"
-GENERATED: dict[Path, Callable[[str], str]] = {
-    **{page.PAGE: page.rendered for page in (adapters_page, operations_page, security_page)},
-    **{path: partial(with_parts, parts=parts) for path, parts in PAGES.items()},
-}
+ADAPTERS, LIFECYCLE, OPERATIONS, SECURITY, TENANTS = (
+    (ROOT / "docs" / f"{name}.md").read_text()
+    for name in ("adapters", "lifecycle", "operations", "security", "tenants")
+)
+# It writes an adapter of every method.
+LONG = ("docs/adapters.md", "costs")
 
 
-@pytest.mark.parametrize("path", GENERATED, ids=lambda path: path.name)
-def test_generated_parts_match_the_code(path: Path) -> None:
-    page = path.read_text()
-    assert page == GENERATED[path](page), "run `make pages`"
-
-
-@pytest.mark.long
-def test_the_costs_match_the_operators() -> None:
-    page = adapters_page.PAGE.read_text()
-    assert page == adapters_page.rendered(page, adapters_page.COSTS), "run `make pages`"
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        pytest.param(path, name, marks=pytest.mark.long if (path, name) == LONG else ())
+        for path, parts in PAGES.items()
+        for name in parts
+    ],
+)
+def test_a_generated_part_matches_the_code(path: str, name: str) -> None:
+    page = (ROOT / path).read_text(encoding="utf-8")
+    assert page == with_part(page, name, PAGES[path][name]()), "run `make pages`"
 
 
 def test_some_costs_match_the_operators() -> None:
     """Checks the cheapest method of each operator."""
     names = ("lora", "loha", "lokr", "c3a", "oft", "road", "ia3", "glora", "supertuning", "osf")
-    lines = set(adapters_page.PAGE.read_text().splitlines())
+    lines = set(ADAPTERS.splitlines())
     for name, row in cost_rows(names).items():
         assert row in lines, (name, "run `make pages`")
 
 
 def test_the_loha_bounds_on_the_page_are_correct() -> None:
-    assert "width 576 up to rank 16, of width 4096 up to rank 45" in " ".join(
-        adapters_page.PAGE.read_text().split()
-    )
+    assert "width 576 up to rank 16, of width 4096 up to rank 45" in " ".join(ADAPTERS.split())
     assert (highest_rank(576, 576), highest_rank(4096, 4096)) == (16, 45)
 
 
@@ -114,20 +112,18 @@ def test_the_converter_on_the_page_preserves_the_adapters_function(
 
 
 def test_every_type_of_peft_is_on_the_page() -> None:
-    page = adapters_page.PAGE.read_text()
-    assert [kind for kind in PeftType if f"| `{kind.value}` | " not in page] == []
+    assert [kind for kind in PeftType if f"| `{kind.value}` | " not in ADAPTERS] == []
 
 
 def test_every_error_that_is_raised_is_explained() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
     kinds = [kind for kind in kinds if issubclass(kind, errors.TurretError)]
     leaves = [kind for kind in kinds if not kind.__subclasses__()]
-    assert {kind.__name__ for kind in leaves} <= operations_page.meanings().keys()
+    assert {kind.__name__ for kind in leaves} <= operations.meanings().keys()
 
 
 def test_the_numbers_on_the_page_are_correct() -> None:
-    pages = (operations_page.PAGE, LIFECYCLE, security_page.PAGE)
-    page = " ".join(" ".join(path.read_text() for path in pages).split())
+    page = " ".join(f"{OPERATIONS} {LIFECYCLE} {SECURITY}".split())
     assert (MAX_UPLOADS, IDLE_SECONDS) == (8, 60.0)
     assert "may pause for one minute" in page
     assert "At most 8 uploads" in page
@@ -136,13 +132,13 @@ def test_the_numbers_on_the_page_are_correct() -> None:
 
 def test_the_calls_on_the_page_exist() -> None:
     service = adapters_pb2.DESCRIPTOR.services_by_name["Adapters"]
-    named = set(re.findall(r"`(\w+Adapters?)`", LIFECYCLE.read_text()))
+    named = set(re.findall(r"`(\w+Adapters?)`", LIFECYCLE))
     assert len(named) >= 7
     assert named <= set(service.methods_by_name)
 
 
 def test_every_test_that_the_page_names_exists() -> None:
-    named = set(re.findall(r"`(tests/[\w/.]+)(?:::(\w+))?`", security_page.PAGE.read_text()))
+    named = set(re.findall(r"`(tests/[\w/.]+)(?:::(\w+))?`", SECURITY))
     assert len(named) > 40
     for path, test in named:
         assert (ROOT / path).exists(), path
@@ -154,7 +150,7 @@ def test_limits_that_are_written_twice_are_equal() -> None:
     assert adapter_root.MAX_PATH_CHARS == limits.MAX_PATH_CHARS
     assert len(UPLOAD_FILES) == limits.MAX_UPLOAD_FILES
     assert MAX_CHUNK_BYTES == 1 << 20
-    assert f"lists at most {MAX_VIOLATIONS} violations" in security_page.PAGE.read_text()
+    assert f"lists at most {MAX_VIOLATIONS} violations" in SECURITY
 
 
 @pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
@@ -169,21 +165,28 @@ def test_the_files_it_names_exist(page: str) -> None:
     assert {name for name in named if not (ROOT / name).exists()} == set()
 
 
-PAGE = (ROOT / "docs" / "tenants.md").read_text()
-
-
 def test_every_call_is_listed() -> None:
-    state: Any = None
-    for route in routes(state):
-        assert f"`{route.method} {route.path}`" in PAGE, route.path
+    for route in ROUTES:
+        assert f"`{route.method} {route.path}`" in TENANTS, route.path
 
 
 def test_the_limits_match_the_code() -> None:
-    assert f"{sessions.MAX_SESSIONS} sessions" in PAGE
-    assert f"{sessions.MAX_MODELS} models" in PAGE
-    assert f"{sessions.MAX_SAMPLERS} samplers" in PAGE
-    assert f"{checkpoints.MAX_CHECKPOINTS} checkpoints" in PAGE
-    assert f"{futures.MAX_FUTURES:,} results" in PAGE
+    assert f"{sessions.MAX_SESSIONS} sessions" in TENANTS
+    assert f"{sessions.MAX_MODELS} models" in TENANTS
+    assert f"{sessions.MAX_SAMPLERS} samplers" in TENANTS
+    assert f"{checkpoints.MAX_CHECKPOINTS} checkpoints" in TENANTS
+    assert f"{futures.MAX_FUTURES:,} results" in TENANTS
     assert (sessions.SESSION_SECONDS, futures.RESULT_SECONDS) == (300.0, 600.0)
     for loss in wire.LOSSES:
-        assert f"`{loss}`" in PAGE
+        assert f"`{loss}`" in TENANTS
+
+
+def test_the_error_on_the_page_is_about_that_line_and_field(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^error: /data/(train\.jsonl:7: \S+: )", page, re.MULTILINE)
+    roles = [{"role": role, "content": "a"} for role in ("user", "assistant", "tool")]
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n" * 6 + json.dumps({"messages": roles}), encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        read_examples(path)
+    assert str(caught.value).startswith(f"{tmp_path}/{shown}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from string import Formatter
 
 from checkout import ROOT
-from pages.sentences_page import PAGE, catalogues, rendered
+from pages.sentences import PAGE, catalogues, rendered
 
 from turret.server import errors
 from turret.server.words import say
@@ -93,8 +93,9 @@ def test_every_error_text_comes_from_the_catalogue() -> None:
     """The test covers the packages whose errors all come from the catalogue."""
     kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type)}
     free = []
+    server = ROOT / "server"
     for package in PACKAGES:
-        for path in (ROOT / "server" / package).rglob("*.py"):
+        for path in (*server.glob(f"{package}.py"), *(server / package).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text())):
                 match node:
                     case ast.Call(func=ast.Name(id=name), args=[text, *_]) if name in kinds:

@@ -9,7 +9,7 @@ import pytest
 from google.protobuf import duration_pb2
 from servers.rpc_harness import Harness, failure_of
 
-from turret.server.api import admin_messages
+from turret.server.api import admin
 from turret.v1 import adapters_pb2 as pb
 
 Load = pb.LoadAdapterRequest
@@ -179,12 +179,12 @@ async def test_a_page_ends_before_it_is_too_large(
 ) -> None:
     names = _fill(server)
     (one,) = (await server.adapters.ListAdapters(List(page_size=1))).adapters
-    monkeypatch.setattr(admin_messages, "MAX_PAGE_BYTES", 3 * one.ByteSize() + 1)
+    monkeypatch.setattr(admin, "MAX_PAGE_BYTES", 3 * one.ByteSize() + 1)
     pages = await _pages(server)
     assert [name for page in pages for name in page] == names
     assert [len(page) for page in pages[:2]] == [3, 3]
     # An entry that exceeds the limit is alone on its page.
-    monkeypatch.setattr(admin_messages, "MAX_PAGE_BYTES", 1)
+    monkeypatch.setattr(admin, "MAX_PAGE_BYTES", 1)
     assert await _pages(server) == [[name] for name in names]
 
 

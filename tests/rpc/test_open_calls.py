@@ -7,7 +7,7 @@ import contextlib
 import gc
 import resource
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -17,15 +17,14 @@ from grpc import StatusCode as Code
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from servers import raw_grpc
 from servers.http_harness import http_harness
-from servers.rpc_harness import Harness, bearer, failure_of, harness, silent, tokens_of
+from servers.rpc_harness import Harness, bearer, eventually, failure_of, harness, silent, tokens_of
 
+from turret.server import rpc
 from turret.server.api import access
 from turret.server.api.access import MOST_CONNECTIONS, Shares, most_connections
 from turret.server.api.admin import SlowCalls
 from turret.server.errors import QueueFullError
 from turret.server.http import connection
-from turret.server.rpc import interceptor
-from turret.server.rpc import server as rpc_server
 from turret.v1 import inference_pb2
 
 MOST = 4
@@ -37,6 +36,18 @@ def guarded() -> AbstractAsyncContextManager[Harness]:
 
 async def get_model(server: Harness, token: str) -> None:
     await server.inference.GetModel(inference_pb2.GetModelRequest(), metadata=bearer(token))
+
+
+async def is_answered(call: Awaitable[object]) -> bool:
+    try:
+        await call
+    except grpc.aio.AioRpcError:
+        return False
+    return True
+
+
+async def is_idle(slow: SlowCalls) -> bool:
+    return slow._num_running == 0
 
 
 @contextlib.asynccontextmanager
@@ -73,16 +84,16 @@ async def test_connections_beyond_the_bound_are_closed(start: Any) -> None:
         assert sorted(kept) == [False] * 3 + [True] * MOST
         for _, writer in opened:
             writer.close()
+
         # Places are freed: more connections than the limit succeed one after the other.
+        async def is_accepted() -> bool:
+            reader, writer = await asyncio.open_connection(host, int(port))
+            found = await is_kept(reader)
+            writer.close()
+            return found
+
         for _ in range(MOST + 1):
-            found = False
-            for _ in range(100):
-                reader, writer = await asyncio.open_connection(host, int(port))
-                found = await is_kept(reader)
-                writer.close()
-                if found:
-                    break
-            assert found
+            await eventually(is_accepted)
 
 
 def test_all_protocols_together_leave_descriptors_for_files(
@@ -126,7 +137,7 @@ async def test_a_listener_counts_its_open_connections() -> None:
 async def test_a_call_without_its_message_is_timed_out(
     monkeypatch: pytest.MonkeyPatch, method: str, server: Harness
 ) -> None:
-    monkeypatch.setattr(interceptor, "MESSAGE_SECONDS", 0.2)
+    monkeypatch.setattr(rpc, "MESSAGE_SECONDS", 0.2)
 
     failure = await failure_of(server.channel.stream_unary(method)(silent()))
     assert failure.code is Code.DEADLINE_EXCEEDED
@@ -152,8 +163,8 @@ async def test_messages_that_never_end_take_a_bounded_amount_of_memory(
     monkeypatch: pytest.MonkeyPatch, method: str, token: str | None
 ) -> None:
     """The parts of 100 messages of 1 MiB, of which at most four arrive at the same time."""
-    monkeypatch.setattr(interceptor, "MOST_ARRIVING", 5)
-    monkeypatch.setattr(interceptor, "MOST_ARRIVING_OPEN", 5)
+    monkeypatch.setattr(rpc, "MOST_ARRIVING", 5)
+    monkeypatch.setattr(rpc, "MOST_ARRIVING_OPEN", 5)
     headers = () if token is None else bearer(token)
     async with guarded() as server:
         address = server.rpc.address
@@ -167,7 +178,7 @@ async def test_messages_that_never_end_take_a_bounded_amount_of_memory(
 async def test_messages_wait_only_for_those_of_the_same_token(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(interceptor, "MOST_ARRIVING", 4)
+    monkeypatch.setattr(rpc, "MOST_ARRIVING", 4)
 
     async with guarded() as server:
         method = server.channel.stream_unary("/turret.v1.Inference/Tokenize")
@@ -188,7 +199,7 @@ async def test_messages_wait_only_for_those_of_the_same_token(
 async def test_calls_that_need_no_token_are_limited(
     monkeypatch: pytest.MonkeyPatch, server: Harness
 ) -> None:
-    monkeypatch.setattr(interceptor, "MOST_OPEN_CALLS", 2)
+    monkeypatch.setattr(rpc, "MOST_OPEN_CALLS", 2)
     stub: Any = health_pb2_grpc.HealthStub(server.channel)  # type: ignore[arg-type]
     watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(2)]
     for watch in watches:
@@ -199,32 +210,24 @@ async def test_calls_that_need_no_token_are_limited(
     # Other services have separate limits.
     await server.inference.GetModel(inference_pb2.GetModelRequest())
     watches[0].cancel()
-    for _ in range(100):
-        try:
-            await stub.Check(health_pb2.HealthCheckRequest())
-            break
-        except grpc.aio.AioRpcError:
-            await asyncio.sleep(0.05)
-    else:
-        pytest.fail("a call that ended is counted still")
+    await eventually(lambda: is_answered(stub.Check(health_pb2.HealthCheckRequest())))
     watches[1].cancel()
 
 
 async def test_calls_of_one_token_do_not_block_other_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(interceptor, "MOST_CALLS_PER_TOKEN", 2)
-    monkeypatch.setattr(interceptor, "MOST_OPEN_CALLS", 2)
+    monkeypatch.setattr(rpc, "MOST_CALLS_PER_TOKEN", 2)
+    monkeypatch.setattr(rpc, "MOST_OPEN_CALLS", 2)
 
     async with guarded() as server:
         method = server.channel.stream_unary("/turret.v1.Inference/Tokenize")
         open_calls = [method(silent(), metadata=bearer("alice")) for _ in range(2)]
-        for _ in range(100):
-            await asyncio.sleep(0.02)
-            with contextlib.suppress(grpc.aio.AioRpcError):
-                await get_model(server, "alice")
-                continue
-            break
+
+        async def is_full() -> bool:
+            return not await is_answered(get_model(server, "alice"))
+
+        await eventually(is_full)
         failure = await failure_of(get_model(server, "alice"))
         assert failure.code is Code.RESOURCE_EXHAUSTED
         await get_model(server, "bob")
@@ -232,27 +235,21 @@ async def test_calls_of_one_token_do_not_block_other_tokens(
         await health.Check(health_pb2.HealthCheckRequest())
         for call in open_calls:
             call.cancel()
-        for _ in range(100):
-            with contextlib.suppress(grpc.aio.AioRpcError):
-                await get_model(server, "alice")
-                break
-            await asyncio.sleep(0.02)
-        else:
-            pytest.fail("calls that ended are counted still")
+        await eventually(lambda: is_answered(get_model(server, "alice")))
 
 
 async def test_calls_reset_at_once_delay_others_by_a_bounded_number(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Calls of other connections wait until the server has taken those that came before."""
-    most, sent, taken = interceptor.MOST_CALLS_PER_CONNECTION, 8192, list[str]()
-    authorize = interceptor.authorize
+    most, sent, taken = rpc.MOST_CALLS_PER_CONNECTION, 8192, list[str]()
+    authorize = rpc.authorize
 
     def noted(tokens: Any, service: str, authorization: Any) -> None:
         taken.append(authorization)
         authorize(tokens, service, authorization)
 
-    monkeypatch.setattr(interceptor, "authorize", noted)
+    monkeypatch.setattr(rpc, "authorize", noted)
     async with guarded() as server:
         # gRPC reads the frames on threads of its own while this call blocks the event loop, so the
         # server takes no call meanwhile.
@@ -272,8 +269,8 @@ async def test_calls_reset_at_once_delay_others_by_a_bounded_number(
 async def test_a_connection_without_calls_is_closed(
     monkeypatch: pytest.MonkeyPatch, server: Harness
 ) -> None:
-    options = {**dict(rpc_server._OPTIONS), "grpc.max_connection_idle_ms": 100}
-    monkeypatch.setattr(rpc_server, "_OPTIONS", tuple(options.items()))
+    options = {**dict(rpc._OPTIONS), "grpc.max_connection_idle_ms": 100}
+    monkeypatch.setattr(rpc, "_OPTIONS", tuple(options.items()))
     await asyncio.to_thread(raw_grpc.wait_until_closed, server.rpc.address, 60.0)
 
 
@@ -293,11 +290,7 @@ async def test_nothing_is_logged_if_a_call_fails_after_its_caller_has_gone(
     await asyncio.wait([waiting])
     del waiting
     go.set()
-    for _ in range(1000):
-        if not slow._num_running:
-            break
-        await asyncio.sleep(0.01)
-    assert not slow._num_running
+    await eventually(lambda: is_idle(slow))
     # asyncio logs a failure that nobody has seen when its task is freed.
     gc.collect()
     assert not caplog.records
@@ -328,9 +321,6 @@ async def test_a_call_is_refused_if_it_cannot_wait_for_its_turn() -> None:
         await slow.run_now(go.wait)
     go.set()
     assert await waiting[1]
-    for _ in range(500):
-        if slow._num_running == 0:
-            break
-        await asyncio.sleep(0.01)
+    await eventually(lambda: is_idle(slow))
     assert await slow.run_now(lambda: 5) == 5
     slow.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.metadata
 import inspect
 import logging
@@ -15,13 +14,14 @@ import pytest
 from checkout import ROOT
 from google.rpc import error_details_pb2
 from servers.fakes import failing
-from servers.rpc_harness import Harness, failure_of
+from servers.rpc_harness import Harness, eventually, failure_of
 
 from turret.server import errors
 from turret.server.adapters.checkpoint.adapter_checkpoint import Findings
 from turret.server.api.call import fault_of
 from turret.server.basics.codes import Code
-from turret.server.rpc.interceptor import to_rich_status
+from turret.server.log import LineFormatter
+from turret.server.rpc import to_rich_status
 from turret.server.words import say
 from turret.v1 import adapters_pb2, inference_pb2
 
@@ -108,14 +108,17 @@ async def test_a_call_that_ends_while_its_answer_is_written_is_no_internal_error
     caplog: pytest.LogCaptureFixture, server: Harness
 ) -> None:
     server.engine.script = failing(grpc.aio.InternalError("no longer open"))
-    call = server.inference.Generate(PROMPT)
-    for _ in range(1000):
-        if server.sample("turret_requests_total", adapter="base", code="CANCELLED"):
-            break
-        await asyncio.sleep(0.01)
-    assert server.sample("turret_requests_total", adapter="base", code="CANCELLED") == 1
+    with caplog.at_level(logging.INFO, "turret"):
+        call = server.inference.Generate(PROMPT)
+
+        async def is_counted() -> bool:
+            return server.sample("turret_requests_total", adapter="base", code="CANCELLED") == 1
+
+        await eventually(is_counted)
     call.cancel()
     assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
+    (record,) = [r for r in caplog.records if r.message == "call ended by gRPC"]
+    assert "no longer open" in LineFormatter().format(record)
 
 
 async def test_an_error_of_any_size_fits_the_headers_a_client_accepts(server: Harness) -> None:

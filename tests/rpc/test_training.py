@@ -9,29 +9,26 @@ from pathlib import Path
 from typing import Any, cast
 
 import grpc
-import httpx2
 import numpy as np
 import pytest
 from method_oracle import prompt_of, twin
 from psutil import Process
 from servers.engine_harness import EngineHarness
 from servers.fakes import MODEL_INFO
-from servers.http_harness import NO_AUTHORITIES
+from servers.http_harness import http_harness
 from servers.rpc_harness import Harness, bearer, failure_of, harness
 from servers.table_training import TableTraining
 from servers.tinker_tenant import Tenant, pass_of
 
+from turret.clients import requests
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.client import TurretClient
 from turret.clients.errors import InvalidArgumentError, NotFoundError
-from turret.clients.messages import sequences
-from turret.clients.messages.sequences import TrainingDatum
+from turret.clients.requests import TrainingDatum
+from turret.server.api import futures
+from turret.server.api import tenants as sessions
 from turret.server.api import training as service
 from turret.server.api.access import TokenTable
-from turret.server.api.tenants import futures
-from turret.server.api.tenants import tenants as sessions
-from turret.server.config import ListenConfig, SecurityConfig
-from turret.server.http.server import HttpServer
 from turret.v1 import inference_pb2, tinker_pb2
 from turret.v1 import training_pb2 as pb
 
@@ -63,7 +60,7 @@ def called(token: str) -> dict[str, Any]:
 @contextlib.asynccontextmanager
 async def serving(folder: Path, **options: Any) -> AsyncIterator[tuple[Harness, TableTraining]]:
     tables = TableTraining(MODEL_INFO.vocab_size)
-    async with harness(training=tables, training_dir=folder, **options) as server:
+    async with harness(trainer=tables, training=folder, **options) as server:
         yield server, tables
 
 
@@ -326,19 +323,11 @@ async def test_both_protocols_give_the_same_bits_and_share_checkpoints(tmp_path:
     folder, state = twin("llama", torch.bfloat16).folder, tmp_path / "state"
     async with (
         EngineHarness.start(folder, dtype="bfloat16", state_dir=state, training=True) as engine,
-        harness(backend=engine.backend, training_dir=state / "training") as server,
+        harness(backend=engine.backend, training=state / "training") as server,
+        http_harness(fakes=server, serving=False) as http,
     ):
-        http = HttpServer(
-            ListenConfig(http_address="127.0.0.1:0"), SecurityConfig(), server.services
-        )
-        await http.start()
-        try:
-            async with httpx2.AsyncClient(
-                base_url=f"http://{http.address}", timeout=60, verify=NO_AUTHORITIES
-            ) as client:
-                await _compare(server, Tenant(client, {}))
-        finally:
-            await http.stop(0.2)
+        http.client.timeout = 60
+        await _compare(server, Tenant(http.client, {}))
 
 
 async def _compare(server: Harness, tinker: Tenant) -> None:
@@ -355,13 +344,12 @@ async def _compare(server: Harness, tinker: Tenant) -> None:
         assert np.array(result.logprobs, "<f4").tobytes() == fields["logprobs"].data
         assert np.array(result.losses, "<f4").tobytes() == fields["elementwise_loss"].data
         body = {"model_id": other, "seq_id": number + 1, "adam_params": adam}
-        metrics = (await tinker.result(await tinker.ask("/optim_step", body)))["metrics"]
+        metrics = (await tinker.done("/optim_step", body))["metrics"]
         assert (await stub.OptimStep(step(model))).grad_norm == metrics["grad_norm"]
     tenants = server.services.tenants
     assert tenants is not None
     saved = await stub.SaveCheckpoint(pb.SaveCheckpointRequest(model_id=model.model_id, name="a"))
-    body = {"model_id": other, "seq_id": 5, "path": "b"}
-    path = (await tinker.result(await tinker.ask("/save_weights", body)))["path"]
+    path = (await tinker.save(other, 5, "b"))["path"]
     files = [
         (tenants.checkpoints.folder(tenants.checkpoints.find("", each)) / name).read_bytes()
         for each in (saved.path, path)
@@ -373,7 +361,7 @@ async def _compare(server: Harness, tinker: Tenant) -> None:
         pb.LoadCheckpointRequest(model_id=model.model_id, path=path, optimizer=True)
     )
     load = {"model_id": other, "seq_id": 6, "path": saved.path, "optimizer": True}
-    assert (await tinker.result(await tinker.ask("/load_weights", load)))["path"] == saved.path
+    assert (await tinker.done("/load_weights", load))["path"] == saved.path
     assert (
         await failure_of(stub.OptimStep(pb.OptimStepRequest(model_id=other)))
     ).code is Code.NOT_FOUND
@@ -392,7 +380,7 @@ async def _compare(server: Harness, tinker: Tenant) -> None:
 
 
 async def test_the_python_clients_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sequences, "_MOST_TOKENS", 5)
+    monkeypatch.setattr(requests, "_MOST_TOKENS", 5)
     monkeypatch.setattr(service, "_PIECE_BYTES", 100)
     data = [TrainingDatum([1, 2, 3], [2, 3, 1]), TrainingDatum([4, 5], [5, 4], weights=[0.5, 1.0])]
     async with serving(tmp_path) as (server, tables):

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from builders.adapters import edit_config
 from builders.registries import Registries
 from servers.rpc_harness import Harness, bearer, failure_of, harness, tokens_of
 
-from turret.clients.messages.adapter_files import ExportWriter, upload_messages
+from turret.clients.adapter_files import ExportWriter, upload_messages
+from turret.server.adapters.registry import AdapterExport
 from turret.server.adapters.state_dir import StateDir
 from turret.server.api import admin, uploads
 from turret.server.api.access import Shares
@@ -31,12 +32,18 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[Harness]:
-    registries = Registries(tmp_path)
-    registry = registries(2.5, state=StateDir(tmp_path / "state", 1 << 20))
+def made(tmp_path: Path) -> Iterator[Registries]:
+    """Makes registries, which are closed after the test's server."""
+    made = Registries(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+async def server(made: Registries, tmp_path: Path) -> AsyncIterator[Harness]:
+    registry = made(2.5, state=StateDir(tmp_path / "state", 1 << 20))
     async with harness(registry=registry) as running:
         yield running
-    registries.close()
 
 
 def leftovers(tmp_path: Path) -> list[Path]:
@@ -110,9 +117,10 @@ async def test_text_that_cannot_be_encoded_registers_nothing(
     await until(lambda: not leftovers(tmp_path))
 
 
-async def test_a_restored_adapter_with_such_text_is_listed(tmp_path: Path) -> None:
-    registries = Registries(tmp_path)
-    first = registries(state=StateDir(tmp_path / "state", 1 << 20), load="ab")
+async def test_a_restored_adapter_with_such_text_is_listed(
+    made: Registries, tmp_path: Path
+) -> None:
+    first = made(state=StateDir(tmp_path / "state", 1 << 20), load="ab")
     first.close()
     path = tmp_path / "state" / "adapters" / "a.json"
     saved = json.loads(path.read_text())
@@ -123,13 +131,12 @@ async def test_a_restored_adapter_with_such_text_is_listed(tmp_path: Path) -> No
         "target_modules": ["q\ud801"],
     }
     path.write_text(json.dumps(saved))
-    registry = registries(state=StateDir(tmp_path / "state", 1 << 20))
+    registry = made(state=StateDir(tmp_path / "state", 1 << 20))
     registry.restore()
     async with harness(registry=registry) as server:
         listed = await server.adapters.ListAdapters(pb.ListAdaptersRequest())
         got = await server.adapters.GetAdapter(pb.GetAdapterRequest(name="a"))
         await server.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="a"))
-    registries.close()
     bad, good = listed.adapters
     assert got == bad
     assert (bad.base_model, bad.method, list(bad.warnings)) == ("x?", "?", ["made for ?"])
@@ -313,9 +320,8 @@ async def test_concurrent_uploads_are_limited(
     assert (await upload(server, tmp_path / "root" / "b")).name == "up"
 
 
-async def test_one_token_cannot_take_every_upload_slot(tmp_path: Path) -> None:
-    registries = Registries(tmp_path)
-    registry = registries(99, state=StateDir(tmp_path / "state", 1 << 20))
+async def test_one_token_cannot_take_every_upload_slot(made: Registries, tmp_path: Path) -> None:
+    registry = made(99, state=StateDir(tmp_path / "state", 1 << 20))
     finish = asyncio.Event()
 
     def upload_as(token: str, name: str, *, waits: bool) -> Any:
@@ -341,15 +347,13 @@ async def test_one_token_cannot_take_every_upload_slot(tmp_path: Path) -> None:
         finish.set()
         assert {(await call).name for call in calls} == {f"a{number}" for number in range(count)}
         assert (await upload_as("alice", "more", waits=False)).name == "more"
-    registries.close()
 
 
 @pytest.mark.parametrize("path", ["hub:acme/a", "oci://host/a", "a"])
 async def test_slow_loads_of_one_token_do_not_delay_another_token(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+    made: Registries, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    registries = Registries(tmp_path)
-    registry, go, begun = registries(99), threading.Event(), list[str]()
+    registry, go, begun = made(99), threading.Event(), list[str]()
     load = registry.load
 
     def slow(name: str, path: str, **options: Any) -> Any:
@@ -377,22 +381,17 @@ async def test_slow_loads_of_one_token_do_not_delay_another_token(
         assert len(begun) == most + 2
         go.set()
         await asyncio.gather(*calls.values())
-    registries.close()
 
 
-async def test_uploads_need_a_state_directory(tmp_path: Path) -> None:
-    registries = Registries(tmp_path)
-    async with harness(registry=registries()) as server:
+async def test_uploads_need_a_state_directory(made: Registries, tmp_path: Path) -> None:
+    async with harness(registry=made()) as server:
         failure = await failure_of(upload(server, tmp_path / "root" / "a"))
-    registries.close()
     assert (failure.code, failure.reason) == (Code.FAILED_PRECONDITION, "STATE_DIR_REQUIRED")
 
 
 async def test_exports_are_limited_because_they_hold_open_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Registries, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from turret.server.adapters.registry.export import AdapterExport
-
     finish, chunks = threading.Event(), AdapterExport.chunks
 
     def slow(self: AdapterExport) -> Any:
@@ -401,14 +400,13 @@ async def test_exports_are_limited_because_they_hold_open_files(
 
     monkeypatch.setattr(AdapterExport, "chunks", slow)
     monkeypatch.setattr(admin, "MAX_EXPORTS", 4)
-    registries = Registries(tmp_path)
 
     def export_as(token: str) -> Any:
-        metadata = (("authorization", f"Bearer {token}"),)
-        return server.adapters.ExportAdapter(pb.ExportAdapterRequest(name="a"), metadata=metadata)
+        asked = pb.ExportAdapterRequest(name="a")
+        return server.adapters.ExportAdapter(asked, metadata=bearer(token))
 
     async with harness(
-        registry=registries(2.5), tokens=TOKENS, shares=Shares(separates_tokens=True)
+        registry=made(2.5), tokens=TOKENS, shares=Shares(separates_tokens=True)
     ) as server:
         server.registry.load("a", "a")
         calls = [aiter(export_as(token)) for token in ("alice", "alice", "alice", "bob")]
@@ -422,14 +420,11 @@ async def test_exports_are_limited_because_they_hold_open_files(
         for call in calls:
             assert {part.WhichOneof("part") async for part in call} == {"chunk"}
         assert (await export_as("alice").read()).WhichOneof("part") == "header"
-    registries.close()
 
 
 async def test_an_abandoned_export_closes_its_files(
     server: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from turret.server.adapters.registry.export import AdapterExport
-
     closed = asyncio.Event()
     loop = asyncio.get_running_loop()
     close = AdapterExport.close
@@ -439,7 +434,7 @@ async def test_an_abandoned_export_closes_its_files(
         loop.call_soon_threadsafe(closed.set)
 
     monkeypatch.setattr(AdapterExport, "close", note)
-    monkeypatch.setattr("turret.server.adapters.registry.export.CHUNK_BYTES", 16)
+    monkeypatch.setattr("turret.server.adapters.registry.CHUNK_BYTES", 16)
     await server.adapters.LoadAdapter(pb.LoadAdapterRequest(name="a", path="a"))
     call = server.adapters.ExportAdapter(pb.ExportAdapterRequest(name="a"))
     assert (await call.read()).WhichOneof("part") == "header"

@@ -29,7 +29,8 @@ import pytest
 from builders.random_adapters import AdapterSpec, arch_of, write_adapter
 from checkout import ROOT
 from method_oracle import twin
-from servers.app_parts import LISTEN, Parts, make_app
+from servers.app_parts import BOTH, LISTEN, Parts, connected, make_app
+from servers.fakes import finish
 from servers.probe import is_serving
 from servers.rpc_harness import failure_of, soon
 from servers.server_under_test import start_server as start_real_server
@@ -70,22 +71,30 @@ async def test_a_token_file_that_others_can_read_causes_one_warning(
     ]
 
 
+COMPLETIONS = "/v1/completions"
+BODY = {"model": "base", "prompt": "a"}
+
+
 async def test_the_server_listens_while_loading_and_serves_afterwards() -> None:
     parts = Parts()
     parts.may_finish.clear()
     adapters = AdapterConfig(adapter_root=Path("r"), preload=(("sql", "a"), ("json", "b")))
-    app = make_app(parts, adapters=adapters)
+    app = make_app(parts, adapters=adapters, listen=BOTH)
     running = asyncio.ensure_future(app.startup())
     await soon(parts.building)
-    assert app.rpc is not None
-    async with grpc.aio.insecure_channel(app.rpc.address) as channel:
+    async with connected(app) as (channel, client):
+        assert app.rpc is not None
         assert (await failure_of(model_call(channel))).code is grpc.StatusCode.UNAVAILABLE
         probe = await asyncio.to_thread(is_serving, app.rpc.address, "turret.v1.Inference")
         assert probe == (False, "NOT_SERVING")
+        answer = await client.get("/health")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "server_starting")
+        assert (await client.post(COMPLETIONS, json=BODY)).status_code == 503
         parts.may_finish.set()
         await running
         assert (await model_call(channel)).name == "fake"
         assert await asyncio.to_thread(is_serving, app.rpc.address) == (True, "SERVING")
+        assert (await client.get("/health")).status_code == 200
     assert list(parts.registry.records) == ["sql", "json"]
     app.stop()
     assert await app.main_loop() == 0
@@ -119,36 +128,49 @@ async def test_shutdown_refuses_new_calls_and_finishes_running_ones() -> None:
     async def slow(request: Request) -> AsyncIterator[Output]:
         yield Output(text="H", token_ids=(72,))
         await finishing.wait()
-        yield Output(text="i", token_ids=(105,))
+        yield Output(text="i", token_ids=(105,), finish=finish(request))
 
     parts.engine.script = slow
-    app = make_app(parts)
+    app = make_app(parts, listen=BOTH)
     seen: dict[str, Any] = {}
     await app.startup()
-    assert app.rpc is not None
-    async with grpc.aio.insecure_channel(app.rpc.address) as channel:
+    async with (
+        connected(app) as (channel, client),
+        client.stream("POST", COMPLETIONS, json=BODY | {"stream": True}) as stream,
+    ):
+        lines = stream.aiter_lines()
+        assert '"text":"H"' in await anext(lines)
         stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[arg-type]
         call = stub.GenerateStream(inference_pb2.GenerateRequest(prompt="a"))
         assert (await call.read()).text == "H"
 
         async def drain(grace_seconds: float) -> None:
-            """Like the engine, let the running request finish; check the server in the meantime."""
+            """Like the engine, let running requests finish; check the server in the meantime."""
             parts.engine.drained.append(grace_seconds)
             seen["probe"] = await asyncio.to_thread(is_serving, app.rpc.address)  # type: ignore[union-attr]
+            seen["health"] = (await client.get("/health")).status_code
             seen["refused"] = await failure_of(model_call(channel))
+            seen["answer"] = await client.post(COMPLETIONS, json=BODY)
             finishing.set()
 
         parts.engine.drain = drain  # type: ignore[method-assign]
         app.stop()
         assert await app.main_loop() == 0
-        await app.shutdown()
+        stopping = asyncio.ensure_future(app.shutdown())
         assert (await call.read()).text == "i"
         assert not await call.read()
         assert await call.code() is grpc.StatusCode.OK
+        rest = [line async for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert '"finish_reason":"stop"' in rest[-2]
+        await asyncio.wait_for(stopping, 20)
     assert parts.engine.drained == [7]
-    assert seen["probe"] == (False, "NOT_SERVING")
+    assert (seen["probe"], seen["health"]) == ((False, "NOT_SERVING"), 503)
     assert seen["refused"].code is grpc.StatusCode.UNAVAILABLE
     assert seen["refused"].reason == "UNAVAILABLE"
+    assert seen["answer"].status_code == 503
+    assert seen["answer"].json()["error"]["code"] == "unavailable"
+    assert seen["answer"].headers["retry-after"] == "1"
 
 
 async def test_health_reports_a_dead_engine_before_the_process_ends() -> None:

@@ -25,7 +25,7 @@ from gpu_path import FakeCapture
 from method_oracle import prompt_of, twin
 
 from turret.clients.aio import AdapterWeight, AsyncTurretClient
-from turret.clients.messages.results import Completion
+from turret.clients.results import Completion
 from turret.server.app import App
 from turret.server.build import build_backend
 from turret.server.config import (
@@ -36,7 +36,7 @@ from turret.server.config import (
     ModelConfig,
     SchedulerConfig,
 )
-from turret.server.engine.step.gpu import decode_graphs
+from turret.server.engine.step.gpu import executor
 
 pytestmark = pytest.mark.usefixtures("coarse_tiles")
 # Maximum difference of a logprob, relative if it is larger than 1: both paths sum in fp32, in
@@ -139,7 +139,7 @@ def captures() -> Iterator[FakeCapture]:
     capture = FakeCapture()
     with contextlib.ExitStack() as stack:
         if DEVICE == "cpu":
-            fake = patch.object(decode_graphs, "capture_for", lambda device: capture)
+            fake = patch.object(executor, "capture_for", lambda device: capture)
             stack.enter_context(fake)
         yield capture
 
@@ -184,7 +184,7 @@ async def test_loads_beside_captured_steps(
 ) -> None:
     """Adapters come and go while requests decode; no answer changes, and captures go on."""
     # Capture often, so that many captures meet loads.
-    monkeypatch.setattr(decode_graphs, "SIGHTS", 2)
+    monkeypatch.setattr(executor, "SIGHTS", 2)
     mixes = [[("lora", 1.0)], [("dora", 0.8)], [("ia3", 1.0)], []]
     loads, ends = 0, time.monotonic() + soak_seconds / 2
 

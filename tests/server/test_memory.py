@@ -19,7 +19,7 @@ from servers.rpc_harness import failure_of, harness, tokens_of
 from turret.server import cli
 from turret.server.api import access
 from turret.server.api.call import Call
-from turret.server.api.inference_answers import keep
+from turret.server.api.inference import keep
 from turret.server.basics.codes import Code
 from turret.server.config import MIB, SchedulerConfig
 from turret.server.engine.answer import AnswerMemory

@@ -26,9 +26,18 @@ from turret.server.metrics_server import MAX_CONNECTIONS, MAX_REQUEST_BYTES, Met
 from turret.v1 import adapters_pb2, inference_pb2
 
 
-def scrape(address: str) -> str:
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as response:
+def scrape(address: str, token: str | None = None) -> str:
+    request = urllib.request.Request(f"http://{address}/metrics")
+    if token is not None:
+        request.add_header("Authorization", f"Bearer {token}")
+    with urllib.request.urlopen(request, timeout=10) as response:
         return response.read().decode()
+
+
+def serving(
+    metrics: Metrics, address: str = "127.0.0.1:0", tokens: TokenTable | None = None, **ports: int
+) -> contextlib.closing[MetricsServer]:
+    return contextlib.closing(MetricsServer(metrics, address, tokens, **ports))
 
 
 def test_the_endpoint_exposes_what_was_counted() -> None:
@@ -45,14 +54,9 @@ def test_the_endpoint_exposes_what_was_counted() -> None:
     metrics.accepted_tokens.inc(3)
     for result, count in (("hit", 16), ("miss", 4)):
         metrics.prefix_tokens.labels(result).inc(count)
-    server = MetricsServer(metrics, "127.0.0.1:0")
-    try:
+    with serving(metrics) as server:
         families = text_string_to_metric_families(scrape(server.address))
-        values = {
-            (s.name, *sorted(s.labels.values())): s.value for f in families for s in f.samples
-        }
-    finally:
-        server.close()
+    values = {(s.name, *sorted(s.labels.values())): s.value for f in families for s in f.samples}
     assert values["turret_generated_tokens_total", "sql"] == 7
     assert values["turret_kv_blocks", "used"] == 4
     assert values["turret_kv_usage_ratio",] == 4 / 7
@@ -70,15 +74,13 @@ def test_two_servers_share_nothing_and_a_closed_endpoint_is_closed() -> None:
     first, second = Metrics(), Metrics()
     first.request_finished([], "OK")
     assert second.registry.get_sample_value("turret_requests_total") is None
-    server = MetricsServer(first, "127.0.0.1:0")
-    again = MetricsServer(second, "127.0.0.1:0")
-    threads = threading.active_count()
-    server.close()
-    assert threading.active_count() == threads - 1
-    with pytest.raises(urllib.error.URLError):
-        scrape(server.address)
-    assert "turret_step_tokens" in scrape(again.address)
-    again.close()
+    with serving(second) as again:
+        with serving(first) as server:
+            threads = threading.active_count()
+        assert threading.active_count() == threads - 1
+        with pytest.raises(urllib.error.URLError):
+            scrape(server.address)
+        assert "turret_step_tokens" in scrape(again.address)
 
 
 def _requests(metrics: Metrics) -> dict[str, float]:
@@ -374,14 +376,12 @@ GET = b"GET /metrics HTTP/1.1\r\n"
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[MetricsServer]:
     monkeypatch.setattr(metrics_server, "TIMEOUT_SECONDS", TIMEOUT_SECONDS)
-    endpoint = MetricsServer(Metrics(), "127.0.0.1:0")
-    yield endpoint
-    endpoint.close()
+    with serving(Metrics()) as started:
+        yield started
 
 
 def connect(endpoint: MetricsServer) -> socket.socket:
-    connected = socket.create_connection(split_address(endpoint.address), timeout=10)
-    return connected
+    return socket.create_connection(split_address(endpoint.address), timeout=10)
 
 
 def status_of(endpoint: MetricsServer, request: bytes) -> bytes:
@@ -393,20 +393,10 @@ def status_of(endpoint: MetricsServer, request: bytes) -> bytes:
 
 def read_all(client: socket.socket) -> bytes:
     received = b""
-    try:
+    with contextlib.suppress(ConnectionResetError):
         while data := client.recv(1 << 16):
             received += data
-    except ConnectionResetError:
-        pass
     return received
-
-
-def scraped_with(endpoint: MetricsServer, token: str | None = None) -> str:
-    request = urllib.request.Request(f"http://{endpoint.address}/metrics")
-    if token is not None:
-        request.add_header("Authorization", f"Bearer {token}")
-    with urllib.request.urlopen(request, timeout=10) as response:
-        return response.read().decode()
 
 
 def num_descriptors() -> int:
@@ -414,7 +404,7 @@ def num_descriptors() -> int:
 
 
 def test_unfinished_requests_are_limited_and_time_out(endpoint: MetricsServer) -> None:
-    scraped_with(endpoint)
+    scrape(endpoint.address)
     threads, descriptors = threading.active_count(), num_descriptors()
     clients = [connect(endpoint) for _ in range(3 * MAX_CONNECTIONS)]
     for client in clients:
@@ -427,7 +417,7 @@ def test_unfinished_requests_are_limited_and_time_out(endpoint: MetricsServer) -
     for client in clients:
         client.close()
     assert num_descriptors() <= descriptors
-    assert "turret_step_tokens" in scraped_with(endpoint)
+    assert "turret_step_tokens" in scrape(endpoint.address)
 
 
 @pytest.mark.parametrize(
@@ -451,12 +441,9 @@ def test_other_endpoints_accept_any_host_name(
     if tokens is not None:
         (tmp_path / "tokens").write_text(tokens)
         table = TokenTable.parse(tmp_path / "tokens")
-    server = MetricsServer(Metrics(), address, table)
-    try:
-        request = GET + b"Host: turret.svc\r\nAuthorization: Bearer t\r\n\r\n"
+    request = GET + b"Host: turret.svc\r\nAuthorization: Bearer t\r\n\r\n"
+    with serving(Metrics(), address, table) as server:
         assert status_of(server, request).split()[1] == b"200"
-    finally:
-        server.close()
 
 
 def test_the_number_of_open_connections_is_limited(endpoint: MetricsServer) -> None:
@@ -469,7 +456,7 @@ def test_the_number_of_open_connections_is_limited(endpoint: MetricsServer) -> N
     for client in waiting:
         client.close()
     time.sleep(0.2)
-    assert "turret_step_tokens" in scraped_with(endpoint)
+    assert "turret_step_tokens" in scrape(endpoint.address)
 
 
 def test_slow_writers_and_silent_readers_are_timed_out(
@@ -510,42 +497,32 @@ def test_requests_get_the_expected_status(
 
 def test_a_request_that_is_too_long_gets_no_answer(endpoint: MetricsServer) -> None:
     assert status_of(endpoint, GET + b"a: " + b"b" * (2 * MAX_REQUEST_BYTES)) == b""
-    assert "turret_step_tokens" in scraped_with(endpoint)
+    assert "turret_step_tokens" in scrape(endpoint.address)
 
 
 def test_a_configured_metrics_role_makes_the_endpoint_private() -> None:
     inference = ("a", frozenset({"inference"}))
-    open_to_all = MetricsServer(Metrics(), "127.0.0.1:0", TokenTable([inference]))
+    with serving(Metrics(), tokens=TokenTable([inference])) as open_to_all:
+        assert "turret_step_tokens" in scrape(open_to_all.address)
     tokens = TokenTable([inference, ("m", frozenset({"metrics"}))])
-    guarded = MetricsServer(Metrics(), "127.0.0.1:0", tokens)
-    try:
-        assert "turret_step_tokens" in scraped_with(open_to_all)
-        assert "turret_step_tokens" in scraped_with(guarded, "m")
+    with serving(Metrics(), tokens=tokens) as guarded:
+        assert "turret_step_tokens" in scrape(guarded.address, "m")
         for token, code in ((None, 401), ("guess", 401), ("a", 403)):
             with pytest.raises(urllib.error.HTTPError) as caught:
-                scraped_with(guarded, token)
+                scrape(guarded.address, token)
             assert caught.value.code == code
             caught.value.close()
-    finally:
-        open_to_all.close()
-        guarded.close()
 
 
 def test_servers_that_share_an_address_take_ports_that_follow_each_other() -> None:
-    first = MetricsServer(Metrics(), "127.0.0.1:0")
-    host, port = split_address(first.address)
-    try:
+    with serving(Metrics()) as first:
+        host, port = split_address(first.address)
         with pytest.raises(OSError, match="in use"):
             MetricsServer(Metrics(), first.address)
-        beside = MetricsServer(Metrics(), first.address, num_ports=8)
-        try:
+        with serving(Metrics(), first.address, num_ports=8) as beside:
             assert split_address(beside.address)[0] == host
             assert port < split_address(beside.address)[1] < port + 8
-            assert "turret_step_tokens" in scraped_with(beside)
-        finally:
-            beside.close()
-    finally:
-        first.close()
+            assert "turret_step_tokens" in scrape(beside.address)
 
 
 def test_metrics_that_others_can_read_cause_a_warning(caplog: pytest.LogCaptureFixture) -> None:

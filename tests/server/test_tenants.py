@@ -25,7 +25,7 @@ from servers.server_under_test import start_server
 
 from turret.clients.client import TurretClient
 from turret.server.adapters.adapter import TENSORS_FILE
-from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.registry import AdapterRegistry
 from turret.server.api.access import Party, Shares
 from turret.server.config import AdapterConfig, SchedulerConfig, SecurityConfig
 from turret.server.engine.speculation import Drafter

@@ -10,9 +10,8 @@ import pytest
 from simulation.parts import Clock
 from simulation.world import World
 
+from turret.server.adapters import leases, name_table, registry
 from turret.server.adapters.adapter import HostResult
-from turret.server.adapters.registry import name_table, registry
-from turret.server.adapters.residency import leases
 from turret.server.engine import loop
 from turret.server.engine.loop import EngineLoop
 from turret.server.engine.scheduling.scheduler import Drafts, Scheduler

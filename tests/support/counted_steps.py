@@ -31,8 +31,7 @@ from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.operators.vocabulary import VocabularyOperators, VocabularyRows
 from turret.server.engine.scheduling.request import Request, SamplingParams
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
-from turret.server.engine.step.gpu.decode_graphs import Outputs, StepBody
-from turret.server.engine.step.gpu.executor import GpuExecutor
+from turret.server.engine.step.gpu.executor import GpuExecutor, Outputs, StepBody
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.arch import Arch
 from turret.server.models.decoding.decoder import DecoderLayer

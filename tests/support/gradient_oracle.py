@@ -11,7 +11,7 @@ from builders.adapters import read_adapter
 from builders.methods import quiet
 from method_oracle import prompt_of, twin
 
-from turret.server.adapters.device.cpu.store import CpuStore
+from turret.server.adapters.device.cpu import CpuStore
 from turret.server.adapters.device.reference import ReferenceStore
 from turret.server.models.decoding.decoder import Decoder
 from turret.server.models.describe import describe_base, describe_projections
@@ -45,9 +45,9 @@ class Base:
 
     def learner(self, folder: Path) -> Learner:
         checkpoint = read_adapter(folder.parent, folder.name)
-        return Learner(
-            checkpoint.config, checkpoint.tensors, describe_base(self.decoder, self.source)
-        )
+        # Alongside an adapter of the head, PEFT saves the base's own weights.
+        tensors = {n: each for n, each in checkpoint.tensors.items() if ".base_layer." not in n}
+        return Learner(checkpoint.config, tensors, describe_base(self.decoder, self.source))
 
     def run(self, work: Sequence[tuple[Learner, list[list[int]]]]) -> list[float]:
         """Return each learner's mean loss, and set the gradients of its parameters."""

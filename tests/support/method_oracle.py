@@ -15,9 +15,7 @@ from typing import Any
 import torch
 from builders.bases.tiny_models import VOCAB_SIZE, load_oracle, save_tiny_model, served_weights
 from builders.methods import load_adapter, make_config, quiet, save_adapter
-from servers.engine_harness import Answer, EngineHarness, make_request
-
-from turret.server.adapters.adapter import AdapterRef
+from servers.engine_harness import Answer, Asked, EngineHarness, make_request
 
 # Tolerance of a log probability; relative if its size is larger than 1.
 TOLERANCE = 1e-4
@@ -83,12 +81,20 @@ def check_close(found: list[float], expected: list[float], what: str) -> None:
         assert abs(one - other) <= TOLERANCE * max(1.0, abs(other)), (what, i, one, other)
 
 
+def prompt_scores(model: Any, prompt: list[int]) -> torch.Tensor:
+    """The log probabilities of all tokens of a prompt but the first, fp32."""
+    places = torch.arange(len(prompt) - 1), torch.tensor(prompt[1:], dtype=torch.long)
+    return oracle_logprobs(model, prompt)[:-1].float()[places]
+
+
+def found_scores(answer: Answer) -> torch.Tensor:
+    return torch.tensor([p for p in answer.prompt_logprobs if p is not None])
+
+
 def check_score(answer: Answer, model: Any, prompt: list[int], what: str) -> None:
     """Compare a scored prompt with the reference."""
-    rows = oracle_logprobs(model, prompt)
-    expected = [float(rows[i, token]) for i, token in enumerate(prompt[1:])]
     assert answer.prompt_logprobs[0] is None
-    check_close([p for p in answer.prompt_logprobs[1:] if p is not None], expected, what)
+    check_close(found_scores(answer).tolist(), prompt_scores(model, prompt).tolist(), what)
 
 
 def check_greedy(answer: Answer, model: Any, prompt: list[int], what: str) -> None:
@@ -96,6 +102,95 @@ def check_greedy(answer: Answer, model: Any, prompt: list[int], what: str) -> No
     tokens, logprobs = oracle_greedy(model, prompt, len(answer.token_ids))
     assert list(answer.token_ids) == tokens, what
     check_close([p for p in answer.logprobs if p is not None], logprobs, what)
+
+
+def oracle_of(model: Any, root: Path, name: str | None) -> Any:
+    """The reference for an adapter, or for the base."""
+    return load_adapter(model, root / name) if name else model
+
+
+def check_effect(
+    oracle: Any, model: Any, prompt: list[int], what: str, least: float = 0.05
+) -> None:
+    """An adapter without effect would pass every comparison."""
+    change = oracle_logprobs(oracle, prompt) - oracle_logprobs(model, prompt)
+    assert change.abs().max() > least, what
+
+
+async def check_request(
+    harness: EngineHarness, oracle: Any, prompt: list[int], *adapters: Asked, **changes: Any
+) -> Answer:
+    """Compare a scored prompt and a greedy answer with the reference; returns the answer."""
+    what = f"{adapters} after {len(prompt)} tokens"
+    scored = await harness.run(make_request(prompt, *adapters, score=True, **changes))
+    check_score(scored, oracle, prompt, f"score of {what}")
+    answer = await harness.run(make_request(prompt, *adapters, **changes))
+    check_greedy(answer, oracle, prompt, f"answer of {what}")
+    assert answer.finish.usage.prompt_tokens == len(prompt)
+    return answer
+
+
+async def check_batch(
+    harness: EngineHarness,
+    model: Any,
+    root: Path,
+    asked: Sequence[tuple[str | None, list[int]]],
+    max_tokens: int = 3,
+) -> list[Answer]:
+    """Compare greedy answers in one batch with the reference, each with its adapter's."""
+    requests = [make_request(prompt, name, max_tokens=max_tokens) for name, prompt in asked]
+    answers = await harness.run_all(requests)
+    for (name, prompt), answer in zip(asked, answers, strict=True):
+        check_greedy(answer, oracle_of(model, root, name), prompt, f"{name}")
+    return answers
+
+
+class SumOfChanges(torch.nn.Module):
+    """``base(x) + Σ w (adapted(x) − base(x))`` for one module of several PEFT models."""
+
+    def __init__(self, base: Any, parts: list[tuple[Any, float, dict[str, Any]]]) -> None:
+        super().__init__()
+        self._base, self._parts = base, parts
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plain = self._base(x)
+        # Some of PEFT's modules change their input in place.
+        return plain + sum(w * (part(x.clone(), **told) - plain) for part, w, told in self._parts)
+
+
+def mixed_oracle(
+    model: Any, root: Path, mix: Sequence[tuple[str, float]], **told: dict[str, Any]
+) -> Any:
+    """A copy of a model whose modules sum the changes of PEFT's modules in output space.
+
+    Args:
+        model: transformers' model.
+        root: The directory of the adapters.
+        mix: The adapters and their weights.
+        told: By adapter, what its modules are told in each call.
+    """
+    mixed = copy.deepcopy(model)
+    loaded = [(load_adapter(model, root / name), w, told.get(name, {})) for name, w in mix]
+    for path, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            continue
+        parts = [(m.get_submodule(f"base_model.model.{path}"), w, keys) for m, w, keys in loaded]
+        changed = [part for part in parts if type(part[0]) is not type(module)]
+        mixed.set_submodule(path, SumOfChanges(mixed.get_submodule(path), changed))
+    return mixed.eval()
+
+
+async def check_mixes(
+    harness: EngineHarness, model: Any, root: Path, mixes: Iterable[Sequence[tuple[str, float]]]
+) -> None:
+    for mix in mixes:
+        await check_request(harness, mixed_oracle(model, root, mix), prompt_of(31), *mix)
+
+
+def check_within_peer(ours: list[torch.Tensor], theirs: list[torch.Tensor], what: str) -> None:
+    """Check that turret's mean error is within 1.3 times that of its peer in bfloat16."""
+    mine, peer = (float(torch.cat(errors).abs().mean()) for errors in (ours, theirs))
+    assert 0 < mine <= 1.3 * peer, (what, mine, peer)
 
 
 def check_bfloat16(
@@ -113,15 +208,10 @@ def check_bfloat16(
     for name, prompt, answer in answers:
         if answer.token_ids or len(prompt) == 1:
             continue
-        places = torch.arange(len(prompt) - 1), torch.tensor(prompt[1:])
-        models = (load_adapter(m, root / name) if name else m for m in (model, half))
-        expected, rough = (oracle_logprobs(m, prompt)[:-1].float()[places] for m in models)
-        found = torch.tensor([p for p in answer.prompt_logprobs[1:] if p is not None])
-        ours.append((found - expected).abs())
-        theirs.append((rough - expected).abs())
-    bound = 1.3 * float(torch.cat(theirs).mean())
-    assert bound > 0
-    assert float(torch.cat(ours).mean()) <= bound
+        exact, rough = (prompt_scores(oracle_of(m, root, name), prompt) for m in (model, half))
+        ours.append(found_scores(answer) - exact)
+        theirs.append(rough - exact)
+    check_within_peer(ours, theirs, "bfloat16")
 
 
 async def check_rounding(
@@ -142,30 +232,22 @@ async def check_rounding(
         rounded: The same in bfloat16.
         num_prompts: The number of scored prompts.
     """
-    found: list[float] = []
-    expected: list[float] = []
-    theirs: list[float] = []
-    async with EngineHarness.start(
-        base.folder, root, dtype="bfloat16", adapters=adapters
-    ) as harness:
+    ours, theirs = [], []
+    async with serve(base, root, dtype="bfloat16", adapters=adapters) as harness:
         for seed in range(num_prompts):
             prompt = prompt_of(60, seed)
             answer = await harness.run(make_request(prompt, adapters[-1], score=True))
-            found += [p for p in answer.prompt_logprobs[1:] if p is not None]
-            for model, logprobs in ((exact, expected), (rounded, theirs)):
-                rows = oracle_logprobs(model, prompt).float()
-                logprobs += [float(rows[i, token]) for i, token in enumerate(prompt[1:])]
-    served, plain = (
-        (torch.tensor(some) - torch.tensor(expected)).abs().mean() for some in (found, theirs)
-    )
-    assert 0 < served <= 1.3 * plain
+            expected = prompt_scores(exact, prompt)
+            ours.append(found_scores(answer) - expected)
+            theirs.append(prompt_scores(rounded, prompt) - expected)
+    check_within_peer(ours, theirs, adapters[-1])
 
 
 async def check_oracles(
     base: Twin,
     root: Path,
     adapters: Sequence[str],
-    oracles: Iterable[tuple[AdapterRef | str, Any]],
+    oracles: Iterable[tuple[Asked, Any]],
     lengths: Sequence[int] = LENGTHS,
 ) -> None:
     """Serve adapters, and compare scores and greedy answers of some with reference models.
@@ -180,21 +262,15 @@ async def check_oracles(
         lengths: The lengths of the prompts.
     """
     prompts = [prompt_of(length, seed) for seed, length in enumerate(lengths, 1)]
-    plain = oracle_logprobs(base.model, prompts[0])
-    async with EngineHarness.start(
-        base.folder, root, adapters=adapters, max_num_batched_tokens=24, max_num_seqs=8
+    async with serve(
+        base, root, adapters=adapters, max_num_batched_tokens=24, max_num_seqs=8
     ) as harness:
         for prompt in prompts:
             check_score(await harness.run(make_request(prompt, score=True)), base.model, prompt, "")
         for asked, oracle in oracles:
-            # An adapter without effect would pass every comparison.
-            assert (oracle_logprobs(oracle, prompts[0]) - plain).abs().max() > 0.05, asked
+            check_effect(oracle, base.model, prompts[0], f"{asked}")
             for prompt in prompts:
-                scored = await harness.run(make_request(prompt, asked, score=True))
-                check_score(scored, oracle, prompt, f"{asked}: score of {len(prompt)}")
-                answer = await harness.run(make_request(prompt, asked, max_tokens=MAX_TOKENS))
-                check_greedy(answer, oracle, prompt, f"{asked}: greedy after {len(prompt)}")
-                assert answer.finish.usage.prompt_tokens == len(prompt)
+                await check_request(harness, oracle, prompt, asked)
 
 
 async def check_methods(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from turret.server.errors import TurretError
 from turret.server.words import Text
 
 
@@ -18,6 +19,11 @@ def texts_of(value: object) -> Iterator[Text]:
         yield value
         for part in value.params.values():
             yield from texts_of(part)
+
+
+def fields_of(error: TurretError) -> list[str]:
+    """The fields of an error's violations."""
+    return [field for field, _ in error.violations]
 
 
 def says(reason: str, **params: Any) -> Callable[[object], bool]:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from builders.bases.mixed_checkpoints import tensors_4bit
 from builders.training import resolve_tiny
 from gguf_oracle import transformers_state
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from said import says
 from servers.engine_harness import EngineHarness, make_request
 
@@ -79,7 +80,7 @@ async def test_the_text_part_of_a_4_bit_checkpoint_is_trained_and_served(
     """Unsloth publishes such checkpoints, with the names of the whole model."""
     folder = tiny_model("gemma3")
     plain = find_base(folder)
-    tensors = load_file(plain.source.weights / "model.safetensors")
+    tensors = tensors_4bit(plain.source)
     named = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
     named["vision_tower.weight"] = torch.ones(2, 2)
     save_file(named, folder / "model.safetensors")

@@ -9,8 +9,8 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
 from turret.server.models.weights.nf4 import Nf4Weight
-from turret.training import nf4_linear
-from turret.training.nf4_linear import FrozenNf4Linear, product_dtype
+from turret.training import base_model
+from turret.training.base_model import FrozenNf4Linear, product_dtype
 
 OUT, IN = 192, 576
 SHAPE = (3, 7, IN)
@@ -52,7 +52,7 @@ def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     def chosen(dtype: torch.dtype) -> torch.dtype:
         return request.param if dtype == torch.bfloat16 else torch.float32
 
-    monkeypatch.setattr(nf4_linear, "product_dtype", chosen)
+    monkeypatch.setattr(base_model, "product_dtype", chosen)
     return request.param
 
 

@@ -25,7 +25,7 @@ from servers.server_under_test import ServerUnderTest, start_server
 
 from turret.clients.client import TurretClient
 from turret.clients.errors import TurretRpcError
-from turret.server.api.tenants.tenants import MAX_MODELS
+from turret.server.api.tenants import MAX_MODELS
 from turret.server.training.methods import METHODS
 from turret.training import in_process_engine
 from turret.training.base_model import load_model, without_peft_warnings

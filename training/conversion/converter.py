@@ -16,7 +16,7 @@ from turret.server.adapters.checkpoint.adapter_checkpoint import (
     AdapterCheckpoint,
     Findings,
 )
-from turret.server.adapters.fuse.lora_files import lora_config
+from turret.server.adapters.fuser import lora_config
 from turret.server.adapters.operators.vocabulary import EMBEDDING, HEAD
 from turret.server.adapters.peft_format.refusals import base_name_warning
 from turret.server.basics.work import OnProgress

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from turret.server.adapters.adapter import CONFIG_FILE, MAX_CONFIG_BYTES
-from turret.server.adapters.checkpoint.files import parse_config
+from turret.server.adapters.checkpoint.reader import parse_config
+from turret.server.adapters.methods import xlora
 from turret.server.adapters.methods.kit import LinearFormat, Module
-from turret.server.adapters.methods.low_rank import xlora
 from turret.server.errors import InvalidRequestError
 from turret.server.models.sources.gguf_header import SUFFIX
 from turret.server.models.sources.model_directory import (

@@ -12,7 +12,7 @@ from peft.tuners.hra import layer as hra
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.shira import layer as shira
 
-from turret.server.adapters.methods.transforms.oft import dividing
+from turret.server.adapters.methods.oft import dividing
 from turret.training.base_model import TrainingBase
 from turret.training.examples import invocation_before_answers, invocation_of
 from turret.training.methods.method import MethodSettings, PeftMethod, linear_config

@@ -13,7 +13,7 @@ from peft.tuners.lokr import layer as lokr
 from peft.tuners.lokr.layer import factorization
 from peft.tuners.lokr.model import LoKrModel
 
-from turret.server.adapters.methods.structured.loha import highest_rank
+from turret.server.adapters.methods.loha import highest_rank
 from turret.training.base_model import TrainingBase
 from turret.training.methods.method import MethodSettings, PeftMethod, linear_config
 from turret.training.settings.checks import expand_targets, module_sizes

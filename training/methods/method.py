@@ -17,8 +17,7 @@ from turret.training.base_model import TrainingBase, without_peft_warnings
 from turret.training.loss import LossFunction
 from turret.training.mixture import as_modules
 from turret.training.settings.checks import check_modules
-from turret.training.settings.config import MethodConfig
-from turret.training.settings.declared import DECLARED
+from turret.training.settings.config import DECLARED, MethodConfig
 
 # A ``MethodConfig`` in which all keys before the current one are filled in, in the order of the
 # method's defaults. Its own types cannot express that these keys are not None.

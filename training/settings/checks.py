@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from turret.server.adapters.component import MAX_COMPONENTS, MIN_COMPONENTS
-from turret.server.adapters.methods.low_rank import miss
-from turret.server.adapters.methods.structured.loha import highest_rank
-from turret.server.adapters.methods.transforms import hra
+from turret.server.adapters.methods import hra, miss
+from turret.server.adapters.methods.loha import highest_rank
 from turret.server.basics.files import read_regular, unreadable
 from turret.server.basics.names import closest, model_place
 from turret.server.basics.settings import Violation
@@ -20,8 +19,13 @@ from turret.server.models.sources.check import check_model
 from turret.server.training.methods import METHODS
 from turret.server.training.trainer import MAX_SEQUENCE_TOKENS
 from turret.training.errors import ConfigError
-from turret.training.settings.config import BaseConfig, DataConfig, MethodConfig, TrainConfig
-from turret.training.settings.declared import DECLARED
+from turret.training.settings.config import (
+    DECLARED,
+    BaseConfig,
+    DataConfig,
+    MethodConfig,
+    TrainConfig,
+)
 from turret.training.words import say
 
 # The highest possible rank, for a method's modules and for a server.

@@ -1,7 +1,7 @@
 """The settings of a training run: one frozen dataclass per TOML table.
 
 Each field has a help text, from which the commented file of ``turret train init`` and the reference
-in ``docs/training.md`` are generated. ``None`` means that the method (``training/methods``) or the
+in ``docs/training.md`` are generated. ``None`` means that the method (``DECLARED``) or the
 machine determines the value; ``turret train plan`` shows it.
 """
 
@@ -12,7 +12,7 @@ import textwrap
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
@@ -37,8 +37,53 @@ from turret.server.basics.settings import (
     toml_value,
 )
 from turret.training.errors import ConfigError, ConfigFileError
-from turret.training.settings.declared import METHOD_NAMES
 from turret.training.words import say
+
+
+class Declared(NamedTuple):
+    """A method's peak learning rate, and the keys of ``MethodConfig`` that it reads.
+
+    Attributes:
+        learning_rate: The rate if the config sets none.
+        defaults: The default of each key, in the order in which keys are filled in. None means
+            that the method computes the value from earlier keys, or that the key may stay unset.
+    """
+
+    learning_rate: float
+    defaults: Mapping[str, Any]
+
+
+_ALL = {"targets": ("all-linear",)}
+_FACTORS = {**_ALL, "rank": 8, "dropout": 0.0}
+DECLARED: Mapping[str, Declared] = {
+    "lora": Declared(1e-3, {**_FACTORS, "alpha": None}),
+    # The scale falls with the square root of the rank; at rank 16 it is LoRA's default.
+    "rslora": Declared(1e-3, {**_FACTORS, "alpha": 8.0}),
+    "dora": Declared(1e-3, {**_FACTORS, "alpha": None}),
+    # aLoRA affects fewer tokens than LoRA; a higher rank compensates for that.
+    "alora": Declared(1e-3, {**_FACTORS, "rank": 32, "alpha": None, "invocation": None}),
+    "miss": Declared(1e-3, {**_FACTORS, "rank": 16}),
+    "oft": Declared(1e-3, {**_FACTORS, "rank": 16}),
+    "hra": Declared(5e-3, {**_ALL, "rank": 8}),
+    # PEFT's example uses 1e-3 for the vector bank and 1e-2 for the logits; here all have one rate.
+    "vblora": Declared(1e-2, {**_FACTORS, "rank": 4}),
+    "shira": Declared(1e-3, {**_ALL, "rank": 8}),
+    "loha": Declared(2e-3, {**_FACTORS, "rank": None, "alpha": None}),
+    "lokr": Declared(
+        2e-3, {**_FACTORS, "alpha": None, "decompose_both": False, "decompose_factor": -1}
+    ),
+    # The paper adapts keys, values and the feed-forward layers.
+    "ia3": Declared(1e-2, {"targets": ("k_proj", "v_proj", "down_proj")}),
+    "prefix_tuning": Declared(
+        1e-3, {"num_virtual_tokens": 16, "prefix_projection": True, "encoder_hidden_size": None}
+    ),
+    "prompt_tuning": Declared(3e-2, {"num_virtual_tokens": 16, "init_text": None}),
+    "p_tuning": Declared(
+        1e-3, {"num_virtual_tokens": 16, "encoder_hidden_size": None, "dropout": 0.0}
+    ),
+    "learned_fusion": Declared(3e-3, {"components": None, "d_k": 8, "guidance": 1.0}),
+}
+METHOD_NAMES = tuple(DECLARED)
 
 
 def _key(

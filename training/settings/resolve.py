@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from bitsandbytes.functional import has_avx512bf16
 
-from turret.clients.messages.results import Model
+from turret.clients.results import Model
 from turret.training.base_model import TrainingBase, find_base
 from turret.training.batches import Dataset, load_dataset
 from turret.training.errors import ConfigError

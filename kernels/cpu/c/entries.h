@@ -23,6 +23,16 @@ void turret_add_rms_norm(bf16 *hidden, const bf16 *delta, const float *weight, d
                          int64_t rows, int64_t width, int64_t threads);
 void turret_silu_mul(const bf16 *gate_up, bf16 *out, int64_t rows, int64_t width, int64_t threads);
 void turret_gelu_mul(const bf16 *gate_up, bf16 *out, int64_t rows, int64_t width, int64_t threads);
+void turret_clamped_swiglu(const bf16 *gate_up, bf16 *out, int64_t rows, int64_t width, double alpha,
+                           double limit, int64_t threads);
+void turret_exp_f32(float *x, int64_t count);
+void turret_nf4_experts(const bf16 *x, int64_t x_stride, const int64_t *ends, int64_t num_experts,
+                        const void *const *weights, bf16 *y, int64_t out_features, int64_t in_features,
+                        int64_t num_threads);
+void turret_mxfp4_experts(const bf16 *x, int64_t x_stride, const int64_t *ends, int64_t num_experts,
+                          const void *const *weights, bf16 *y, int64_t out_features, int64_t in_features,
+                          int64_t num_threads);
+void turret_adapt_experts(const ExpertStep *step, const ExpertPairs *pairs);
 void turret_rope_kv_write(const bf16 *qkv, const float *cos, const float *sin, const int64_t *slots,
                           float *q, bf16 *k_cache, bf16 *v_cache, int64_t rows, int64_t heads,
                           int64_t kv_heads, int64_t dim, int64_t pairs, int64_t is_interleaved,

@@ -5,7 +5,8 @@
 #include "entries.h"
 #include "team.h"
 
-enum Projection { QKV, O, GATE_UP, DOWN, PROJECTIONS };
+enum Projection { QKV, O, GATE_UP, DOWN, ROUTER, PROJECTIONS };
+enum Activation { SILU, GELU, CLAMPED_SWIGLU };
 
 /* A weight is packed and has absmax (see nf4_product.c), or is dense, [out, in]. */
 typedef struct {
@@ -15,21 +16,32 @@ typedef struct {
     int64_t out_features, in_features;
 } Linear;
 
-/* Norms are [hidden], or null where there is none. */
+/* One projection of a layer's experts. */
+typedef struct {
+    const void *const *weights; /* the codes and absmax of each expert */
+    const bf16 *bias;           /* [experts, out], or null */
+    int64_t is_mxfp4, out_features, in_features;
+} ExpertLinear;
+
+/* Norms are [hidden], or null where there is none. A layer has gate_up and down, or router and experts. */
 typedef struct {
     const float *before_attention, *after_attention, *before_mlp, *after_mlp;
     const float *q_norm, *k_norm; /* [head_dim], or as wide as all heads together */
+    const float *sinks;           /* [heads], or null */
     bf16 *keys, *values;
     int64_t rope, window; /* indices into the pass's rotations and plans */
     Linear linears[PROJECTIONS];
+    ExpertLinear experts[2]; /* gate_up, down; zeros for a layer with an MLP */
 } Layer;
 
 typedef struct {
     const Layer *layers;
     const float *norm; /* the norm after the last layer */
     int64_t num_layers, hidden, heads, kv_heads, head_dim, block_size;
-    int64_t q_norm_width, k_norm_width, is_interleaved, is_gelu;
+    int64_t q_norm_width, k_norm_width, is_interleaved, activation;
+    int64_t experts, per_token, normalizes; /* see kernels/expert_routing.py */
     double eps, residual_scale, attention_scale, attention_softcap;
+    double alpha, limit; /* of CLAMPED_SWIGLU */
 } Model;
 
 typedef struct {
@@ -47,8 +59,8 @@ typedef struct {
     bf16 *hidden;  /* [rows, hidden]: input, which is overwritten */
     bf16 *out;     /* [rows, hidden] */
     bf16 *normed;  /* [rows, hidden] */
-    bf16 *wide;    /* [rows, the most outputs]: results of qkv and gate_up */
-    bf16 *narrow;  /* [rows, the most inputs]: inputs of o and down */
+    bf16 *wide;    /* [rows, the most outputs]: results of qkv, gate_up and router; [pairs, outputs] of experts */
+    bf16 *narrow;  /* [rows, the most inputs]: inputs of o and down; [pairs, inputs] of experts */
     bf16 *delta;   /* [rows, hidden] */
     float *q;      /* [rows, heads, head_dim] */
     const int64_t *slots; /* [rows] */
@@ -57,6 +69,11 @@ typedef struct {
     const Step *adapters;     /* or null */
     const Place *places;      /* [layers, PROJECTIONS], with adapters */
     const Inputs *inputs;     /* [PROJECTIONS], or null */
+    const ExpertStep *expert_adapters; /* or null */
+    /* The pairs of a row and an expert. [rows, per_token], by descending weight: a row's experts, and the places of
+     * these pairs among all pairs. By place: the row and the expert. By expert: where its pairs end. */
+    int64_t *chosen, *pair_places, *pair_rows, *pair_experts, *ends;
+    float *weights; /* [rows, per_token + experts]: the weights of `chosen`, then scratch memory */
     float *scratch;           /* see turret_dense_product; wide enough for every dense weight */
     bf16 *changed;            /* [slices, rows, in]: inputs of a projection after adapters changed them */
     int64_t updates;          /* bit mask of the projections that adapters change */
@@ -172,7 +189,7 @@ static void leave(const Model *m, const Pass *p, const float *norm) {
 static void attend(const Model *m, const Pass *p, const Layer *layer) {
     const Rope *rope = &p->ropes[layer->rope];
     Heads heads = {p->q, layer->keys, layer->values, p->narrow, m->heads, m->kv_heads, m->head_dim,
-                   m->block_size, m->attention_scale, m->attention_softcap, 0};
+                   m->block_size, m->attention_scale, m->attention_softcap, layer->sinks};
     if (layer->q_norm) {
         HeadNorms norms = {p->wide, m, layer};
         int64_t elements = p->rows * m->heads * m->head_dim;
@@ -182,6 +199,131 @@ static void attend(const Model *m, const Pass *p, const Layer *layer) {
                          p->rows, m->heads, m->kv_heads, m->head_dim, rope->pairs, m->is_interleaved,
                          p->threads);
     turret_attend(p->plans[layer->window], &heads);
+}
+
+static void activate(const Model *m, const Pass *p, int64_t rows, int64_t width) {
+    if (m->activation == CLAMPED_SWIGLU)
+        turret_clamped_swiglu(p->wide, p->narrow, rows, width, m->alpha, m->limit, p->threads);
+    else
+        (m->activation == GELU ? turret_gelu_mul : turret_silu_mul)(p->wide, p->narrow, rows, width, p->threads);
+}
+
+typedef struct {
+    const Model *model;
+    const Pass *pass;
+    const bf16 *x; /* [rows, hidden] */
+} Mixture;
+
+static float sum_by_halves(float *x, int64_t count) {
+    for (; count > 1; count /= 2) {
+        for (int64_t i = 0; i < count / 2; i++) x[i] += x[count / 2 + i];
+        if (count % 2) x[count / 2 - 1] += x[count - 1];
+    }
+    return x[0];
+}
+
+/* Chooses the experts of a row, with the bits of kernels/expert_routing.py. NaN comes first, as in torch's sort.
+ * weights: [per_token], then room for as many floats as there are experts. */
+EXPORT void turret_choose_experts(const bf16 *scores, int64_t experts, int64_t per_token, int64_t normalizes,
+                                  int64_t *chosen, float *weights) {
+    float *powers = weights + per_token;
+    for (int64_t e = 0; e < experts; e++) {
+        int64_t at = least(e, per_token), last = least(e, per_token - 1);
+        float score = to_f32(scores[e]);
+        for (; at > 0; at--) {
+            float other = to_f32(scores[chosen[at - 1]]);
+            if (!(score > other || (score != score && other == other))) break;
+        }
+        if (at > last) continue;
+        memmove(chosen + at + 1, chosen + at, (last - at) * sizeof *chosen);
+        chosen[at] = e;
+    }
+    for (int64_t e = 0; e < experts; e++) powers[e] = to_f32(scores[e]) - to_f32(scores[chosen[0]]);
+    turret_exp_f32(powers, experts);
+    for (int64_t k = 0; k < per_token; k++) weights[k] = powers[chosen[k]];
+    if (normalizes) memcpy(powers, weights, per_token * sizeof *powers);
+    float sum = sum_by_halves(powers, normalizes ? per_token : experts);
+    for (int64_t k = 0; k < per_token; k++) weights[k] /= sum;
+}
+
+static void choose_row(const void *job, int64_t thread, int64_t row) {
+    const Model *m = ((const Mixture *)job)->model;
+    const Pass *p = ((const Mixture *)job)->pass;
+    (void)thread;
+    turret_choose_experts(p->wide + row * m->experts, m->experts, m->per_token, m->normalizes,
+                          p->chosen + row * m->per_token, p->weights + row * (m->per_token + m->experts));
+}
+
+/* Orders the pairs by expert; those of an expert keep the order of the rows. */
+static void sort_pairs(const Model *m, const Pass *p) {
+    int64_t pairs = p->rows * m->per_token, start = 0;
+    memset(p->ends, 0, m->experts * sizeof *p->ends);
+    for (int64_t i = 0; i < pairs; i++) p->ends[p->chosen[i]]++;
+    for (int64_t e = 0; e < m->experts; e++) {
+        start += p->ends[e];
+        p->ends[e] = start - p->ends[e];
+    }
+    for (int64_t i = 0; i < pairs; i++) {
+        int64_t place = p->ends[p->chosen[i]]++;
+        p->pair_places[i] = place;
+        p->pair_rows[place] = i / m->per_token;
+        p->pair_experts[place] = p->chosen[i];
+    }
+}
+
+static void copy_input(const void *job, int64_t thread, int64_t pair) {
+    const Mixture *mixture = job;
+    const Pass *p = mixture->pass;
+    int64_t width = mixture->model->hidden;
+    (void)thread;
+    memcpy(p->narrow + pair * width, mixture->x + p->pair_rows[pair] * width, width * sizeof(bf16));
+}
+
+/* Projects the pairs' inputs in `narrow` to `wide`. */
+static void project_experts(const Model *m, const Pass *p, int64_t layer, int projection) {
+    const ExpertLinear *w = &m->layers[layer].experts[projection];
+    int64_t in = w->in_features, out = w->out_features, pairs = p->rows * m->per_token;
+    (w->is_mxfp4 ? turret_mxfp4_experts : turret_nf4_experts)(
+        p->narrow, in, p->ends, m->experts, w->weights, p->wide, out, in, p->threads);
+    for (int64_t i = 0; w->bias && i < pairs; i++)
+        add(p->wide + i * out, w->bias + p->pair_experts[i] * out, 1, out, 0, 1);
+    if (p->expert_adapters) {
+        ExpertPairs adapted = {p->narrow, p->wide, p->pair_rows, p->pair_experts, 0, pairs, in, in, out,
+                         2 * layer + projection};
+        turret_adapt_experts(p->expert_adapters, &adapted);
+    }
+}
+
+/* Sums the results of a row's experts in the order of their weights. The width is a multiple of LANES, because the
+ * experts' inputs are. */
+KERNEL static void combine_row(const void *job, int64_t thread, int64_t row) {
+    const Model *m = ((const Mixture *)job)->model;
+    const Pass *p = ((const Mixture *)job)->pass;
+    const int64_t *places = p->pair_places + row * m->per_token;
+    const float *weights = p->weights + row * (m->per_token + m->experts);
+    (void)thread;
+    for (int64_t i = 0; i < m->hidden; i += LANES) {
+        f32x16 total = {0};
+        for (int64_t k = 0; k < m->per_token; k++) {
+            f32x16 term = load_bf16(p->wide + places[k] * m->hidden + i) * weights[k];
+            __asm__("" : "+m"(term)); /* keeps the product rounded: the compiler would fuse it with the sum */
+            total += term;
+        }
+        store_bf16(p->delta + row * m->hidden + i, total);
+    }
+}
+
+static void mix_experts(const Model *m, const Pass *p, int64_t layer, const bf16 *x) {
+    Mixture mixture = {m, p, x};
+    int64_t pairs = p->rows * m->per_token, size = pairs * m->hidden;
+    project(m, p, layer, ROUTER, x, p->wide);
+    in_repeatable_pieces(choose_row, &mixture, p->rows, p->rows * m->experts > SMALL ? p->threads : 1);
+    sort_pairs(m, p);
+    in_repeatable_pieces(copy_input, &mixture, pairs, size > SMALL ? p->threads : 1);
+    project_experts(m, p, layer, 0);
+    activate(m, p, pairs, m->layers[layer].experts[1].in_features);
+    project_experts(m, p, layer, 1);
+    in_repeatable_pieces(combine_row, &mixture, p->rows, size > SMALL ? p->threads : 1);
 }
 
 EXPORT void turret_layers(const Model *m, const Pass *p) {
@@ -194,10 +336,13 @@ EXPORT void turret_layers(const Model *m, const Pass *p) {
         project(m, p, n, O, p->narrow, p->delta);
         leave(m, p, layer->after_attention);
         normed = enter(m, p, p->delta, layer->before_mlp);
-        project(m, p, n, GATE_UP, normed, p->wide);
-        (m->is_gelu ? turret_gelu_mul : turret_silu_mul)(
-            p->wide, p->narrow, p->rows, layer->linears[DOWN].in_features, p->threads);
-        project(m, p, n, DOWN, p->narrow, p->delta);
+        if (layer->experts[0].weights) {
+            mix_experts(m, p, n, normed);
+        } else {
+            project(m, p, n, GATE_UP, normed, p->wide);
+            activate(m, p, p->rows, layer->linears[DOWN].in_features);
+            project(m, p, n, DOWN, p->narrow, p->delta);
+        }
         leave(m, p, layer->after_mlp);
         delta = p->delta;
     }

@@ -25,7 +25,7 @@ from turret.server.adapters.adapter import (
 )
 from turret.server.adapters.checkpoint.adapter_checkpoint import Findings
 from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory
-from turret.server.adapters.checkpoint.files import FormatError, parse_object
+from turret.server.adapters.checkpoint.reader import FormatError, parse_object
 from turret.server.words import say
 
 _DOMAIN = b"turret-tokenizer-1\0"

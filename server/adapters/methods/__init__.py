@@ -1,6 +1,6 @@
 """The adapter methods, one file each.
 
-Every file in these packages that assigns ``METHOD`` is a method; no other list names it.
+Every file in this folder that is not in ``_OWN`` is a method; no other list names it.
 
 Nothing here loads torch, so that a starting server can check adapters before it loads the model.
 """
@@ -9,41 +9,48 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
-from turret.server.adapters.lowering.method import LinearMethod, Method
+from turret.server.adapters.lowering import LinearMethod, Method
 from turret.server.adapters.methods.prompt_kit import SoftTokens
-from turret.server.adapters.methods.unserved import UNSERVED
 from turret.server.basics.names import closest
 from turret.server.words import Text, say
 
 _FLOATS = "floating-point numbers"
 AnyMethod = LinearMethod | Method | SoftTokens
 
+CONVERT = (
+    "convert it to an exact LoRA with `turret convert DIR --base MODEL --output NEW`, where MODEL"
+    " is the model it was trained on"
+)
+# ``peft_type`` → advice; tests compare the keys with the installed PEFT.
+UNSERVED: Mapping[str, str] = {
+    "ADAMSS": f"its file lacks the clusters of rows that it adapts; {CONVERT}",
+    "PSOFT": f"its file lacks the factors that it rotates; {CONVERT}",
+    "LILY": (
+        "its routers average over all tokens of a call, so that no token has a result of its own;"
+        " train one of the served methods"
+    ),
+    "SHADOW": "it is a second model in addition to the base; train one of the served methods",
+}
+
+
+# Modules that are not methods, some of which import this file.
+_OWN = ("check", "kit", "lower", "prompt_kit", "wavelets")
+
 
 def _discover() -> dict[str, AnyMethod]:
     methods: dict[str, AnyMethod] = {}
-    for name in _files(__name__, __path__):
-        method: AnyMethod | None = getattr(importlib.import_module(name), "METHOD", None)
-        if method is not None:
+    for info in pkgutil.iter_modules(__path__):
+        if info.name not in _OWN:
+            method: AnyMethod = importlib.import_module(f"{__name__}.{info.name}").METHOD
             assert method.name not in methods, f"two methods are called {method.name!r}"
             methods[method.name] = method
     return dict(sorted(methods.items()))
 
 
-def _files(package: str, path: Iterable[str]) -> Iterator[str]:
-    """Full names of the modules in a package's own packages, and in folders added to it."""
-    for info in pkgutil.iter_modules(path):
-        name = f"{package}.{info.name}"
-        if info.ispkg:
-            yield from _files(name, importlib.import_module(name).__path__)
-        elif name not in _OWN:
-            yield name
-
-
-_OWN = {f"{__name__}.{name}" for name in ("check", "kit", "lower", "prompt_kit", "unserved")}
 METHODS: Mapping[str, AnyMethod] = _discover()
 
 

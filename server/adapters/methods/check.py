@@ -25,7 +25,7 @@ from turret.server.adapters.checkpoint.adapter_checkpoint import (
     text_prefix,
 )
 from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory
-from turret.server.adapters.checkpoint.files import (
+from turret.server.adapters.checkpoint.reader import (
     FormatError,
     SafetensorsHeader,
     check_fits,

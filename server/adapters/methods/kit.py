@@ -21,24 +21,26 @@ from typing import Any, NamedTuple
 from turret.lazy_torch import torch
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.component import COMPONENTS_KEY, Component, is_components, unfit
-from turret.server.adapters.lowering.components import (
-    find_components,
-    gate_of,
-    query_score,
-    update_of,
-)
-from turret.server.adapters.lowering.lowered import Lowered, finish
-from turret.server.adapters.lowering.method import LinearMethod, Method, Pieces
-from turret.server.adapters.lowering.pieces import (
+from turret.server.adapters.lowering import (
     Assembly,
+    LinearMethod,
+    Lowered,
+    Method,
+    NewModule,
     Piece,
+    Pieces,
     Scaled,
+    Start,
+    find_components,
+    finish,
+    gate_of,
     low_rank,
+    query_score,
     sparse,
     times_weight,
+    update_of,
     weight_times,
 )
-from turret.server.adapters.lowering.start import NewModule, Start
 from turret.server.adapters.operators.circulant import Circulant
 from turret.server.adapters.operators.dense import Dense
 from turret.server.adapters.operators.hadamard import Hadamard

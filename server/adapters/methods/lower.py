@@ -8,7 +8,7 @@ from dataclasses import replace
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
 from turret.server.adapters.component import FindComponent, find_no_component
-from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.lowering import Lowered
 from turret.server.adapters.methods import check_common, method_for
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.dense import Dense
@@ -17,8 +17,11 @@ from turret.server.adapters.peft_format.classifier_checkpoint import take_classi
 from turret.server.adapters.peft_format.expert_checkpoint import take_experts
 from turret.server.adapters.peft_format.lora_rules import INVOCATION
 from turret.server.adapters.peft_format.refusals import check_rank
-from turret.server.adapters.peft_format.resized_vocabulary import fit_vocabulary
-from turret.server.adapters.peft_format.vocabulary_checkpoint import VocabularyPart, take_vocabulary
+from turret.server.adapters.peft_format.vocabulary_checkpoint import (
+    VocabularyPart,
+    fit_vocabulary,
+    take_vocabulary,
+)
 from turret.server.errors import BudgetExceededError
 from turret.server.words import Text, say
 

@@ -13,8 +13,7 @@ from typing import Any
 from turret.lazy_torch import torch
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.adapter_checkpoint import PROMPT_EMBEDDINGS
-from turret.server.adapters.lowering.lowered import Lowered, finish
-from turret.server.adapters.lowering.start import Start
+from turret.server.adapters.lowering import Lowered, Start, finish
 from turret.server.adapters.operators.soft_prompt import PrefixKv, SoftPrompt
 from turret.server.adapters.peft_format.config_rules import (
     Irrelevant,

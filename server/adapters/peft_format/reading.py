@@ -63,10 +63,6 @@ Base = BaseModel | BaseSizes
 TensorMap = Mapping[str, Any]
 
 
-def _nothing() -> None:
-    pass
-
-
 class Reading:
     """An adapter while it is being read: the properties that its modules share.
 
@@ -87,7 +83,6 @@ class Reading:
         findings: The faults found.
         warnings: Warnings for the operator, in order.
         depends_on_base: Whether the base's weights or biases were used.
-        beside: Called before the base's weights are read.
         find_component: Finds an adapter that the config names as a component.
         components: The components that were found.
     """
@@ -106,7 +101,6 @@ class Reading:
         self.findings = findings
         self.warnings: dict[Text, None] = {}
         self.depends_on_base = False
-        self.beside: Callable[[], object] = _nothing
         self.find_component: FindComponent = find_no_component
         self.components: Sequence[Component] = ()
         self._made: dict[object, Any] = {}
@@ -271,9 +265,7 @@ class Module:
         return None if bias is None else bias.float().cpu()
 
     def _served(self) -> BaseModule:
-        if not self.reading.depends_on_base:
-            self.reading.depends_on_base = True
-            self.reading.beside()
+        self.reading.depends_on_base = True
         return self.reading.model.modules[self.name]
 
 

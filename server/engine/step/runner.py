@@ -307,33 +307,38 @@ def draw_tokens(
 
 
 def likeliest_draws(
-    items: SequenceOf[Scheduled], tokens: SequenceOf[int], masks: Mapping[Sequence, Mask]
+    sampler: Sampler,
+    items: SequenceOf[Scheduled],
+    tokens: SequenceOf[int],
+    masks: Mapping[Sequence, Mask],
 ) -> list[list[Draw]] | None:
     """Like ``draw_tokens``, if the likeliest token of every row is already known.
 
     Args:
+        sampler: See ``draw_tokens``.
         items: See ``draw_tokens``.
         tokens: ``[samples]``: the likeliest token of each row.
         masks: See ``draw_tokens``; all of them are late masks.
 
     Returns:
-        The result of ``draw_tokens``. None if a constraint forbids a token, so that the logits are
-        needed.
+        The result of ``draw_tokens``. None if a request lowers the logit of its likeliest token, or
+        a constraint forbids it, so that all logits are needed.
     """
     drawn: list[list[Draw]] = []
     row = 0
     for item in items:
-        token: int | None = tokens[row]
-        mask = masks.get(item.sequence)
-        if mask is not None:
-            assert isinstance(mask, LateMask), "greedy sequences have late masks"
-            token = mask.settle(tokens[row])
-        if token is None:
-            return None
-        run = _Run(item, row)
-        run.add(Draw(token))
-        while run.goes_on:
-            run.add(Draw(tokens[row + len(run.tokens)]))
+        run, mask, is_going = _Run(item, row), masks.get(item.sequence), True
+        while is_going:
+            token: int | None = tokens[row + len(run.tokens)]
+            if not sampler.keeps(token, item.sequence, run.tokens):
+                return None
+            if mask is not None:
+                assert isinstance(mask, LateMask), "greedy sequences have late masks"
+                token = mask.settle(token)
+            if token is None:
+                return None
+            run.add(Draw(token))
+            is_going = run.goes_on
         drawn.append(run.draws)
         row += 1 + len(item.draft)
     return drawn
@@ -485,7 +490,7 @@ class Runner:
             return
         masks, logits, draws = self._masks.take(), computed.logits, None
         if computed.likeliest is not None:
-            draws = likeliest_draws(items, computed.likeliest.tokens, masks)
+            draws = likeliest_draws(self._sampler, items, computed.likeliest.tokens, masks)
             if draws is None:
                 logits = computed.likeliest.logits()
         if draws is None:

@@ -487,6 +487,12 @@ class Sampler:
                 draws.append(Draw(token, float(logprobs[token]), top))
         return draws
 
+    def keeps(self, token: int, sequence: Sequence, drawn: SequenceOf[int] = ()) -> bool:
+        """Whether the likeliest token stays the likeliest; see ``takes_likeliest``."""
+        adjustment = self._adjustment(sequence, torch.device("cpu"))
+        lowered = [*(ids for ids, _ in adjustment.biases()), *adjustment.bans(drawn)]
+        return not any(token in ids for ids in lowered)
+
     def _adjustment(self, sequence: Sequence, device: torch.device) -> Adjustment:
         found = self._adjustments.get(sequence)
         if found is None:
@@ -519,19 +525,19 @@ def _report(
 
 
 def takes_likeliest(sequence: Sequence) -> bool:
-    """Whether the largest logit determines the next token, and nothing else is needed.
+    """Whether the likeliest token usually is the next one, and nothing else is needed.
 
-    A constraint may still forbid that token.
+    Bans, negative biases and constraints leave it the next one, unless they concern that token
+    (``Sampler.keeps``). Penalties concern so many of the likeliest tokens that all logits are
+    better.
     """
-    request = sequence.request
-    params = request.sampling
-    is_plain = params.repetition_penalty == 1.0 and not (
-        params.presence_penalty or params.frequency_penalty or params.logit_bias
+    params = sequence.request.sampling
+    raises = max(params.logit_bias.values(), default=0.0) > 0.0
+    penalises = (
+        params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
     )
-    # A constraint's mask already withholds tokens that would end an answer too early.
-    bans = request.constraint is None and sequence.num_generated < request.stop.min_tokens
-    reports = request.options.logprobs or sequence.vocab_size
-    return params.is_greedy and is_plain and not (bans or reports)
+    reports = sequence.request.options.logprobs or sequence.vocab_size
+    return params.is_greedy and not (raises or penalises or reports)
 
 
 def _sample(row: torch.Tensor, params: SamplingParams, uniform: float) -> int:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from turret.server.api.access import MAX_EXPORTS
-from turret.server.api.tenants.checkpoints import KINDS, Checkpoint, not_found, unix_time
+from turret.server.api.checkpoints import KINDS, Checkpoint, not_found, unix_time
 from turret.server.errors import TrainingNotFoundError
 from turret.server.http.endpoint import Exchange, Json
 from turret.server.http.refusals import HttpRefusal
 from turret.server.http.tinker.schemas import OfPath, Ttl
-from turret.server.http.tinker.sessions import TinkerState
+from turret.server.http.tinker.sessions import owner_of, tenants_of
 from turret.server.words import say
 
 _MOST_LISTED = 100
@@ -33,11 +33,12 @@ _PIECE_BYTES = 1 << 18
 _KEY, _SIGNATURE_BYTES = secrets.token_bytes(32), 16
 
 
-async def weights_info(state: TinkerState, exchange: Exchange, body: OfPath) -> Json:
+async def weights_info(exchange: Exchange) -> Json:
     """Describe the adapter in a checkpoint."""
-    config = state.tenants.checkpoints.find(state.owner(exchange), body.tinker_path).config
+    path, tenants = exchange.take_body().checked(OfPath).tinker_path, tenants_of(exchange)
+    config = tenants.checkpoints.find(owner_of(exchange), path).config
     return {
-        "base_model": state.tenants.info().name,
+        "base_model": tenants.info().name,
         "optimizer_config": {"type": "adamw"},
         "is_lora": True,
         "lora_rank": config.rank,
@@ -58,13 +59,14 @@ class _TrainingRun:
     checkpoints: list[Checkpoint]
 
 
-def _runs(state: TinkerState, owner: str) -> list[_TrainingRun]:
-    """The runs of an owner, the most recently used first."""
+def _runs(exchange: Exchange) -> list[_TrainingRun]:
+    """The runs of the client, the most recently used first."""
+    tenants, owner = tenants_of(exchange), owner_of(exchange)
     found: dict[str, _TrainingRun] = {}
-    for model in state.tenants.sessions.models(owner):
+    for model in tenants.sessions.models(owner):
         run = _TrainingRun(model.model_id, model.config.rank, model.used, model.metadata, [])
         found[run.run_id] = run
-    for checkpoint in state.tenants.checkpoints.owned(owner):
+    for checkpoint in tenants.checkpoints.owned(owner):
         run = found.setdefault(
             checkpoint.run,
             _TrainingRun(checkpoint.run, checkpoint.config.rank, checkpoint.time, {}, []),
@@ -73,13 +75,13 @@ def _runs(state: TinkerState, owner: str) -> list[_TrainingRun]:
     return sorted(found.values(), key=lambda run: -run.used)
 
 
-def _run_json(state: TinkerState, run: _TrainingRun) -> dict[str, Any]:
+def _run_json(exchange: Exchange, run: _TrainingRun) -> dict[str, Any]:
     def newest(kind: str) -> dict[str, Any] | None:
         return next((_json(each) for each in run.checkpoints if each.kind == kind), None)
 
     return {
         "training_run_id": run.run_id,
-        "base_model": state.tenants.info().name,
+        "base_model": tenants_of(exchange).info().name,
         "model_owner": "token",
         "is_lora": True,
         "lora_rank": run.rank,
@@ -121,54 +123,54 @@ def _page(
     return all_of_them[offset : offset + limit], cursor
 
 
-async def list_runs(state: TinkerState, exchange: Exchange) -> Json:
+async def list_runs(exchange: Exchange) -> Json:
     """List the training runs."""
-    runs, cursor = _page(exchange, _runs(state, state.owner(exchange)), 20)
-    found = [_run_json(state, run) for run in runs]
+    runs, cursor = _page(exchange, _runs(exchange), 20)
+    found = [_run_json(exchange, run) for run in runs]
     return {"training_runs": found, "cursor": cursor}
 
 
-async def get_run(state: TinkerState, exchange: Exchange) -> Json:
+async def get_run(exchange: Exchange) -> Json:
     """Describe a training run."""
     wanted = exchange.request.path_params["run"]
-    for run in _runs(state, state.owner(exchange)):
+    for run in _runs(exchange):
         if run.run_id == wanted:
-            return _run_json(state, run)
+            return _run_json(exchange, run)
     raise TrainingNotFoundError(say("TRAINING_RUN_NOT_FOUND", run=wanted[:80]))
 
 
-async def list_run_checkpoints(state: TinkerState, exchange: Exchange) -> Json:
+async def list_run_checkpoints(exchange: Exchange) -> Json:
     """List the checkpoints of a training run."""
     wanted = exchange.request.path_params["run"]
-    owned = state.tenants.checkpoints.owned(state.owner(exchange))
+    owned = tenants_of(exchange).checkpoints.owned(owner_of(exchange))
     found = [_json(each) for each in owned if each.run == wanted]
     return {"checkpoints": found}
 
 
-async def list_checkpoints(state: TinkerState, exchange: Exchange) -> Json:
+async def list_checkpoints(exchange: Exchange) -> Json:
     """List all checkpoints."""
-    found, cursor = _page(exchange, state.tenants.checkpoints.owned(state.owner(exchange)), 100)
+    found, cursor = _page(exchange, tenants_of(exchange).checkpoints.owned(owner_of(exchange)), 100)
     return {"checkpoints": [_json(each) for each in found], "cursor": cursor}
 
 
-def _named(state: TinkerState, exchange: Exchange) -> Checkpoint:
+def _named(exchange: Exchange) -> Checkpoint:
     """The checkpoint in a request's path."""
     path = exchange.request.path_params
     wanted = f"tinker://{path['run']}/{path['kind']}/{path['name']}"
-    return state.tenants.checkpoints.find(state.owner(exchange), wanted)
+    return tenants_of(exchange).checkpoints.find(owner_of(exchange), wanted)
 
 
-async def delete_checkpoint(state: TinkerState, exchange: Exchange) -> Json:
+async def delete_checkpoint(exchange: Exchange) -> Json:
     """Remove a checkpoint."""
-    await state.tenants.checkpoints.remove(_named(state, exchange))
+    await tenants_of(exchange).checkpoints.remove(_named(exchange))
     return {}
 
 
-async def set_ttl(state: TinkerState, exchange: Exchange, body: Ttl) -> Json:
+async def set_ttl(exchange: Exchange) -> Json:
     """Change when a checkpoint is removed."""
-    seconds = body.ttl_seconds
+    seconds = exchange.take_body().checked(Ttl).ttl_seconds
     expires = None if seconds is None else unix_time() + seconds
-    await state.tenants.checkpoints.expire_at(_named(state, exchange), expires)
+    await tenants_of(exchange).checkpoints.expire_at(_named(exchange), expires)
     return {}
 
 
@@ -188,23 +190,23 @@ def _signature(text: bytes) -> bytes:
     return blake2b(text, digest_size=_SIGNATURE_BYTES, key=_KEY).digest()
 
 
-async def archive(state: TinkerState, exchange: Exchange) -> Json:
+async def archive(exchange: Exchange) -> Json:
     """Make a link to an archive with the adapter's files."""
-    checkpoint, expires = _named(state, exchange), unix_time() + _LINK_SECONDS
+    checkpoint, expires = _named(exchange), unix_time() + _LINK_SECONDS
     return {"url": _link(exchange, checkpoint, "", expires), "expires": _time(expires)}
 
 
-async def file_urls(state: TinkerState, exchange: Exchange) -> Json:
+async def file_urls(exchange: Exchange) -> Json:
     """Make a link to each of the adapter's files."""
-    checkpoint, expires = _named(state, exchange), unix_time() + _LINK_SECONDS
+    checkpoint, expires = _named(exchange), unix_time() + _LINK_SECONDS
     urls = {name: _link(exchange, checkpoint, name, expires) for name in _ARCHIVED}
     return {"urls": urls, "expires": _time(expires)}
 
 
-async def download(state: TinkerState, exchange: Exchange) -> None:
+async def download(exchange: Exchange) -> None:
     """Send one file, or all of them as an uncompressed tar archive."""
-    checkpoint, name = _linked(state, exchange.request.path_params["secret"])
-    found = await asyncio.to_thread(_files, state.tenants.checkpoints.folder(checkpoint))
+    checkpoint, name = _linked(exchange, exchange.request.path_params["secret"])
+    found = await asyncio.to_thread(_files, tenants_of(exchange).checkpoints.folder(checkpoint))
     found = [each for each in found if name in ("", each[0].name)]
     if not found:
         raise not_found(checkpoint.path)
@@ -219,7 +221,7 @@ async def download(state: TinkerState, exchange: Exchange) -> None:
         await exchange.reply.stream(parts, headers)
 
 
-def _linked(state: TinkerState, secret: str) -> tuple[Checkpoint, str]:
+def _linked(exchange: Exchange, secret: str) -> tuple[Checkpoint, str]:
     """The checkpoint and the name of the file in a link.
 
     Raises:
@@ -232,7 +234,7 @@ def _linked(state: TinkerState, secret: str) -> tuple[Checkpoint, str]:
         if compare_digest(signature, _signature(text)):
             expires, path, name = text.decode().split(" ")
             if float(expires) >= unix_time():
-                return state.tenants.checkpoints.find(None, path), name
+                return tenants_of(exchange).checkpoints.find(None, path), name
     raise HttpRefusal(404, say("LINK_EXPIRED"))
 
 

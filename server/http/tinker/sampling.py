@@ -8,15 +8,22 @@ from dataclasses import dataclass
 
 from turret.server import errors
 from turret.server.api.call import Call
-from turret.server.api.inference_answers import converted, together
-from turret.server.api.tenants.futures import Future, Result
-from turret.server.api.tenants.tenants import SavedSampler
+from turret.server.api.futures import Future, Futures, Result
+from turret.server.api.inference import converted, together
+from turret.server.api.services import Services
+from turret.server.api.tenants import SavedSampler
 from turret.server.basics.codes import Code
 from turret.server.basics.work import turret_error
 from turret.server.http.choices import blamed_on
 from turret.server.http.endpoint import Exchange, Json
 from turret.server.http.tinker.schemas import CreateSampler, Sample
-from turret.server.http.tinker.sessions import TinkerState, session_gone
+from turret.server.http.tinker.sessions import (
+    check_base,
+    owner_of,
+    session_gone,
+    session_of,
+    tenants_of,
+)
 from turret.server.http.tinker.wire import PROTOBUF, result_of_samples
 from turret.server.words import say
 from turret.v1 import adapters_pb2, inference_pb2
@@ -29,72 +36,73 @@ _REQUEST_BYTES = 8 << 10
 _TRIES, _RETRY_SECONDS = 600, 1.0
 
 
-async def create_sampler(state: TinkerState, exchange: Exchange, body: CreateSampler) -> Json:
+async def create_sampler(exchange: Exchange) -> Json:
     """Choose the weights to sample from: the base model's, or those of a checkpoint."""
-    owner = state.owner(exchange)
-    session = state.session(exchange, body.session_id)
+    body = exchange.take_body().checked(CreateSampler)
+    tenants, owner = tenants_of(exchange), owner_of(exchange)
+    session = session_of(exchange, body.session_id)
     sampler_id = f"{session.session_id}:sample:{body.sampling_session_seq_id}"
     if sampler_id not in session.samplers:
         sampler = SavedSampler(sampler_id=sampler_id, owner=owner, path=body.model_path)
         if body.model_path is not None:
-            checkpoint = state.tenants.checkpoints.find(owner, body.model_path)
+            checkpoints = tenants.checkpoints
+            checkpoint = checkpoints.find(owner, body.model_path)
             name = f"training/{session.session_id}/s{body.sampling_session_seq_id}"
-            folder = state.tenants.checkpoints.folder(checkpoint)
-            async with state.tenants.writing(owner):
-                published = await state.tenants.sessions.training().serve(folder, name)
+            async with tenants.writing(owner):
+                with checkpoints.reading(checkpoint) as folder:
+                    published = await tenants.sessions.training().serve(folder, name)
             sampler.generation, sampler.size = published.generation, published.size
             sampler.adapter, sampler.is_own = name, True
         elif body.base_model is not None:
-            state.check_base(body.base_model)
+            check_base(exchange, body.base_model)
         else:
             choices = "base_model, model_path"
             raise errors.InvalidRequestError.of("model_path", say("ONE_REQUIRED", choices=choices))
         try:
-            state.tenants.sessions.add_sampler(session, sampler)
+            tenants.sessions.add_sampler(session, sampler)
         except errors.TrainingNotFoundError:
             raise session_gone(session.session_id) from None
-    answer = {"type": "create_sampling_session", "sampling_session_id": sampler_id}
-    return answer
+    return {"type": "create_sampling_session", "sampling_session_id": sampler_id}
 
 
-async def get_sampler(state: TinkerState, exchange: Exchange) -> Json:
+async def get_sampler(exchange: Exchange) -> Json:
     """Describe a sampler."""
-    sampler = state.tenants.sessions.sampler(
-        state.owner(exchange), exchange.request.path_params["sampler"]
-    )
+    tenants, sampler_id = tenants_of(exchange), exchange.request.path_params["sampler"]
+    sampler = tenants.sessions.sampler(owner_of(exchange), sampler_id)
     return {
         "sampler_id": sampler.sampler_id,
-        "base_model": state.tenants.info().name,
+        "base_model": tenants.info().name,
         "model_path": sampler.path,
     }
 
 
-async def sample(state: TinkerState, exchange: Exchange, body: Sample) -> Json:
+async def sample(exchange: Exchange) -> Json:
     """Start sampling. The client retrieves the sequences later, as the result of a future."""
-    owner = state.owner(exchange)
-    sampler = state.tenants.sessions.sampler(owner, body.sampling_session_id)
+    body, services = exchange.take_body().checked(Sample), exchange.services
+    tenants, owner = tenants_of(exchange), owner_of(exchange)
+    sampler = tenants.sessions.sampler(owner, body.sampling_session_id)
     request_id = f"{sampler.sampler_id}:{body.seq_id}"
-    future = state.tenants.futures.find(owner, request_id)
+    future = tenants.futures.find(owner, request_id)
     if future is None:
         message = _message(sampler, body)
         call = Call.begin(
             _METHOD,
             [exchange.call.request_id],
-            state.services.metrics,
+            services.metrics,
             protocol="http",
             party=exchange.call.party,
-            failures=state.services.failures,
+            failures=services.failures,
             is_counted=True,
         )
         call.message_bytes = exchange.call.message_bytes // body.num_samples
-        work = _Samples(state, sampler, body, message, call)
+        work = _Samples(services, tenants.futures, sampler, body, message, call)
         # Count the request before it is accepted, so that errors about limits are sent at once.
         with contextlib.ExitStack() as held:
             try:
                 held.enter_context(call.party.hold())
                 # The engine's limits do not count a request that waits for a place in the queue.
                 call.hold(_REQUEST_BYTES + message.ByteSize() + 4 * len(message.token_ids.ids))
-                future = state.tenants.futures.begin(owner, request_id)
+                future = tenants.futures.begin(owner, request_id)
             except Exception as error:
                 call.finish(turret_error(error).code)
                 raise
@@ -143,7 +151,8 @@ def _message(sampler: SavedSampler, body: Sample) -> inference_pb2.GenerateReque
 class _Samples:
     """Samples some sequences for one request."""
 
-    state: TinkerState
+    services: Services
+    futures: Futures
     sampler: SavedSampler
     body: Sample
     message: inference_pb2.GenerateRequest
@@ -151,7 +160,7 @@ class _Samples:
 
     async def run(self, future: Future, held: contextlib.ExitStack) -> None:
         """Settle the future, and release what was held for the request."""
-        futures, code = self.state.tenants.futures, Code.OK
+        futures, code = self.futures, Code.OK
         self.sampler.running += 1
         try:
             futures.settle(future, await self._result())
@@ -214,7 +223,7 @@ class _Samples:
         self, message: inference_pb2.GenerateRequest
     ) -> inference_pb2.GenerateResponse:
         """The answer to a request, which waits for a place in the queue."""
-        inference, tries = self.state.services.inference, _TRIES
+        inference, tries = self.services.inference, _TRIES
         while True:
             try:
                 with blamed_on("prompt"):

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator
 
 from turret.server.api import limits
-from turret.server.api.tenants.checkpoints import MAX_TTL_SECONDS
-from turret.server.http.schemas.fields import (
+from turret.server.api.checkpoints import MAX_TTL_SECONDS
+from turret.server.http.fields import (
     Body,
     TokenIds,
     are_token_ids,

@@ -1,4 +1,4 @@
-"""The state of the Tinker API, and the handlers of its sessions and results."""
+"""Sessions and results of the Tinker API: their handlers, and what other handlers need of them."""
 
 from __future__ import annotations
 
@@ -6,79 +6,73 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from turret.server.api.services import Services
-from turret.server.api.tenants.futures import Future, Result
-from turret.server.api.tenants.reading import MAX_DATUMS
-from turret.server.api.tenants.tenants import Session, TenantModel
+from turret.server.api.futures import Future, Result
+from turret.server.api.tenants import Session, TenantModel, Tenants
+from turret.server.api.training import MAX_DATUMS
 from turret.server.basics.names import BASE
 from turret.server.errors import InvalidRequestError, TrainingNotFoundError
 from turret.server.http.endpoint import Exchange, Json
+from turret.server.http.fields import wrong_type
 from turret.server.http.refusals import HttpRefusal
-from turret.server.http.schemas.fields import Body, wrong_type
 from turret.server.http.tinker.schemas import OfRequest, OfSession
 from turret.server.words import say
 
 _SHOWN_CHARS = 200
 
 
-class TinkerState:
-    """The state of the Tinker API. Belongs to one event loop.
+def tenants_of(exchange: Exchange) -> Tenants:
+    """The state of training that all protocols share."""
+    tenants = exchange.services.tenants
+    assert tenants is not None, "only a server that trains has these paths"
+    return tenants
 
-    Args:
-        services: The services; they must have tenants.
 
-    Attributes:
-        tenants: The state of training that all protocols share.
+def owner_of(exchange: Exchange) -> str:
+    """Identifies the client by its token; empty if the server accepts every caller."""
+    return tenants_of(exchange).owner(exchange.call.party)
+
+
+def session_of(exchange: Exchange, session_id: str) -> Session:
+    """A session of the client. The call counts as a sign of life for it.
+
+    Raises:
+        HttpRefusal: The session has ended, or belongs to another client.
     """
+    try:
+        return tenants_of(exchange).sessions.find(owner_of(exchange), session_id)
+    except TrainingNotFoundError:
+        raise session_gone(session_id) from None
 
-    def __init__(self, services: Services) -> None:
-        assert services.tenants is not None
-        self.services = services
-        self.tenants = services.tenants
 
-    def owner(self, exchange: Exchange) -> str:
-        """Identifies the client by its token; empty if the server accepts every caller."""
-        return self.tenants.owner(exchange.call.party)
+def check_base(exchange: Exchange, name: str) -> None:
+    """Check that a name is that of the base model.
 
-    def session(self, exchange: Exchange, session_id: str) -> Session:
-        """A session of the client. The call counts as a sign of life for it.
+    Raises:
+        HttpRefusal: It is another name.
+    """
+    if name not in (BASE, tenants_of(exchange).info().name):
+        raise HttpRefusal(404, say("NO_SUCH_MODEL", model=name[:_SHOWN_CHARS]))
 
-        Raises:
-            HttpRefusal: The session has ended, or belongs to another client.
-        """
-        try:
-            return self.tenants.sessions.find(self.owner(exchange), session_id)
-        except TrainingNotFoundError:
-            raise session_gone(session_id) from None
 
-    def check_base(self, name: str) -> None:
-        """Check that a name is that of the base model.
+def command(
+    tenants: Tenants,
+    model: TenantModel,
+    number: int,
+    run: Callable[[], Awaitable[Result]],
+    size: int = 0,
+) -> Future:
+    """The future of a command. A command that was sent before already has one.
 
-        Raises:
-            HttpRefusal: It is another name.
-        """
-        if name not in (BASE, self.tenants.info().name):
-            raise HttpRefusal(404, say("NO_SUCH_MODEL", model=name[:_SHOWN_CHARS]))
-
-    def command(
-        self,
-        model: TenantModel,
-        number: int,
-        run: Callable[[], Awaitable[Result]],
-        size: int = 0,
-    ) -> Future:
-        """The future of a command. A command that was sent before already has one.
-
-        Raises:
-            HttpRefusal: The command was sent before, and its result is no longer kept.
-            QueueFullError: Too many commands wait.
-        """
-        owner, request_id = model.owner, f"{model.model_id}:{number}"
-        if found := self.tenants.futures.find(owner, request_id):
-            return found
-        if model.log.is_past(number):
-            raise gone()
-        return model.log.add(number, owner, request_id, run, size)
+    Raises:
+        HttpRefusal: The command was sent before, and its result is no longer kept.
+        QueueFullError: Too many commands wait.
+    """
+    owner, request_id = model.owner, f"{model.model_id}:{number}"
+    if found := tenants.futures.find(owner, request_id):
+        return found
+    if model.log.is_past(number):
+        raise gone()
+    return model.log.add(number, owner, request_id, run, size)
 
 
 def session_gone(session_id: str) -> HttpRefusal:
@@ -91,14 +85,14 @@ def gone() -> HttpRefusal:
     return HttpRefusal(410, say("RESULT_GONE"))
 
 
-def number_of(raw: Any, path: str = "seq_id") -> int:
+def number_of(raw: Any) -> int:
     """The number of a command.
 
     Raises:
         InvalidRequestError: The value is not a valid number.
     """
     if type(raw) is not int or not 0 < raw < 1 << 31:
-        raise InvalidRequestError.of(path, wrong_type("a positive integer", raw))
+        raise InvalidRequestError.of("seq_id", wrong_type("a positive integer", raw))
     return raw
 
 
@@ -116,29 +110,29 @@ POLL_SECONDS = 20.0
 _LOOK_SECONDS = 1.0
 
 
-async def config(state: TinkerState, exchange: Exchange, _body: Body) -> Json:
+async def config(exchange: Exchange) -> Json:
     """Tell the client which features to use; all others are off."""
     return _CONFIG
 
 
-async def dynamic_config(state: TinkerState, exchange: Exchange, _body: Body) -> Json:
+async def dynamic_config(exchange: Exchange) -> Json:
     """Tell the client which features to use from now on."""
     return {"sample_cancel_enabled": True}
 
 
-async def telemetry(state: TinkerState, exchange: Exchange, _body: Body) -> Json:
+async def telemetry(exchange: Exchange) -> Json:
     """Discard the client's telemetry."""
     return {"status": "accepted"}
 
 
-async def healthz(state: TinkerState, exchange: Exchange) -> Json:
+async def healthz(exchange: Exchange) -> Json:
     """Report that the server answers."""
     return {"status": "ok"}
 
 
-async def capabilities(state: TinkerState, exchange: Exchange) -> Json:
+async def capabilities(exchange: Exchange) -> Json:
     """List the base model, which is the only one."""
-    info = state.tenants.info()
+    info = tenants_of(exchange).info()
     model = {
         "model_name": info.name,
         "max_context_length": info.max_model_len,
@@ -148,32 +142,34 @@ async def capabilities(state: TinkerState, exchange: Exchange) -> Json:
     return {"supported_models": [model]}
 
 
-async def create_session(state: TinkerState, exchange: Exchange, _body: Body) -> Json:
+async def create_session(exchange: Exchange) -> Json:
     """Begin a session."""
-    state.tenants.sessions.training()
-    session = state.tenants.sessions.begin(state.owner(exchange))
+    sessions = tenants_of(exchange).sessions
+    sessions.training()
+    session = sessions.begin(owner_of(exchange))
     return {"type": "create_session", "session_id": session.session_id}
 
 
-async def heartbeat(state: TinkerState, exchange: Exchange, body: OfSession) -> Json:
+async def heartbeat(exchange: Exchange) -> Json:
     """Keep a session alive."""
-    state.session(exchange, body.session_id)
+    session_of(exchange, exchange.take_body().checked(OfSession).session_id)
     return {"type": "session_heartbeat"}
 
 
-async def finish(state: TinkerState, exchange: Exchange, _body: Body) -> Json:
+async def finish(exchange: Exchange) -> Json:
     """End a session."""
-    session = state.session(exchange, exchange.request.path_params["session"])
-    state.tenants.sessions.end(session)
+    session = session_of(exchange, exchange.request.path_params["session"])
+    tenants_of(exchange).sessions.end(session)
     return {}
 
 
 # Results.
 
 
-async def retrieve(state: TinkerState, exchange: Exchange, body: OfRequest) -> None:
+async def retrieve(exchange: Exchange) -> None:
     """Wait for a result."""
-    future = state.tenants.futures.find(state.owner(exchange), body.request_id)
+    body = exchange.take_body().checked(OfRequest)
+    future = tenants_of(exchange).futures.find(owner_of(exchange), body.request_id)
     if future is None:
         raise gone()
     result: Result | None = None
@@ -181,7 +177,7 @@ async def retrieve(state: TinkerState, exchange: Exchange, body: OfRequest) -> N
     while result is None:
         left = end - time.monotonic()
         result = await future.wait(max(0.0, min(left, _LOOK_SECONDS)))
-        if left <= 0 or not state.services.gate.is_open:
+        if left <= 0 or not exchange.services.gate.is_open:
             break
     if result is None:
         again = {"type": "try_again", "request_id": body.request_id, "queue_state": "active"}
@@ -191,9 +187,10 @@ async def retrieve(state: TinkerState, exchange: Exchange, body: OfRequest) -> N
     await exchange.reply.whole(result.body, 200, {"content-type": result.kind})
 
 
-async def cancel(state: TinkerState, exchange: Exchange, body: OfRequest) -> Json:
+async def cancel(exchange: Exchange) -> Json:
     """Cancel sampling; other work runs to its end."""
-    future = state.tenants.futures.find(state.owner(exchange), body.request_id)
+    body = exchange.take_body().checked(OfRequest)
+    future = tenants_of(exchange).futures.find(owner_of(exchange), body.request_id)
     if future is not None and future.task is not None:
         future.task.cancel()
     return {}

@@ -7,15 +7,22 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from turret.closest import closest
-from turret.server.api.tenants.checkpoints import Checkpoint
-from turret.server.api.tenants.futures import Future, Result
-from turret.server.api.tenants.tenants import SavedSampler, TenantModel
+from turret.server.api.checkpoints import Checkpoint
+from turret.server.api.futures import Future, Result
+from turret.server.api.tenants import SavedSampler, TenantModel, Tenants
 from turret.server.errors import InvalidRequestError
 from turret.server.http.endpoint import Exchange, Json
+from turret.server.http.fields import Body, Sent, wrong_type
 from turret.server.http.refusals import HttpRefusal
-from turret.server.http.schemas.fields import Body, Sent, wrong_type
-from turret.server.http.tinker import schemas, wire
-from turret.server.http.tinker.sessions import TinkerState, gone, number_of
+from turret.server.http.tinker import schemas, sessions, wire
+from turret.server.http.tinker.sessions import (
+    check_base,
+    gone,
+    number_of,
+    owner_of,
+    session_of,
+    tenants_of,
+)
 from turret.server.training.trainer import AdamParams, LearnerConfig
 from turret.server.words import say
 
@@ -24,7 +31,7 @@ from turret.server.words import say
 METHOD_NOTE, _OWN_NOTES = "turret.method", "turret."
 _SHOWN_CHARS = 40
 
-Work = Callable[[TinkerState, TenantModel, Any], Awaitable[Result]]
+Work = Callable[[Tenants, TenantModel, Any], Awaitable[Result]]
 
 
 def _promise(future: Future, model_id: str) -> Json:
@@ -32,42 +39,41 @@ def _promise(future: Future, model_id: str) -> Json:
     return {"request_id": future.request_id, "model_id": model_id}
 
 
-async def command(work: Work, kind: type[Body], state: TinkerState, exchange: Exchange) -> Json:
+async def command(work: Work, kind: type[Body], exchange: Exchange) -> Json:
     """Put a command with a JSON body into its model's log.
 
     Args:
         work: Runs the command when its turn comes.
         kind: The model of the body, with ``model_id`` and ``seq_id``.
-        state: The state.
         exchange: The request.
     """
-    return await _command(state, exchange, exchange.take_body(), kind, work)
+    return _commanded(exchange, exchange.take_body(), kind, work)
 
 
-async def _command(
-    state: TinkerState, exchange: Exchange, sent: Sent[Any], kind: type[Body], work: Work
-) -> Json:
+def _commanded(exchange: Exchange, sent: Sent[Any], kind: type[Body], work: Work) -> Json:
+    tenants = tenants_of(exchange)
     model_id = sent.raw.get("model_id")
     if not isinstance(model_id, str):
         raise InvalidRequestError.of("model_id", wrong_type("a string", model_id))
     number = number_of(sent.raw.get("seq_id"))
-    model = state.tenants.sessions.model(state.owner(exchange), model_id)
+    model = tenants.sessions.model(owner_of(exchange), model_id)
     # While the command waits, only these are kept of what was sent.
     kept = Sent(sent.body, sent.wrong)
 
     async def run() -> Result:
         # A command that fails uses its number too, so that later ones do not wait for it.
-        return await work(state, model, kept.checked(kind))
+        return await work(tenants, model, kept.checked(kind))
 
-    return _promise(state.command(model, number, run), model.model_id)
+    return _promise(sessions.command(tenants, model, number, run), model.model_id)
 
 
 # Models.
 
 
-async def create_model(state: TinkerState, exchange: Exchange, body: schemas.CreateModel) -> Json:
+async def create_model(exchange: Exchange) -> Json:
     """Begin to train an adapter."""
-    state.check_base(body.base_model)
+    body = exchange.take_body().checked(schemas.CreateModel)
+    check_base(exchange, body.base_model)
     lora = body.lora_config
     for name in body.user_metadata:
         if name.startswith(_OWN_NOTES) and name != METHOD_NOTE:
@@ -86,11 +92,10 @@ async def create_model(state: TinkerState, exchange: Exchange, body: schemas.Cre
     async def begin(model: TenantModel) -> Result:
         return Result.of(model_id=model.model_id, type="create_model")
 
-    return await _create(state, exchange, body, config, begin)
+    return _create(exchange, body, config, begin)
 
 
-async def _create(
-    state: TinkerState,
+def _create(
     exchange: Exchange,
     body: schemas.CreateModel | schemas.LoadWeights,
     config: LearnerConfig,
@@ -99,7 +104,6 @@ async def _create(
     """Add a model to a session; its first command creates it.
 
     Args:
-        state: The state of the API.
         exchange: The request.
         body: Names the session and the number of the model in it.
         config: The config of the adapter.
@@ -107,31 +111,32 @@ async def _create(
     """
     assert body.session_id is not None
     assert body.model_seq_id is not None
-    session, number = state.session(exchange, body.session_id), body.model_seq_id
+    tenants, number = tenants_of(exchange), body.model_seq_id
+    session = session_of(exchange, body.session_id)
     model_id = f"{body.session_id}:train:{number}"
-    future = state.tenants.futures.find(session.owner, f"{model_id}:0")
+    future = tenants.futures.find(session.owner, f"{model_id}:0")
     if future is None:
         if model_id in session.models:
             raise gone()
-        training = state.tenants.sessions.training()
-        model = state.tenants.sessions.add_model(session, number, config, body.user_metadata)
+        training = tenants.sessions.training()
+        model = tenants.sessions.add_model(session, number, config, body.user_metadata)
 
         async def run() -> Result:
             try:
                 model.learner = await training.create(model.config, model.owner)
                 return await begin(model)
             except BaseException:
-                state.tenants.sessions.drop_model(model)
+                tenants.sessions.drop_model(model)
                 raise
 
-        future = state.command(model, 0, run)
+        future = sessions.command(tenants, model, 0, run)
     return _promise(future, model_id)
 
 
-async def get_info(state: TinkerState, exchange: Exchange, body: schemas.OfModel) -> Json:
+async def get_info(exchange: Exchange) -> Json:
     """Describe a model in training."""
-    model = state.tenants.sessions.model(state.owner(exchange), body.model_id)
-    info = state.tenants.info()
+    body, tenants = exchange.take_body().checked(schemas.OfModel), tenants_of(exchange)
+    model, info = tenants.sessions.model(owner_of(exchange), body.model_id), tenants.info()
     data = {"arch": info.model_type, "model_name": info.name, "tokenizer_id": info.name}
     return {
         "type": "get_info",
@@ -144,32 +149,33 @@ async def get_info(state: TinkerState, exchange: Exchange, body: schemas.OfModel
     }
 
 
-async def unload_model(state: TinkerState, exchange: Exchange, body: schemas.OfModel) -> Json:
+async def unload_model(exchange: Exchange) -> Json:
     """Forget a model in training."""
-    owner = state.owner(exchange)
-    future = state.tenants.futures.find(owner, f"{body.model_id}:unload")
+    body, tenants = exchange.take_body().checked(schemas.OfModel), tenants_of(exchange)
+    owner = owner_of(exchange)
+    future = tenants.futures.find(owner, f"{body.model_id}:unload")
     if future is None:
-        model = state.tenants.sessions.model(owner, body.model_id)
-        future = state.tenants.futures.begin(owner, f"{body.model_id}:unload")
-        state.tenants.sessions.drop_model(model)
+        model = tenants.sessions.model(owner, body.model_id)
+        future = tenants.futures.begin(owner, f"{body.model_id}:unload")
+        tenants.sessions.drop_model(model)
         result = Result.of(model_id=model.model_id, type="unload_model")
-        state.tenants.futures.settle(future, result)
+        tenants.futures.settle(future, result)
     return _promise(future, body.model_id)
 
 
 # Passes and steps.
 
 
-async def forward_backward(state: TinkerState, exchange: Exchange) -> Json:
+async def forward_backward(exchange: Exchange) -> Json:
     """Compute losses and, unless told otherwise, their gradients."""
     if exchange.media_type != wire.PROTOBUF:
         raise HttpRefusal(415, say("NOT_A_MESSAGE_TYPE", wanted=wire.PROTOBUF))
     body = await exchange.read_body()
-    tenants, tenant = state.tenants, exchange.call.tenant
+    tenants, tenant = tenants_of(exchange), exchange.call.tenant
     info, training = tenants.info(), tenants.sessions.training()
     model_id, seq_id = await tenants.read(tenant, lambda: wire.read_address(body))
     number = number_of(seq_id)
-    model = tenants.sessions.model(state.owner(exchange), model_id)
+    model = tenants.sessions.model(owner_of(exchange), model_id)
 
     async def run() -> Result:
         # Until it is its turn, a pass is kept as bytes, because its sequences may take 30 times as
@@ -185,14 +191,14 @@ async def forward_backward(state: TinkerState, exchange: Exchange) -> Json:
         result = await tenants.read(tenant, lambda: wire.result_of_pass(losses))
         return Result(result, wire.PROTOBUF)
 
-    future = state.command(model, number, run, len(body))
+    future = sessions.command(tenants, model, number, run, len(body))
     return _promise(future, model.model_id)
 
 
-async def optim_step(state: TinkerState, model: TenantModel, body: schemas.OptimStep) -> Result:
+async def optim_step(tenants: Tenants, model: TenantModel, body: schemas.OptimStep) -> Result:
     """Change a model's weights by the gradients since the last step."""
     adam = AdamParams(**body.adam_params.model_dump())
-    metrics = await state.tenants.sessions.training().step(model.learner_number, adam)
+    metrics = await tenants.sessions.training().step(model.learner_number, adam)
     # JSON has no other numbers.
     finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
     return Result.of(metrics=finite)
@@ -202,14 +208,14 @@ async def optim_step(state: TinkerState, model: TenantModel, body: schemas.Optim
 
 
 async def _save(
-    state: TinkerState,
+    tenants: Tenants,
     model: TenantModel,
     kind: str,
     body: schemas.Save,
     *,
     overwrite: bool = False,
 ) -> Checkpoint:
-    return await state.tenants.save(
+    return await tenants.save(
         model,
         kind,
         body.path or f"step-{body.seq_id:06d}",
@@ -219,75 +225,74 @@ async def _save(
     )
 
 
-async def save_weights(state: TinkerState, model: TenantModel, body: schemas.SaveWeights) -> Result:
+async def save_weights(tenants: Tenants, model: TenantModel, body: schemas.SaveWeights) -> Result:
     """Save a model with its optimizer, to continue from later."""
-    saved = await _save(state, model, "weights", body, overwrite=body.overwrite)
+    saved = await _save(tenants, model, "weights", body, overwrite=body.overwrite)
     return Result.of(path=saved.path, type="save_weights")
 
 
-async def save_external(
-    state: TinkerState, model: TenantModel, body: schemas.SaveExternal
-) -> Result:
+async def save_external(tenants: Tenants, model: TenantModel, body: schemas.SaveExternal) -> Result:
     """Save a model's weights for download."""
-    saved = await _save(state, model, "external_weights", body)
+    saved = await _save(tenants, model, "external_weights", body)
     return Result.of(path=saved.path, size_bytes=saved.size, type="save_weights_external")
 
 
 async def save_for_sampler(
-    state: TinkerState, model: TenantModel, body: schemas.SaveForSampler
+    tenants: Tenants, model: TenantModel, body: schemas.SaveForSampler
 ) -> Result:
     """Save a model's weights for sampling, or make a sampler of them without saving."""
     if body.sampling_session_seq_id is None:
-        path, sampler_id = (await _save(state, model, "sampler_weights", body)).path, None
+        path, sampler_id = (await _save(tenants, model, "sampler_weights", body)).path, None
     else:
-        path, sampler_id = None, (await _snapshot(state, model, body)).sampler_id
+        path, sampler_id = None, (await _snapshot(tenants, model, body)).sampler_id
     kind = "save_weights_for_sampler"
     return Result.of(path=path, sampling_session_id=sampler_id, type=kind)
 
 
 async def _snapshot(
-    state: TinkerState, model: TenantModel, body: schemas.SaveForSampler
+    tenants: Tenants, model: TenantModel, body: schemas.SaveForSampler
 ) -> SavedSampler:
     """A sampler with a model's present weights, or one that always uses its newest ones."""
     session_id = model.model_id.partition(":")[0]
-    session = state.tenants.sessions.find(model.owner, session_id)
+    session = tenants.sessions.find(model.owner, session_id)
     sampler = SavedSampler(
         sampler_id=f"{session_id}:sample:{body.sampling_session_seq_id}",
         owner=model.owner,
         adapter=model.adapter,
     )
     if body.kind == "inflight":
-        await state.tenants.publish(model)
+        await tenants.publish(model)
     else:
         sampler.adapter = f"{model.adapter}/{body.sampling_session_seq_id}"
         sampler.is_own = True
-        async with state.tenants.writing(model.owner):
-            training = state.tenants.sessions.training()
+        async with tenants.writing(model.owner):
+            training = tenants.sessions.training()
             published = await training.publish(model.learner_number, sampler.adapter)
         sampler.generation, sampler.size = published.generation, published.size
-    state.tenants.sessions.add_sampler(session, sampler)
+    tenants.sessions.add_sampler(session, sampler)
     return sampler
 
 
-async def load_weights(state: TinkerState, exchange: Exchange) -> Json:
+async def load_weights(exchange: Exchange) -> Json:
     """Continue from a checkpoint, in a model or in a new one."""
     sent = exchange.take_body()
     if sent.raw.get("model_id") is not None:
-        return await _command(state, exchange, sent, schemas.LoadWeights, _load)
+        return _commanded(exchange, sent, schemas.LoadWeights, _load)
     body = sent.checked(schemas.LoadWeights)
     if body.session_id is None or body.model_seq_id is None:
         choices = "model_id, session_id"
         raise InvalidRequestError.of("model_id", say("ONE_REQUIRED", choices=choices))
     if body.base_model is not None:
-        state.check_base(body.base_model)
-    config = state.tenants.checkpoints.find(state.owner(exchange), body.path).config
+        check_base(exchange, body.base_model)
+    tenants = tenants_of(exchange)
+    config = tenants.checkpoints.find(owner_of(exchange), body.path).config
 
     async def begin(model: TenantModel) -> Result:
-        return await _load(state, model, body)
+        return await _load(tenants, model, body)
 
-    return await _create(state, exchange, body, config, begin)
+    return _create(exchange, body, config, begin)
 
 
-async def _load(state: TinkerState, model: TenantModel, body: schemas.LoadWeights) -> Result:
-    checkpoint = await state.tenants.load(model, body.path, with_optimizer=body.optimizer)
+async def _load(tenants: Tenants, model: TenantModel, body: schemas.LoadWeights) -> Result:
+    checkpoint = await tenants.load(model, body.path, with_optimizer=body.optimizer)
     return Result.of(path=checkpoint.path, model_id=model.model_id, type="load_weights")

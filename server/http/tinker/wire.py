@@ -10,7 +10,7 @@ import numpy as np
 from google.protobuf.message import DecodeError, Message
 
 from turret.lazy_torch import torch
-from turret.server.api.tenants import reading
+from turret.server.api import training
 from turret.server.api.violations import Violations
 from turret.server.errors import InvalidRequestError
 from turret.server.training.losses import LOSSES, TARGETS
@@ -56,7 +56,7 @@ def _parse(kind: type[_M], body: bytes) -> _M:
         raise InvalidRequestError(say("MESSAGE_MALFORMED")) from None
 
 
-class _PassReader(reading.DatumReader):
+class _PassReader(training.DatumReader):
     """Reads the sequences of a pass."""
 
     def datum(self, data: bytes, loss: str, path: str) -> Datum | None:
@@ -74,7 +74,7 @@ class _PassReader(reading.DatumReader):
         try:
             tokens = self._tokens(datum, f"{path}.model_input")
             inputs = self._inputs(datum, loss, len(tokens), f"{path}.loss_fn_inputs")
-        except reading.Refused:
+        except training.Refused:
             return None
         return Datum(tokens.tolist(), inputs)
 
@@ -94,7 +94,7 @@ class _PassReader(reading.DatumReader):
     ) -> dict[str, Any]:
         sent = datum.loss_fn_inputs
         for name in sent:
-            shown = name[: reading.SHOWN_CHARS]
+            shown = name[: training.SHOWN_CHARS]
             self.check(name in _INPUTS, f"{path}.{shown}", "UNKNOWN_FIELD", name=shown)
         inputs = {}
         for name in (TARGETS, *LOSSES[loss].inputs):
@@ -126,7 +126,7 @@ class _PassReader(reading.DatumReader):
         return np.frombuffer(data, dtype)
 
 
-def read_pass(body: bytes, info: ModelInfo) -> reading.AskedPass:
+def read_pass(body: bytes, info: ModelInfo) -> training.AskedPass:
     """The pass in a body.
 
     Args:
@@ -137,7 +137,7 @@ def read_pass(body: bytes, info: ModelInfo) -> reading.AskedPass:
         InvalidRequestError: Lists every offending field.
     """
     message, violations = _parse(_Parts, body), Violations()
-    is_readable = reading.check_loss(message.loss_fn, len(message.data), violations, "loss_fn")
+    is_readable = training.check_loss(message.loss_fn, len(message.data), violations, "loss_fn")
     data: list[Datum | None] = []
     if is_readable:
         reader = _PassReader(info, violations)
@@ -148,14 +148,14 @@ def read_pass(body: bytes, info: ModelInfo) -> reading.AskedPass:
     numbers = _settings(message, violations)
     violations.raise_if_any()
     sequences = [datum for datum in data if datum is not None]
-    return reading.AskedPass(sequences, message.loss_fn, numbers, message.forward_only)
+    return training.AskedPass(sequences, message.loss_fn, numbers, message.forward_only)
 
 
 def _settings(parts: tinker_pb2.TinkerPassParts, violations: Violations) -> dict[str, float]:
     """The settings of the loss. The newer field takes precedence if it was sent."""
     path = "loss_fn_config"
     count = max(len(parts.loss_fn_config), len(parts.loss_fn_config_v2))
-    if not violations.check_count(count, reading.MAX_SETTINGS, path):
+    if not violations.check_count(count, training.MAX_SETTINGS, path):
         return {}
     only = _Parts(
         loss_fn=parts.loss_fn,
@@ -166,11 +166,11 @@ def _settings(parts: tinker_pb2.TinkerPassParts, violations: Violations) -> dict
     newer, older = message.loss_fn_config_v2, message.loss_fn_config
     settings = dict(older)
     for name, setting in newer.items():
-        place = f"{path}.{name[: reading.SHOWN_CHARS]}"
+        place = f"{path}.{name[: training.SHOWN_CHARS]}"
         is_number = setting.WhichOneof("value") == "number"
         violations.check(is_number, place, "NOT_A_NUMBER", value="a string")
         settings[name] = setting.number
-    reading.check_settings(message.loss_fn, settings, violations, path)
+    training.check_settings(message.loss_fn, settings, violations, path)
     return settings
 
 

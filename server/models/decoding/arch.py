@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -187,6 +187,30 @@ class Projections:
         if projection in ("gate_up", "down"):
             return not is_sparse
         return is_sparse or projection != ROUTER
+
+    def projections(self, layer: int) -> Iterator[tuple[Linear, ...]]:
+        """The quantised modules of a layer, grouped as they are fused, with their full paths."""
+        for name, slices in self.linears().items():
+            if name != ROUTER and self.has(layer, name):
+                prefix = f"{LAYER_PREFIX}.{layer}"
+                yield tuple((f"{prefix}.{path}", out, inner) for path, out, inner in slices)
+        if self.has(layer, ROUTER):
+            for experts in self.expert_modules(layer).values():
+                yield from experts
+
+    def expert_modules(self, layer: int) -> dict[str, list[tuple[Linear, ...]]]:
+        """For each fused projection, the modules of each expert, with their full paths."""
+        experts = self.experts
+        assert experts is not None, "a layer that has a router has experts"
+        folder = f"{LAYER_PREFIX}.{layer}.{experts.checkpoint_path}.experts"
+        found = {}
+        for name, (_, out, inner) in self.expert_linears().items():
+            modules = experts.modules[name]
+            found[name] = [
+                tuple((f"{folder}.{m.format(e)}", out // len(modules), inner) for m in modules)
+                for e in range(experts.count)
+            ]
+        return found
 
     def expert_linears(self) -> dict[str, Linear]:
         """Fused projections of an expert, by name: (path of the parameter, out, in)."""

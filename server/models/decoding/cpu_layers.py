@@ -8,15 +8,19 @@ their order are the same, and so are the bits.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from turret.kernels.cpu.layers import (
+    CLAMPED_SWIGLU,
+    GELU,
     MAX_HEAD_DIM,
     PROJECTIONS,
+    SILU,
     NativeAttentionPlan,
+    NativeExperts,
     NativeLayer,
     NativeLinear,
     NativeModel,
@@ -32,10 +36,11 @@ from turret.kernels.cpu.layers import (
 )
 from turret.kernels.cpu.native import has_layer_ops, num_threads
 from turret.kernels.cpu.products import TILE_ROWS, serves_dense
+from turret.kernels.nf4_matmul import MXFP4
 from turret.kernels.paged_attention import SequenceSpan, prepare_attention
-from turret.server.adapters.device.cpu.store import CpuStep
+from turret.server.adapters.device.cpu import CpuStep
 from turret.server.adapters.device.store import AdapterStep
-from turret.server.models.decoding.adapted_linear import AdaptedLinear
+from turret.server.models.decoding.adapted_linear import AdaptedExperts, AdaptedLinear
 from turret.server.models.decoding.arch import Arch, ClampedSwiglu
 from turret.server.models.decoding.layer_ops import Angles, KvCache, LayerOps, no_rotation
 
@@ -142,11 +147,19 @@ class CpuLayers:
         self._layers = (NativeLayer * arch.num_layers)(
             *(self._layer(number, layer) for number, layer in enumerate(layers))
         )
-        first = layers[0]
-        bases = [projection.base for layer in layers for projection in _projections(layer)]
+        first, experts = layers[0], arch.experts
+        bases = [each.base for layer in layers for _, each in _projections(layer)]
         dense = [base.in_features for base in bases if _dense(base) is not None]
         self._widest_dense = max(dense, default=0)
-        self._widest = max(_width(projection.base) for projection in _projections(first)[::2])
+        # The most outputs and inputs of a row, in all of its pairs together.
+        self._outputs = max(_width(base) for base in bases)
+        self._inputs = max(arch.num_heads * arch.head_dim, arch.intermediate_size)
+        if experts is not None:
+            widths = arch.hidden_size, experts.intermediate_size
+            self._outputs = max(self._outputs, experts.per_token * max(widths[0], 2 * widths[1]))
+            self._inputs = max(self._inputs, experts.per_token * max(widths))
+        activation = arch.activation
+        clamped = activation if isinstance(activation, ClampedSwiglu) else None
         self._model = NativeModel(
             layers=ctypes.addressof(self._layers),
             norm=norm.data_ptr(),
@@ -159,11 +172,16 @@ class CpuLayers:
             q_norm_width=0 if first.q_norm is None else first.q_norm.shape[0],
             k_norm_width=0 if first.k_norm is None else first.k_norm.shape[0],
             is_interleaved=arch.is_interleaved,
-            is_gelu=arch.activation != "silu",
+            activation=CLAMPED_SWIGLU if clamped else SILU if activation == "silu" else GELU,
+            experts=experts.count if experts else 0,
+            per_token=experts.per_token if experts else 0,
+            normalizes=experts.normalizes if experts else 0,
             eps=arch.rms_norm_eps,
             residual_scale=arch.residual_scale,
             attention_scale=arch.attention_scale,
             attention_softcap=arch.attention_softcap or 0.0,
+            alpha=clamped.alpha if clamped else 0.0,
+            limit=clamped.limit if clamped else 0.0,
         )
 
     @staticmethod
@@ -172,11 +190,12 @@ class CpuLayers:
 
         The kernels of this file are for bf16.
         """
-        if arch.experts is not None or arch.has_sinks or not isinstance(arch.activation, str):
-            return False
-        bases = [projection.base for layer in layers for projection in _projections(layer)]
-        return arch.query_growth is None and all(
-            hasattr(base, "packed") or _dense(base) is not None for base in bases
+        bases = [each.base for layer in layers for _, each in _projections(layer)]
+        experts = [each.base for layer in layers for each in _experts(layer)]
+        return (
+            arch.query_growth is None
+            and all(hasattr(base, "packed") or _dense(base) is not None for base in bases)
+            and all(base.addresses is not None for base in experts)
         )
 
     def run(
@@ -209,16 +228,15 @@ class CpuLayers:
             *(attention[window].address for window in self._windows)
         )
         heads = arch.num_heads * arch.head_dim
-        sizes = (arch.hidden_size, arch.hidden_size, arch.hidden_size, self._widest)
-        narrow = max(heads, arch.intermediate_size)
-        out, normed, delta, wide = (hidden.new_empty(rows, size) for size in sizes)
-        between, q = hidden.new_empty(rows, narrow), torch.empty(rows, heads)
+        sizes = (arch.hidden_size, arch.hidden_size, arch.hidden_size, self._outputs, self._inputs)
+        out, normed, delta, wide, narrow = (hidden.new_empty(rows, size) for size in sizes)
+        q = torch.empty(rows, heads)
         made = NativePass(
             hidden=hidden.data_ptr(),
             out=out.data_ptr(),
             normed=normed.data_ptr(),
             wide=wide.data_ptr(),
-            narrow=between.data_ptr(),
+            narrow=narrow.data_ptr(),
             delta=delta.data_ptr(),
             q=q.data_ptr(),
             slots=slots.data_ptr(),
@@ -232,7 +250,17 @@ class CpuLayers:
             groups = -(-rows // TILE_ROWS) * TILE_ROWS
             scratch = torch.empty(groups, self._widest_dense)
             made.scratch = scratch.data_ptr()
+        if arch.experts is not None:
+            pairs = torch.empty(4, rows * arch.experts.per_token, dtype=torch.int64)
+            ends = torch.empty(arch.experts.count, dtype=torch.int64)
+            weights = torch.empty(rows, arch.experts.per_token + arch.experts.count)
+            made.chosen, made.pair_places, made.pair_rows, made.pair_experts = (
+                each.data_ptr() for each in pairs
+            )
+            made.ends, made.weights = ends.data_ptr(), weights.data_ptr()
         if adapters is not None:
+            if adapters.experts is not None:
+                made.expert_adapters = adapters.experts.adapters.address
             low, high, _ = adapters.base_rows.indices(rows)
             made.base_low, made.base_high = low, high
             made.adapters = adapters.rows.address
@@ -258,6 +286,7 @@ class CpuLayers:
                     layer.norm_after_mlp,
                     layer.q_norm,
                     layer.k_norm,
+                    layer.sinks,
                 )
             ),
             self._cache.keys[number].data_ptr(),
@@ -265,22 +294,39 @@ class CpuLayers:
             self._kinds.index(self._arch.rope_of_layer[number]),
             self._windows.index(self._arch.windows[number]),
         )
-        for place, projection in enumerate(_projections(layer)):
+        for name, projection in _projections(layer):
             base, bias = projection.base, projection.bias
             # A weight belongs to a ``PackedLinear`` or a ``DenseLinear``.
             weights = getattr(base, "packed", None), getattr(base, "absmax", None), _dense(base)
-            made.linears[place] = NativeLinear(
+            made.linears[PROJECTIONS.index(name)] = NativeLinear(
                 *(None if tensor is None else tensor.data_ptr() for tensor in (*weights, bias)),
                 _width(base),
+                base.in_features,
+            )
+        for place, projection in enumerate(_experts(layer)):
+            base, bias = projection.base, projection.bias
+            assert base.addresses is not None
+            made.experts[place] = NativeExperts(
+                base.addresses.data_ptr(),
+                None if bias is None else bias.data_ptr(),
+                base.format == MXFP4,
+                base.out_features,
                 base.in_features,
             )
         return made
 
 
-def _projections(layer: DecoderLayer) -> tuple[AdaptedLinear, ...]:
-    assert layer.gate_up is not None, "a mixture of experts is not served here"
-    assert layer.down is not None
-    return layer.qkv, layer.o, layer.gate_up, layer.down
+def _projections(layer: DecoderLayer) -> Iterator[tuple[str, AdaptedLinear]]:
+    router = None if layer.experts is None else layer.experts.router
+    found = layer.qkv, layer.o, layer.gate_up, layer.down, router
+    for name, projection in zip(PROJECTIONS, found, strict=True):
+        if projection is not None:
+            yield name, projection
+
+
+def _experts(layer: DecoderLayer) -> tuple[AdaptedExperts, ...]:
+    """The layer's projections of experts, in the order of ``NativeLayer.experts``."""
+    return () if layer.experts is None else (layer.experts.gate_up, layer.experts.down)
 
 
 def _dense(base: BaseLinear) -> torch.Tensor | None:

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from turret.kernels.likeliest import MOST_ROWS, Screen, likeliest_tokens
+from turret.kernels.likeliest import MOST_ROWS, Screen, ScreenCodes, likeliest_tokens
 from turret.kernels.rows.elementwise import row_softcap_
 from turret.kernels.rows.linear import row_linear
-from turret.server.adapters.device.cpu.store import CpuStep
+from turret.server.adapters.device.cpu import CpuStep
 from turret.server.adapters.device.store import AdapterStep
 from turret.server.adapters.device.vocabulary import (
     VocabularyGroup,
@@ -104,6 +104,7 @@ class Decoder:
         ops: Computes the operations between the projections on this path.
         epoch: Changes when a merge exchanges weights, which makes earlier graphs invalid.
         fidelity: How the weights of the layers differ from those in the model's files.
+        head_copy: The int8 copy of the head in the cache, or None.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class Decoder:
         self.device = embedding.device
         self.epoch = 0
         self.fidelity = Fidelity()
+        self.head_copy: ScreenCodes | None = None
         self.ops = choose_layer_ops(arch, self.dtype, self.device)
         self._angles = {kind: RotaryAngles(rope, self.device) for kind, rope in arch.ropes.items()}
         self._growth = None
@@ -332,7 +334,7 @@ class LikeliestTokens:
         if decoder.arch.logit_scale > 0.0 and Screen.serves(decoder.head):
             # A head with a non-finite weight cannot be screened.
             with contextlib.suppress(ValueError):
-                return cls(decoder, Screen(decoder.head))
+                return cls(decoder, Screen(decoder.head, decoder.head_copy))
         return None
 
     def find(self, hidden: torch.Tensor) -> list[int] | None:

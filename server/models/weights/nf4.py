@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -41,7 +42,8 @@ from turret.server.models.weights.nf4_cpu import (
 # import, it passes a few functions to ``torch.compile``. These are for devices without bitsandbytes
 # kernels, and also work uncompiled. Later, the first call of each operator would import the
 # compiler only to exclude the operator from compilation. A server that runs out of memory during
-# that import could not call the operator until it restarts.
+# that import could not call the operator until it restarts. bitsandbytes also imports Triton, which
+# only its kernels for Intel's GPUs use.
 
 
 __all__ = ["functional"]
@@ -57,11 +59,16 @@ def _without_compiler() -> Iterator[None]:
     replaced = {name: getattr(torch, name) for name in ("compile", "_disable_dynamo")}
     for name in replaced:
         setattr(torch, name, _as_it_is)
+    has_triton = "triton" in sys.modules
+    if not has_triton:
+        sys.modules["triton"] = None  # type: ignore[assignment]
     try:
         yield
     finally:
         for name, function in replaced.items():
             setattr(torch, name, function)
+        if not has_triton:
+            del sys.modules["triton"]
 
 
 # bitsandbytes warns at import that an optional kernel from the hub is not installed.
@@ -302,6 +309,8 @@ class DequantizedLinear(DenseLinear):
 class PackedLinear(BaseLinear):
     """NF4 weights in bitsandbytes' packed CPU layout, for a bf16 model.
 
+    The layout is the same for all instruction sets.
+
     Args:
         packed: ``[sum(widths), in / 2]`` uint8.
         absmax: ``[in / 64, sum(widths)]`` bf16, or ``[in / 32, sum(widths)]`` for MXFP4.
@@ -311,6 +320,16 @@ class PackedLinear(BaseLinear):
     def __init__(self, packed: torch.Tensor, absmax: torch.Tensor, widths: tuple[int, ...]) -> None:
         self.packed, self.absmax, self.widths = packed, absmax, widths
         self.in_features = 2 * packed.shape[1]
+
+    @staticmethod
+    def packs(slices: Sequence[Nf4Weight]) -> bool:
+        """Whether ``pack`` supports weights."""
+        return (
+            len({weight.format for weight in slices}) == 1
+            and len({weight.shape[1] for weight in slices}) == 1
+            and slices[0].shape[1] % BLOCKSIZE == 0
+            and all(weight.shape[0] % TILE_ROWS == 0 for weight in slices)
+        )
 
     @classmethod
     def pack(cls, slices: Sequence[Nf4Weight]) -> PackedLinear:
@@ -327,20 +346,29 @@ class PackedLinear(BaseLinear):
             columns.copy_(weight.absmax().view(-1, blocks).T)
         return cls(packed, absmax, widths)
 
+    @staticmethod
+    def names(modules: Sequence[str]) -> tuple[str, str]:
+        """The names of ``packed`` and ``absmax`` in the cache, from the names of the weights."""
+        joined = "+".join(modules)
+        return f"{joined}:packed", f"{joined}:absmax"
+
     def __call__(
         self, x: torch.Tensor, ahead: Ahead | None = None, num_decode: int | None = None
     ) -> torch.Tensor:
-        shape = self.packed.shape[0], self.in_features
-        return nf4_product(x, self.packed, self.absmax, shape, ahead)
+        return nf4_product(x, self.packed, self.absmax, self.shape, ahead)
 
     @property
     def format(self) -> Format:
         """The format of the weights."""
         return MXFP4 if self.absmax.shape[0] * MXFP4.block == self.in_features else NF4
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.packed.shape[0], self.in_features
+
     def formulation(self) -> str:
         """The name of the product, for the log. A library's product is tried first."""
-        return nf4_formulation((self.packed.shape[0], self.in_features))
+        return nf4_formulation(self.shape)
 
     def dequantize(self, index: int) -> torch.Tensor:
         # The product rounds absmax and products to bf16 internally. Multiplying by the identity
@@ -356,8 +384,7 @@ class PackedLinear(BaseLinear):
     def transposed_product(self, grad: torch.Tensor) -> torch.Tensor:
         if not has_kernels(grad.device) or self.format == MXFP4:
             return super().transposed_product(grad)
-        shape = self.packed.shape[0], self.in_features
-        return nf4_transposed_product(grad, self.packed, self.absmax, shape)
+        return nf4_transposed_product(grad, self.packed, self.absmax, self.shape)
 
     def part(self, index: int) -> PackedLinear:
         rows = self._rows(index)
@@ -422,20 +449,25 @@ def nf4_linear(
         from turret.server.models.weights.nf4_gpu import GpuLinear
 
         return GpuLinear.fuse(slices, dtype, device)
-    shapes = [weight.shape for weight in slices]
-    is_read = has_kernels(device) or (slices[0].format == NF4 and has_library_product(device))
-    if (
-        dtype == torch.bfloat16
-        and is_read
-        and all(out % TILE_ROWS == 0 and inner % BLOCKSIZE == 0 for out, inner in shapes)
-    ):
+    if multiplies_packed(slices[0].format, dtype, device) and PackedLinear.packs(slices):
         return PackedLinear.pack(slices)
     parts = [weight.dequantize(dtype) for weight in slices]
-    return DequantizedLinear(torch.cat(parts).to(device), tuple(out for out, _ in shapes))
+    widths = tuple(weight.shape[0] for weight in slices)
+    return DequantizedLinear(torch.cat(parts).to(device), widths)
+
+
+def multiplies_packed(weight_format: Format, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a product on this device reads codes in the layout of ``PackedLinear``."""
+    is_read = has_kernels(device) or (weight_format == NF4 and has_library_product(device))
+    return dtype == torch.bfloat16 and is_read
+
+
+# The weight of a module, or the weights of a fused projection.
+Weight = Nf4Weight | PackedLinear | torch.Tensor
 
 
 def fuse_weights(
-    weights: Sequence[Nf4Weight | torch.Tensor],
+    weights: Sequence[Weight],
     dtype: torch.dtype,
     device: torch.device,
     *,
@@ -446,11 +478,13 @@ def fuse_weights(
     Adjacent weights in the same format share a product.
 
     Args:
-        weights: Each is quantised, or a tensor ``[out, in]``.
+        weights: Each is quantised, or a tensor ``[out, in]``. A ``PackedLinear`` is the only one.
         dtype: The dtype of activations.
         device: Where they are served.
         gpu: Whether the gpu path serves them.
     """
+    if isinstance(weights[0], PackedLinear):
+        return weights[0]
     parts: list[BaseLinear] = []
     for _, group in groupby(weights, lambda weight: getattr(weight, "format", None)):
         run = list(group)

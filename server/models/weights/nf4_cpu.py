@@ -76,6 +76,15 @@ def pack(codes: torch.Tensor, packed: torch.Tensor) -> None:
     packed.copy_(both.transpose(1, 2).contiguous().view(torch.uint8).view(rows, pairs))
 
 
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    """The codes as quantised, ``[out·in/2, 1]`` uint8, of a weight that ``pack`` wrote."""
+    pairs = packed.shape[1]
+    both = packed.view(torch.int16).view(-1, pairs, TILE_ROWS // 2).transpose(1, 2).contiguous()
+    even, odd = both.view(torch.uint8).view(-1, TILE_ROWS // 2, pairs, 2).unbind(-1)
+    low, high = (even << 4) | (odd & 0x0F), (even & 0xF0) | (odd >> 4)
+    return torch.stack([low, high], dim=1).view(-1, 1)
+
+
 def nf4_product(
     x: torch.Tensor,
     packed: torch.Tensor,

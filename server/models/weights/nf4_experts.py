@@ -11,7 +11,13 @@ from turret.kernels.expert_routing import Routing
 from turret.kernels.nf4_matmul import MXFP4, NF4, Nf4Matrix
 from turret.server.errors import InvalidRequestError
 from turret.server.models.weights.base_linear import BaseLinear
-from turret.server.models.weights.nf4 import BLOCKSIZE, Nf4Weight, PackedLinear, fuse_weights
+from turret.server.models.weights.nf4 import (
+    BLOCKSIZE,
+    Nf4Weight,
+    PackedLinear,
+    Weight,
+    fuse_weights,
+)
 from turret.server.models.weights.nf4_cpu import nf4_expert_products
 from turret.server.words import say
 
@@ -28,11 +34,14 @@ class Nf4Experts:
     Attributes:
         out_features: Outputs of an expert.
         in_features: Its inputs.
+        addresses: Addresses of the experts' weights (``nf4_expert_products``), or None if one call
+            of the C product cannot compute all of them.
+        format: The format of the weights that have ``addresses``.
     """
 
     def __init__(
         self,
-        experts: Sequence[Sequence[Nf4Weight | torch.Tensor]],
+        experts: Sequence[Sequence[Weight]],
         dtype: torch.dtype,
         device: torch.device,
         *,
@@ -42,8 +51,8 @@ class Nf4Experts:
         self.in_features = experts[0][0].shape[1]
         self._dtype = dtype
         self._experts: list[BaseLinear] = []
-        self._addresses: torch.Tensor | None = None
-        self._format = NF4
+        self.addresses: torch.Tensor | None = None
+        self.format = NF4
         # Used on the gpu path. All weights are numbers unless all have the same format.
         self._stacked: Nf4Matrix | torch.Tensor | None = None
         if gpu:
@@ -54,12 +63,12 @@ class Nf4Experts:
         packed = [expert for expert in self._experts if isinstance(expert, PackedLinear)]
         formats = {expert.format for expert in packed}
         if has_kernels(device) and len(packed) == len(self._experts) and len(formats) == 1:
-            (self._format,) = formats
+            (self.format,) = formats
             addresses = [[each.packed.data_ptr(), each.absmax.data_ptr()] for each in packed]
-            self._addresses = torch.tensor(addresses, dtype=torch.int64)
+            self.addresses = torch.tensor(addresses, dtype=torch.int64)
 
     def _stack(
-        self, experts: Sequence[Sequence[Nf4Weight | torch.Tensor]], device: torch.device
+        self, experts: Sequence[Sequence[Weight]], device: torch.device
     ) -> Nf4Matrix | torch.Tensor:
         if self.in_features % BLOCKSIZE:
             said = say("EXPERT_WIDTH_UNSUPPORTED", width=self.in_features, multiple=BLOCKSIZE)
@@ -76,10 +85,11 @@ class Nf4Experts:
             absmax = absmax.to(torch.bfloat16)
         return Nf4Matrix(packed, absmax, len(experts) * self.out_features, self.in_features, found)
 
-    def _numbers(self, weight: Nf4Weight | torch.Tensor) -> torch.Tensor:
-        if isinstance(weight, torch.Tensor):
-            return weight.to(self._dtype)
-        return weight.dequantize(self._dtype)
+    def _numbers(self, weight: Weight) -> torch.Tensor:
+        if isinstance(weight, Nf4Weight):
+            return weight.dequantize(self._dtype)
+        assert isinstance(weight, torch.Tensor)
+        return weight.to(self._dtype)
 
     def __call__(
         self, x: torch.Tensor, routing: Routing, rows: torch.Tensor | None
@@ -101,10 +111,9 @@ class Nf4Experts:
 
             return nf4_experts(x, self._stacked, routing, rows)
         x = x if rows is None else x.index_select(0, rows)
-        if self._addresses is not None:
+        if self.addresses is not None:
             shape = self.out_features, self.in_features
-            addresses = self._addresses
-            return nf4_expert_products(x, routing.ends, addresses, shape, self._format)
+            return nf4_expert_products(x, routing.ends, self.addresses, shape, self.format)
         parts = [self._experts[expert](x[pairs]) for expert, pairs in routing.runs]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

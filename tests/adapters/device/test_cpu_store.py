@@ -7,7 +7,7 @@ import torch
 from builders.facts import Resident, resident
 
 from turret.kernels.cpu.native import library
-from turret.server.adapters.device.cpu.store import CpuStore
+from turret.server.adapters.device.cpu import CpuStore
 from turret.server.adapters.device.store import ProjectionLayout, SliceShape, StepMembers
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.low_rank import LowRank, piece_sums

@@ -22,7 +22,7 @@ from turret.server.adapters.device.store import (
     ProjectionLayout,
     SliceShape,
 )
-from turret.server.adapters.lowering.lowered import in_one_block
+from turret.server.adapters.lowering import in_one_block
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.low_rank import ExpertLowRank

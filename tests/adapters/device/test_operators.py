@@ -21,7 +21,7 @@ from torch import Tensor
 
 from turret.kernels.cpu import native, row_adapters
 from turret.kernels.cpu.row_adapters import blocks_bytes
-from turret.server.adapters.device.cpu.store import CpuStore
+from turret.server.adapters.device.cpu import CpuStore
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.reference import ReferenceStore
 from turret.server.adapters.device.store import Members, ProjectionLayout, SliceShape, StepMembers

@@ -14,7 +14,7 @@ from fake_cuda import FakeCuda
 
 from turret.server.adapters.device.gpu import uploads as uploads_module
 from turret.server.adapters.device.gpu.uploads import PinnedRing, Uploads, blocks_of
-from turret.server.adapters.lowering.lowered import in_one_block
+from turret.server.adapters.lowering import in_one_block
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.low_rank import LowRank
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from builders.adapters import edit_config, edit_tensors
-from builders.methods import load_adapter, make_config, save_adapter
-from method_oracle import check_close, check_methods, oracle_logprobs, prompt_of, serve, twin
-from said import says
+from builders.methods import make_config, save_adapter
+from method_oracle import check_methods, check_mixes, prompt_of, serve, twin
+from said import fields_of, says
 from servers.engine_harness import EngineHarness, make_request
-from torch import nn
 
-from turret.server.adapters.adapter import AdapterRef, Source
-from turret.server.adapters.residency.loader import AdapterLoader
+from turret.server.adapters.adapter import Source
+from turret.server.adapters.loader import AdapterLoader
 from turret.server.errors import AdapterCheckpointError, BudgetExceededError
 from turret.server.models.describe import describe_base
 from turret.server.models.loader import load_decoder
@@ -89,9 +87,8 @@ async def test_each_request_gets_the_bits_it_gets_alone(dtype: str, tmp_path: Pa
     mixes = [[(name, 1.0)] for name in names] + MIXES + [[], []]
     requests = []
     for number, mix in enumerate(mixes):
-        refs = [AdapterRef(name=name, weight=weight) for name, weight in mix]
         prompt = prompt_of((3, 70, 11, 29)[number % 4], number)
-        requests.append(make_request(prompt, *refs, max_tokens=4, score=number % 5 == 0))
+        requests.append(make_request(prompt, *mix, max_tokens=4, score=number % 5 == 0))
     base = [number for number, mix in enumerate(mixes) if not mix]
     zero = next(number for number, mix in enumerate(mixes) if mix and mix[0][1] == 0.0)
     folder = twin("qwen2").folder
@@ -99,56 +96,21 @@ async def test_each_request_gets_the_bits_it_gets_alone(dtype: str, tmp_path: Pa
         untouched = [await harness.run(requests[number]) for number in base]
         plain = await harness.run(make_request(requests[zero].prompt_token_ids, max_tokens=4))
     async with EngineHarness.start(folder, tmp_path, dtype=dtype, adapters=names) as harness:
-        together = await harness.run_all(requests)
-        alone = [await harness.run(request) for request in requests]
+        together = await harness.run_together_and_alone(requests)
         # The reversed order shows differences that the prefix cache would hide.
         backwards = await harness.run_all(requests[::-1])
-    for request, one, two, three in zip(requests, alone, together, backwards[::-1], strict=True):
-        mix = [(ref.name, ref.weight) for ref in request.adapters]
-        assert two.bits == one.bits, mix
-        assert three.bits == one.bits, mix
+    assert [a.bits for a in backwards[::-1]] == [a.bits for a in together]
     assert [together[number].bits for number in base] == [answer.bits for answer in untouched]
     assert together[zero].bits == plain.bits
     assert len({answer.bits for answer in together}) > len(requests) - 4
 
 
-class _Mixed(nn.Module):
-    """``base(x) + Σ w (adapted(x) − base(x))`` for one module of several PEFT models."""
-
-    def __init__(self, base: nn.Module, parts: list[tuple[nn.Module, float]]) -> None:
-        super().__init__()
-        self._base, self._parts = base, parts
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plain = self._base(x)
-        return plain + sum(weight * (part(x) - plain) for part, weight in self._parts)
-
-
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 async def test_mixes_sum_what_peft_changes(architecture: str, tmp_path: Path) -> None:
     save_all(architecture, tmp_path)
-    model, prompt = twin(architecture).model, prompt_of(31)
     mixes = [mix for mix in MIXES if mix[0][0] != "prefix"]
     async with serve(architecture, tmp_path, adapters=[*VARIANTS, *PLAIN]) as harness:
-        for mix in mixes:
-            refs = [AdapterRef(name=name, weight=weight) for name, weight in mix]
-            answer = await harness.run(make_request(prompt, *refs, score=True))
-            oracle = copy.deepcopy(model)
-            loaded = [(load_adapter(model, tmp_path / name), weight) for name, weight in mix]
-            for path, module in model.named_modules():
-                is_token_matrix = path in ("model.embed_tokens", "lm_head")
-                if is_token_matrix or (isinstance(module, nn.Linear) and ".layers." in path):
-                    parts = [
-                        (m.get_submodule(f"base_model.model.{path}"), weight)
-                        for m, weight in loaded
-                    ]
-                    parent, _, leaf = path.rpartition(".")
-                    mixed = _Mixed(module, parts)
-                    setattr(oracle.get_submodule(parent) if parent else oracle, leaf, mixed)
-            rows = oracle_logprobs(oracle.eval(), prompt)
-            expected = [float(rows[i, token]) for i, token in enumerate(prompt[1:])]
-            found = [p for p in answer.prompt_logprobs[1:] if p is not None]
-            check_close(found, expected, f"{mix}")
+        await check_mixes(harness, twin(architecture).model, tmp_path, mixes)
 
 
 def load(root: Path, name: str = "a", **limits: Any) -> Any:
@@ -228,7 +190,7 @@ def test_config_and_tensors_must_agree(
     edit_config(save(tmp_path, "lora", **{**Q, **keys}), **config)
     with pytest.raises(AdapterCheckpointError) as caught:
         load(tmp_path)
-    fields = [field for field, _ in caught.value.violations]
+    fields = fields_of(caught.value)
     assert all(any(name in field for field in fields) for name in names), fields
 
 

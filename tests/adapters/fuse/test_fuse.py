@@ -11,17 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from builders.adapters import BASE_NAME, base_of, logits, tiny_llama, with_operators
+from builders.adapters import BASE_NAME, logits, tiny_llama, with_operators
 from builders.methods import ALL, load_adapter, make_config, save_adapter
 from builders.mixes.fuse import Fusions, difference, peft_weighted, truncated
 from builders.mixes.fusions import save_fusion
-from said import says
+from said import fields_of, says
 
+from turret.server.adapters import module_fuser as fused_module
 from turret.server.adapters.adapter import AdapterRef
-from turret.server.adapters.fuse import module_fuser as fused_module
-from turret.server.adapters.fuse.combination import NAMES, Combination
-from turret.server.adapters.fuse.fuser import Fuser
-from turret.server.adapters.fuse.module_fuser import Factors, energy_rank, ratio, side_by_side
+from turret.server.adapters.combination import NAMES, Combination
+from turret.server.adapters.module_fuser import Factors, energy_rank, ratio, side_by_side
 from turret.server.adapters.operators.adapter_operators import (
     AdapterOperators,
     ModuleOperators,
@@ -30,9 +29,6 @@ from turret.server.adapters.operators.adapter_operators import (
 )
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.operators.operator import Operator
-from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.adapters.state_dir import StateDir
-from turret.server.basics.work import Cancellation
 from turret.server.errors import (
     AdapterChangedError,
     AdapterExistsError,
@@ -48,12 +44,23 @@ METHODS = ("lora", "rslora", "dora", "loha", "lokr", "ia3", "adalora", "vera")
 DENSE = ("dora", "loha", "lokr", "ia3")
 
 
+# Methods that have no operators of their own.
+LOW_RANK_METHODS = (
+    *("bd_lora", "kasa", "delora", "miss", "gralora", "pvera", "vblora", "unilora", "tinylora"),
+    *("hra", "deft", "peanut"),
+)
+SPARSE = ("shira", "supertuning", "waveft")
+DENSE_METHODS = ("fourierft", "randlora", "osf", "frod")
+PROMPTS = ("prefix_tuning", "prompt_tuning", "cpt", "cartridge")
+
+
 @pytest.fixture(scope="module")
 def fusions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fusions]:
     """An adapter of each method under the method's name."""
-    made = Fusions(tmp_path_factory.mktemp("fuse"))
-    for seed, method in enumerate((*METHODS, "prefix_tuning", "prompt_tuning")):
-        made.add(method, method, seed)
+    made = Fusions(tmp_path_factory.mktemp("fuse"), max_rank=96)
+    for methods in (METHODS, (*LOW_RANK_METHODS, "glora", *SPARSE, *DENSE_METHODS), PROMPTS):
+        for seed, method in enumerate(methods):
+            made.add(method, method, seed)
     made.add("narrow", r=2, lora_alpha=4, target_modules=["q_proj"])
     save_fusion(tiny_llama(), made.root, "gated", ("lora", "narrow"), ["q_proj"])
     made.registry.load("gated", "gated")
@@ -97,6 +104,31 @@ def test_concatenation_is_exact_for_low_rank_updates(fusions: Fusions, how: str)
     assert ranks["model.layers.1.self_attn.v_proj"] < ranks["model.layers.1.self_attn.q_proj"]
 
 
+def test_concatenation_is_exact_for_methods_without_own_operators(fusions: Fusions) -> None:
+    mix = {method: (-1) ** number * 0.5 for number, method in enumerate(LOW_RANK_METHODS)}
+    result = fusions.fuse(mix)
+    assert difference(fusions.deltas(result), fusions.exact(mix)) < CLOSE
+    assert result.relative_error < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("mix", "refused"),
+    [
+        ({"glora": 0.7, "hra": 1.0}, "glora"),
+        ({"shira": 0.7, "supertuning": -1.0, "waveft": 0.5, "hra": 1.0}, "shira"),
+        ({"fourierft": 0.7, "randlora": -1.0, "osf": 0.5, "frod": 0.4, "hra": 1.0}, "osf"),
+    ],
+    ids=["gains", "entries", "whole matrices"],
+)
+def test_other_updates_are_fused_into_the_whole_update(
+    fusions: Fusions, mix: dict[str, float], refused: str
+) -> None:
+    result = fusions.fuse(mix, how="svd", rank=64)
+    assert difference(fusions.deltas(result), fusions.exact(mix)) < CLOSE
+    with pytest.raises(InvalidRequestError, check=says("NOT_FUSABLE", adapter=refused)):
+        fusions.fuse({refused: 1.0, "hra": 1.0})
+
+
 def test_a_weight_of_zero_takes_up_no_rank(fusions: Fusions) -> None:
     result = fusions.fuse({"lora": 0.5, "rslora": 0.0})
     assert {module.rank for module in result.modules} == {4}
@@ -129,22 +161,15 @@ def test_energy_keeps_the_smallest_sufficient_rank(fusions: Fusions) -> None:
 def test_biases_add_up(keys: dict[str, Any], others: tuple[str, ...], tmp_path: Path) -> None:
     """Replaced biases contribute their difference; modules that have only a bias are kept."""
     base = tiny_llama(attention_bias=True)
+    fusions = Fusions(tmp_path, base=base)
     for seed, name in enumerate("ab"):
-        config = make_config("lora", target_modules=["q_proj", "up_proj"], **keys)
-        save_adapter(base, config, tmp_path / name, seed=seed)
-    registry = AdapterRegistry(
-        tmp_path, base_of(base), 1 << 28, 64, state=StateDir(tmp_path / "state", 1 << 24)
-    )
-    for name in "ab":
-        registry.load(name, name)
+        fusions.add(name, seed=seed, target_modules=["q_proj", "up_proj"], **keys)
     mix = {"a": 0.5, "b": -1.5}
-    refs = [AdapterRef(name=name, weight=weight) for name, weight in mix.items()]
-    fuser = Fuser(registry, host_bytes=1 << 28, max_rank=64)
-    fused = fuser.start("c", refs, Combination(), Cancellation()).result(60)
+    fused = fusions.fuse(mix, name="c")
     assert set(fused.record.facts.target_modules) == {"q_proj", "up_proj", *others}
-    held = registry.acquire([*refs, AdapterRef(name="c")])
+    held = fusions.registry.acquire([AdapterRef(name=name) for name in "abc"])
     a, b, c = (adapter.operators for adapter, _ in held.members)
-    registry.release(held)
+    fusions.registry.release(held)
     assert a is not None
     assert b is not None
     assert c is not None
@@ -152,10 +177,9 @@ def test_biases_add_up(keys: dict[str, Any], others: tuple[str, ...], tmp_path: 
     torch.testing.assert_close(
         logits(with_operators(base, [(c, 1.0)])), expected, atol=1e-4, rtol=0
     )
-    directory = tmp_path / "state" / "files" / f"{fused.record.uuid}.1"
-    torch.testing.assert_close(logits(load_adapter(base, directory)), expected, atol=1e-4, rtol=0)
-    fuser.close()
-    registry.close()
+    loaded = load_adapter(base, fusions.directory(fused))
+    torch.testing.assert_close(logits(loaded), expected, atol=1e-4, rtol=0)
+    fusions.close()
 
 
 def test_the_result_is_a_plain_lora(fusions: Fusions) -> None:
@@ -198,28 +222,20 @@ def test_only_one_module_is_dense_at_a_time(
 
 
 @pytest.mark.parametrize(
-    ("mix", "settings", "kind", "names"),
+    ("mix", "settings", "names"),
     [
-        ({"lora": 1, "dora": 1, "ia3": 1}, {}, InvalidRequestError, {1: "gain", 2: "input gain"}),
-        (
-            {"loha": 1, "lokr": 1},
-            {"how": "linear"},
-            InvalidRequestError,
-            {0: "hadamard", 1: "kron"},
-        ),
-        ({"lora": 1, "prefix_tuning": 1}, {"how": "svd"}, InvalidRequestError, {1: "prompt"}),
-        ({"prompt_tuning": 1}, {}, InvalidRequestError, {0: "prompt"}),
-        ({"gated": 1, "lora": 1}, {"how": "svd"}, InvalidRequestError, {0: "gate"}),
+        ({"lora": 1, "dora": 1, "ia3": 1}, {}, {1: "gain", 2: "input gain"}),
+        ({"loha": 1, "lokr": 1}, {"how": "linear"}, {0: "hadamard", 1: "kron"}),
+        ({"lora": 1, "prefix_tuning": 1}, {"how": "svd"}, {1: "prompt"}),
+        ({"prompt_tuning": 1}, {}, {0: "prompt"}),
+        ({"cpt": 1, "cartridge": 1, "hra": 1}, {"how": "svd"}, {0: "prompt", 1: "prompt"}),
+        ({"gated": 1, "lora": 1}, {"how": "svd"}, {0: "gate"}),
     ],
 )
 def test_members_that_do_not_fit_are_named(
-    fusions: Fusions,
-    mix: Mapping[str, float],
-    settings: dict[str, Any],
-    kind: type[TurretError],
-    names: dict[int, str],
+    fusions: Fusions, mix: dict[str, float], settings: dict[str, Any], names: dict[int, str]
 ) -> None:
-    with pytest.raises(kind) as raised:
+    with pytest.raises(InvalidRequestError) as raised:
         fusions.fuse(mix, **settings)
     found = dict(raised.value.violations)
     assert found.keys() == {f"adapters[{index}].name" for index in names}
@@ -245,7 +261,7 @@ def test_an_error_suggests_a_combination_for_members_of_several_ranks(
     [
         ({"lora": 1, "rslora": 1}, {"how": "linear"}, InvalidRequestError, ["adapters"]),
         ({"ia3": 1}, {"how": "svd"}, InvalidRequestError, ["rank"]),
-        ({"lora": 1}, {"how": "svd", "rank": 65}, BudgetExceededError, ["rank"]),
+        ({"lora": 1}, {"how": "svd", "rank": 97}, BudgetExceededError, ["rank"]),
         ({"lora": 1}, {"name": "lora"}, InvalidRequestError, ["name"]),
         ({"unknown": 1}, {"name": "alias"}, InvalidRequestError, ["name"]),
         ({"unknown": 1}, {"name": "base"}, InvalidRequestError, ["name"]),
@@ -263,7 +279,7 @@ def test_invalid_fusions_are_rejected(
 ) -> None:
     with pytest.raises(kind) as raised:
         fusions.fuse(mix, **settings)
-    assert [field for field, _ in raised.value.violations] == fields
+    assert fields_of(raised.value) == fields
 
 
 def test_ranks_over_the_limit_are_refused_before_the_fusion_starts(tmp_path: Path) -> None:
@@ -288,34 +304,22 @@ def test_members_in_fp32_must_fit_the_budget(tmp_path: Path) -> None:
     fusions = Fusions(tmp_path)
     size = fusions.registry.get(fusions.add("a")).bytes_host
     fusions.close()
-    tight = AdapterRegistry(
-        fusions.root,
-        base_of(tiny_llama(), dtype=torch.bfloat16),
-        size,
-        64,
-        state=StateDir(tmp_path / "state", 1 << 24),
-    )
+    tight = Fusions(tmp_path, dtype=torch.bfloat16, host_bytes=size)
     for name in "ab":
-        tight.load(name, "a")
-    refs = [AdapterRef(name=name) for name in "ab"]
-    fuser = Fuser(tight, host_bytes=size, max_rank=64)
+        tight.registry.load(name, "a")
     # In fp32, one of them is as large as the whole budget; in bf16, both fit.
-    assert fuser.start("c", refs[:1], Combination(), Cancellation()).result(60).record.name == "c"
+    assert tight.fuse({"a": 1.0}, name="c").record.name == "c"
     with pytest.raises(BudgetExceededError, check=says("MEMBERS_OVER_BUDGET")):
-        fuser.start("d", refs, Combination(), Cancellation()).result(60)
-    fuser.close()
+        tight.fuse({"a": 1.0, "b": 1.0})
     tight.close()
 
 
 def test_fusing_needs_a_state_directory(tmp_path: Path) -> None:
-    save_adapter(tiny_llama(), make_config("lora"), tmp_path / "a")
-    registry = AdapterRegistry(tmp_path, base_of(tiny_llama()), 1 << 28, 64)
-    registry.load("a", "a")
-    fuser = Fuser(registry, host_bytes=1 << 28, max_rank=64)
+    fusions = Fusions(tmp_path, max_upload_bytes=None)
+    fusions.add("a")
     with pytest.raises(StateDirRequiredError, check=says("STATE_DIR_REQUIRED")):
-        fuser.start("b", [AdapterRef(name="a")], Combination(), Cancellation()).result(60)
-    fuser.close()
-    registry.close()
+        fusions.fuse({"a": 1.0})
+    fusions.close()
 
 
 def test_files_that_changed_are_not_fused(tmp_path: Path) -> None:
@@ -356,14 +360,8 @@ def test_norms_survive_cancellation() -> None:
 
 def test_energy_and_ratio() -> None:
     values = torch.tensor([3.0, 2.0, 1.0, 0.0])
-    assert [energy_rank(values, e) for e in (0.1, 9 / 14, 0.65, 13 / 14, 0.93, 1.0)] == [
-        1,
-        1,
-        2,
-        2,
-        3,
-        3,
-    ]
+    ranks = {0.1: 1, 9 / 14: 1, 0.65: 2, 13 / 14: 2, 0.93: 3, 1.0: 3}
+    assert {energy: energy_rank(values, energy) for energy in ranks} == ranks
     assert energy_rank(torch.zeros(2), 1.0) == 1
     assert (ratio(1.0, 4.0), ratio(0.0, 0.0), ratio(1.0, 0.0)) == (0.25, 0.0, float("inf"))
 
@@ -394,62 +392,7 @@ def test_each_combination_takes_its_own_settings(name: str) -> None:
             continue
         with pytest.raises(InvalidRequestError) as raised:
             Combination(name=name, **{**settings, field: value})
-        assert [where for where, _ in raised.value.violations] == [field]
-
-
-# Fusions of methods that have no operators of their own, compared with PEFT's merged weights.
-
-
-LOW_RANK_METHODS = (
-    *("bd_lora", "kasa", "delora", "miss", "gralora", "pvera", "vblora", "unilora", "tinylora"),
-    *("hra", "deft", "peanut"),
-)
-
-SPARSE = ("shira", "supertuning", "waveft")
-DENSE_METHODS = ("fourierft", "randlora", "osf", "frod")
-
-
-@pytest.fixture(scope="module")
-def fusions_of_others(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fusions]:
-    made = Fusions(tmp_path_factory.mktemp("fuse"), max_rank=96)
-    for seed, method in enumerate((*LOW_RANK_METHODS, "glora", *SPARSE, *DENSE_METHODS)):
-        made.add(method, method, seed)
-    for method in ("ln_tuning", "cpt", "cartridge"):
-        made.add(method, method)
-    yield made
-    made.close()
-
-
-def test_concatenation_is_exact(fusions_of_others: Fusions) -> None:
-    mix = {method: (-1) ** number * 0.5 for number, method in enumerate(LOW_RANK_METHODS)}
-    result = fusions_of_others.fuse(mix)
-    assert difference(fusions_of_others.deltas(result), fusions_of_others.exact(mix)) < 1e-5
-    assert result.relative_error < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("mix", "refused"),
-    [
-        ({"glora": 0.7, "hra": 1.0}, "glora"),
-        ({"shira": 0.7, "supertuning": -1.0, "waveft": 0.5, "hra": 1.0}, "shira"),
-        ({"fourierft": 0.7, "randlora": -1.0, "osf": 0.5, "frod": 0.4, "hra": 1.0}, "osf"),
-    ],
-    ids=["gains", "entries", "whole matrices"],
-)
-def test_other_updates_are_fused_into_the_whole_update(
-    fusions_of_others: Fusions, mix: dict[str, float], refused: str
-) -> None:
-    result = fusions_of_others.fuse(mix, how="svd", rank=64)
-    found = fusions_of_others.deltas(result)
-    assert difference(found, fusions_of_others.exact(mix)) < 1e-5
-    with pytest.raises(InvalidRequestError, check=says("NOT_FUSABLE", adapter=refused)):
-        fusions_of_others.fuse({refused: 1.0, "hra": 1.0})
-
-
-def test_prompts_cannot_be_fused(fusions_of_others: Fusions) -> None:
-    for name in ("cpt", "cartridge"):
-        with pytest.raises(InvalidRequestError, check=says("NOT_FUSABLE", adapter=name)):
-            fusions_of_others.fuse({name: 1.0, "hra": 1.0}, how="svd", rank=4)
+        assert fields_of(raised.value) == [field]
 
 
 # Fusions compared with PEFT's ``add_weighted_adapter``.

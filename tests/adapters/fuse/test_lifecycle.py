@@ -15,8 +15,8 @@ from builders.mixes.fuse import Fusions, Turnstile, cancellations, model
 from builders.registries import WAIT_SECONDS, in_thread, until
 from said import says
 
-from turret.server.adapters.fuse.module_fuser import FusedModule, ModuleFuser
-from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.module_fuser import FusedModule, ModuleFuser
+from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StateDir
 from turret.server.basics.work import Cancellation
 from turret.server.errors import (
@@ -80,7 +80,7 @@ def test_a_cancellation_ends_a_fusion_while_it_writes(
         upload = stage(files)
         write = upload.write
 
-        def one_and_no_more(name: str, data: bytes) -> None:
+        def one_and_no_more(name: str, data: bytes | memoryview) -> None:
             write(name, data)
             if name.endswith(".safetensors"):
                 cancellation.set(UnavailableError("enough"))

@@ -16,8 +16,8 @@ from method_oracle import twin
 from turret.server.adapters.adapter import Source
 from turret.server.adapters.base import Allowed, BaseModel
 from turret.server.adapters.component import ComponentRef
-from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.adapters.residency.loader import AdapterLoader, LoadedAdapter
+from turret.server.adapters.loader import AdapterLoader, LoadedAdapter
+from turret.server.adapters.registry import AdapterRegistry
 
 # Qwen2 has biases, which adapters may replace or scale.
 ARCHITECTURE = "qwen2"

@@ -14,7 +14,7 @@ from builders.facts import facts_of
 from builders.registries import Registries, Waiter, refs, stage_directory, tiny_base
 
 from turret.server.adapters.adapter import Source
-from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.state_dir import SavedRegistration, StateDir
 from turret.server.metrics import Metrics
 

@@ -14,7 +14,7 @@ import pytest
 from builders.registries import Registries, Waiter, refs, stage_directory, tiny_base
 
 from turret.server.adapters.adapter import AdapterRef
-from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StateDir
 
 BASE = tiny_base()

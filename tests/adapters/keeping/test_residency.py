@@ -21,10 +21,9 @@ from builders.registries import (
 )
 from said import says
 
+from turret.server.adapters import installer, leases
 from turret.server.adapters.adapter import AdapterRef, HostResult, Source
-from turret.server.adapters.registry import installer
-from turret.server.adapters.residency import leases
-from turret.server.adapters.residency.loader import LoadedAdapter
+from turret.server.adapters.loader import LoadedAdapter
 from turret.server.errors import (
     AdapterChangedError,
     AdapterCheckpointError,

@@ -9,12 +9,12 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from builders.registries import (
     Gate,
     Registries,
+    Start,
     Waiter,
     adapter_bytes,
     refs,
@@ -25,7 +25,6 @@ from builders.registries import (
 from said import says
 
 from turret.server.adapters import state_dir
-from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state_dir import SavedRegistration, StateDir, UploadedFile
 from turret.server.basics import files
 from turret.server.errors import (
@@ -36,21 +35,6 @@ from turret.server.errors import (
     StorageFullError,
     TurretError,
 )
-
-
-@pytest.fixture
-def start(make: Registries, tmp_path: Path) -> Callable[..., AdapterRegistry]:
-    """Starts a registry on the test's state directory; close it before the next one."""
-
-    def begin(room: float = 100, **options: Any) -> AdapterRegistry:
-        registry = make(room, state=StateDir(tmp_path / "state", 1 << 20), **options)
-        registry.restore()
-        return registry
-
-    return begin
-
-
-Start = Callable[..., AdapterRegistry]
 
 
 def files_of(tmp_path: Path) -> list[str]:
@@ -237,6 +221,32 @@ def test_a_replacement_with_a_failed_disk_write_keeps_its_files(
     registry.close()
     registry = start()
     assert Waiter(registry.acquire(refs(["up"]))).wait().error is None
+
+
+def test_a_failed_change_is_not_found_after_a_restart(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk reports an error although it has made the change."""
+    registry = start()
+    before, alias = registry.load("a", "a"), [registry.set_alias("prod", refs("a"))]
+    free = registry.load("c", "c")
+    for folder, change in (
+        ("adapters", lambda: registry.unload("c")),
+        ("adapters", lambda: registry.pin("a")),
+        ("adapters", lambda: registry.replace("a", "b")),
+        ("adapters", lambda: registry.load("b", "b")),
+        ("aliases", lambda: registry.delete_alias("prod")),
+    ):
+        with monkeypatch.context() as patch:
+            _full_after(patch, folder, once=True)
+            with pytest.raises(StorageFullError):
+                change()
+    assert (registry.list(), registry.aliases()) == ([before, free], alias)
+    registry.close()
+    registry = start()
+    found = [(each.name, each.uuid, each.generation, each.pinned) for each in registry.list()]
+    assert found == [(each.name, each.uuid, 1, False) for each in (before, free)]
+    assert registry.aliases() == alias
 
 
 def test_an_alias_that_cannot_be_saved_keeps_its_previous_target(
@@ -447,14 +457,10 @@ def test_invalid_registrations_are_rejected(start: Start, tmp_path: Path, change
 # How messages name an adapter whose files are in the server's own directory.
 
 
-def test_messages_name_an_upload_but_not_its_path(make: Registries, tmp_path: Path) -> None:
+def test_messages_name_an_upload_but_not_its_path(
+    start: Start, make: Registries, tmp_path: Path
+) -> None:
     """Messages during the check, after a loss of its files, and after a restart."""
-
-    def start() -> AdapterRegistry:
-        registry = make(state=StateDir(tmp_path / "state", 1 << 20))
-        registry.restore()
-        return registry
-
     registry = start()
     config = make.root / "a" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "r": 3}))

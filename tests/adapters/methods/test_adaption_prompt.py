@@ -14,7 +14,7 @@ from builders.methods import drawing, load_adapter, make_config, quiet, save_ada
 from hypothesis import given
 from hypothesis import strategies as st
 from method_oracle import (
-    check_greedy,
+    check_batch,
     check_methods,
     check_rounding,
     check_score,
@@ -27,7 +27,6 @@ from servers.engine_harness import make_request
 from servers.gpu_serving import gpu_serving
 from torch import nn
 
-from turret.server.adapters.adapter import AdapterRef
 from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import beyond_updates
 from turret.server.errors import AdapterMismatchError
@@ -77,8 +76,7 @@ async def test_mixes_scale_the_gate_and_add_up_with_others(tmp_path: Path) -> No
     }
     async with serve(base, tmp_path, adapters=["long", "lora"]) as harness:
         for mix, oracle in mixes.items():
-            refs = [AdapterRef(name=name, weight=weight) for name, weight in mix]
-            answer = await harness.run(make_request(prompt, *refs, score=True))
+            answer = await harness.run(make_request(prompt, *mix, score=True))
             check_score(answer, oracle, prompt, f"{mix}")
 
 
@@ -98,14 +96,9 @@ async def test_the_gpu_path_equals_peft(tmp_path: Path) -> None:
     names = [None, "long", "all-layers", "lora"]
     asked = [(name, prompt_of(n, n)) for name, n in zip(names, (40, 30, 5, 3), strict=True)]
     async with gpu_serving(base.folder, tmp_path, [n for n in names if n]) as harness:
-        answers = await harness.run_all(
-            [make_request(p, *([n] if n else []), max_tokens=3) for n, p in asked]
-        )
+        answers = await check_batch(harness, base.model, tmp_path, asked)
         # Steps that were captured for other requests are unaffected.
         again = await harness.run(make_request(asked[0][1], max_tokens=3))
-    for (name, prompt), answer in zip(asked, answers, strict=True):
-        model = load_adapter(base.model, tmp_path / name) if name else base.model
-        check_greedy(answer, model, prompt, f"{name}")
     assert again.token_ids == answers[0].token_ids
 
 

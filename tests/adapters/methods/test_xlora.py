@@ -12,11 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from builders.adapters import base_of, edit_config, edit_tensors, linear_modules, read_adapter
+from builders.adapters import (
+    base_of,
+    edit_config,
+    edit_tensors,
+    linear_modules,
+    lower_with_components,
+    read_adapter,
+)
 from builders.adapters import tiny_llama as make_llama
 from builders.bases.tiny_models import tiny_config
 from builders.methods import load_adapter
-from builders.mixes.xloras import KINDS, lower_xlora, save_loras, save_xlora
+from builders.mixes.xloras import KINDS, save_loras, save_xlora
 from method_oracle import (
     check_greedy,
     check_oracles,
@@ -33,11 +40,10 @@ from servers.engine_harness import make_request
 from servers.gpu_serving import gpu_serving
 from transformers import AutoModelForCausalLM
 
-from turret.server.adapters.adapter import AdapterRef
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.lowering import Lowered
 from turret.server.adapters.methods import method_for
-from turret.server.adapters.methods.low_rank.xlora import modules_in_order
+from turret.server.adapters.methods.xlora import modules_in_order
 from turret.server.cli import main
 from turret.server.engine.scheduling.request import Request
 from turret.server.errors import (
@@ -92,11 +98,7 @@ async def test_bits_do_not_depend_on_other_requests(
     async with serve(
         base, tmp_path, dtype=dtype, adapters=[*COMPONENTS, *names], max_num_batched_tokens=37
     ) as harness:
-        # Fewer blocks than --kv-cache-bytes can configure.
-        blocks = harness.engine._loop._scheduler.blocks
-        blocks.num_blocks = 60
-        for block in list(blocks._free)[blocks.num_blocks - 1 :]:
-            del blocks._free[block]
+        harness.leave_blocks(60)
         others = [make_request(p, n, max_tokens=40) for p in prompts for n in COMPONENTS]
         others += [make_request(prompt, max_tokens=40) for prompt in prompts]
         answers = await harness.run_all([*others, *(asked(*each) for each in own)])
@@ -137,12 +139,10 @@ async def test_mixes_are_sums_of_changes(tmp_path: Path) -> None:
         base, tmp_path, adapters=[*COMPONENTS, "deep", "shallow"], kv_cache_bytes=1 << 20
     ) as harness:
         alone = await harness.run(make_request(prompt, "deep", score=True))
-        ref = AdapterRef(name="0", weight=0.0)
-        mixed = await harness.run(make_request(prompt, "deep", ref, score=True))
+        mixed = await harness.run(make_request(prompt, "deep", ("0", 0.0), score=True))
         assert mixed.prompt_logprobs == alone.prompt_logprobs
-        off = AdapterRef(name="deep", weight=0.0)
         lora = await harness.run(make_request(prompt, "0", score=True))
-        switched = await harness.run(make_request(prompt, "0", off, score=True))
+        switched = await harness.run(make_request(prompt, "0", ("deep", 0.0), score=True))
         assert switched.prompt_logprobs == lora.prompt_logprobs
         both = await harness.run(make_request(prompt, "0", "deep", score=True))
         assert both.prompt_logprobs not in (alone.prompt_logprobs, lora.prompt_logprobs)
@@ -154,9 +154,9 @@ async def test_an_xlora_at_weight_0_is_the_base(tmp_path: Path) -> None:
     """In every step, the rows of the X-LoRA get scalings that no adapter reads."""
     base = twin("llama")
     save_all(base.model, tmp_path, "deep")
-    prompt, off = prompt_of(20, 4), AdapterRef(name="deep", weight=0.0)
+    prompt = prompt_of(20, 4)
     async with serve(base, tmp_path, dtype="bfloat16", adapters=[*COMPONENTS, "deep"]) as harness:
-        switched = await harness.run(make_request(prompt, off, max_tokens=5))
+        switched = await harness.run(make_request(prompt, ("deep", 0.0), max_tokens=5))
         plain = await harness.run(make_request(prompt, max_tokens=5))
         assert switched.bits == plain.bits
 
@@ -183,9 +183,7 @@ async def test_the_gpu_path_equals_peft(tmp_path: Path) -> None:
     names = [None, "deep", "constant", "0", "deep"]
     asked = [(name, prompt_of(n, n)) for name, n in zip(names, (40, 70, 30, 5, 3), strict=True)]
     async with gpu_serving(base.folder, tmp_path, [*COMPONENTS, *oracles]) as harness:
-        answers = await harness.run_all(
-            [make_request(p, *([n] if n else []), max_tokens=3) for n, p in asked]
-        )
+        answers = await harness.run_all([make_request(p, n, max_tokens=3) for n, p in asked])
         scored = await harness.run(make_request(asked[1][1], "deep", score=True))
         # Captured steps of other requests, before and after, are not affected.
         again = await harness.run(make_request(asked[0][1], max_tokens=3))
@@ -231,7 +229,7 @@ def root(made: Path, tmp_path: Path) -> Path:
 
 
 def lower(root: Path, base: BaseModel | None = None) -> Lowered:
-    return lower_xlora(root, "deep", base or base_of(make_llama()), "012")
+    return lower_with_components(root, "deep", base or base_of(make_llama()), "012")
 
 
 def refusal(root: Path) -> AdapterCheckpointError:

@@ -22,12 +22,12 @@ from turret.server.adapters.checkpoint import adapter_root, reader
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot, DigestCache, stamp_of
 from turret.server.adapters.checkpoint.reader import read_checkpoint
-from turret.server.adapters.lowering.lowered import in_one_block
+from turret.server.adapters.loader import AdapterLoader
+from turret.server.adapters.lowering import in_one_block
 from turret.server.adapters.operators.adapter_operators import ModuleOperators
 from turret.server.adapters.operators.gate import Gate
 from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.low_rank import LowRank
-from turret.server.adapters.residency.loader import AdapterLoader
 from turret.server.errors import AdapterChangedError, AdapterCheckpointError
 
 

@@ -16,12 +16,12 @@ from said import says
 
 from turret.server.adapters.adapter import Source
 from turret.server.adapters.base import Allowed
+from turret.server.adapters.loader import AdapterLoader
 from turret.server.adapters.peft_format.refusals import (
     base_name_warning,
     causes_of_mismatch,
     is_other_base,
 )
-from turret.server.adapters.residency.loader import AdapterLoader
 from turret.server.errors import AdapterCheckpointError, AdapterMismatchError
 from turret.server.models.fidelity import Fidelity
 from turret.server.words import say

@@ -19,9 +19,9 @@ from said import says
 
 from turret.server.adapters.adapter import TOKENIZER_FILES, Source
 from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory
-from turret.server.adapters.registry.export import AdapterExport
-from turret.server.adapters.registry.installer import AdapterTokenizers
-from turret.server.adapters.residency.loader import AdapterLoader
+from turret.server.adapters.installer import AdapterTokenizers
+from turret.server.adapters.loader import AdapterLoader
+from turret.server.adapters.registry import AdapterExport
 from turret.server.errors import AdapterChangedError, AdapterCheckpointError, AdapterMismatchError
 from turret.server.models.describe import describe_base
 from turret.server.models.loader import load_decoder

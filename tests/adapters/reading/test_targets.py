@@ -54,41 +54,22 @@ CASES: dict[str, dict[str, Any]] = {
     "regex must match all": {"target_modules": r"q_proj"},
     "regex anywhere": {"target_modules": r".*q_proj.*|.*\.1\..*down.*"},
     "exclude suffix": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]},
-    "exclude exact": {
-        "target_modules": ["q_proj"],
-        "exclude_modules": ["model.layers.0.self_attn.q_proj"],
-    },
-    "exclude regex": {"target_modules": ["q_proj"], "exclude_modules": r".*\.0\..*"},
-    "exclude regex must match all": {"target_modules": ["q_proj"], "exclude_modules": r"q_proj"},
-    "empty exclude": {"target_modules": ["q_proj"], "exclude_modules": ""},
-    "one layer": {"target_modules": ["q_proj"], "layers_to_transform": 1},
-    "layer zero": {"target_modules": ["q_proj"], "layers_to_transform": 0},
-    "layers": {"target_modules": ["q_proj"], "layers_to_transform": [0, 5]},
-    "no layers": {"target_modules": ["q_proj"], "layers_to_transform": []},
+    "exclude exact": {"exclude_modules": ["model.layers.0.self_attn.q_proj"]},
+    "exclude regex": {"exclude_modules": r".*\.0\..*"},
+    "exclude regex must match all": {"exclude_modules": r"q_proj"},
+    "empty exclude": {"exclude_modules": ""},
+    "one layer": {"layers_to_transform": 1},
+    "layer zero": {"layers_to_transform": 0},
+    "layers": {"layers_to_transform": [0, 5]},
+    "no layers": {"layers_to_transform": []},
     "layers and exact name": {
         "target_modules": ["model.layers.0.mlp.up_proj", "q_proj"],
         "layers_to_transform": [1],
     },
-    "layers pattern": {
-        "target_modules": ["q_proj"],
-        "layers_to_transform": [1],
-        "layers_pattern": "layers",
-    },
-    "layers patterns": {
-        "target_modules": ["q_proj"],
-        "layers_to_transform": [1],
-        "layers_pattern": ["h", "layers"],
-    },
-    "foreign layers pattern": {
-        "target_modules": ["q_proj"],
-        "layers_to_transform": [1],
-        "layers_pattern": ["blocks"],
-    },
-    "empty layers pattern": {
-        "target_modules": ["q_proj"],
-        "layers_to_transform": [1],
-        "layers_pattern": [],
-    },
+    "layers pattern": {"layers_to_transform": [1], "layers_pattern": "layers"},
+    "layers patterns": {"layers_to_transform": [1], "layers_pattern": ["h", "layers"]},
+    "foreign layers pattern": {"layers_to_transform": [1], "layers_pattern": ["blocks"]},
+    "empty layers pattern": {"layers_to_transform": [1], "layers_pattern": []},
     "layers on modules outside layers": {
         "target_modules": ["lm_head", "embed_tokens", "norm", "input_layernorm"],
         "layers_to_transform": [0],
@@ -99,9 +80,10 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_selects_what_peft_selects(case: str) -> None:
-    found, findings = resolve(**CASES[case])
+    config = {"target_modules": ["q_proj"], **CASES[case]}
+    found, findings = resolve(**config)
     assert not findings.fields
-    assert found.targeted == peft_targets(**CASES[case])
+    assert found.targeted == peft_targets(**config)
 
 
 def test_all_linear_is_every_decoder_linear_and_not_the_head() -> None:

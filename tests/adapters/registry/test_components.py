@@ -14,10 +14,10 @@ from builders.adapters import edit_config, edit_tensors, read_adapter, tiny_llam
 from builders.methods import make_config, save_adapter
 from builders.mixes.fusions import PREFIX, save_fusion
 from builders.registries import Waiter, in_thread, refs, stage_directory, tiny_base
-from said import says
+from said import fields_of, says
 
 from turret.server.adapters.adapter import AdapterInfo
-from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StateDir
 from turret.server.errors import (
     AdapterChangedError,
@@ -82,10 +82,6 @@ def refusal(call: Callable[[], object], kind: type[TurretError], status: str) ->
     assert type(caught.value) is kind
     assert caught.value.code.name == status
     return caught.value
-
-
-def fields_of(error: TurretError) -> list[str]:
-    return [field for field, _ in error.violations]
 
 
 def test_a_fusion_is_a_registered_adapter(open_registry: Any) -> None:

@@ -20,8 +20,8 @@ from builders.registries import (
 )
 from said import says
 
+from turret.server.adapters import installer
 from turret.server.adapters.adapter import AdapterRef
-from turret.server.adapters.registry import installer
 from turret.server.errors import (
     AdapterCheckpointError,
     AdapterGenerationError,

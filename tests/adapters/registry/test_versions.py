@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.registries import Registries, Waiter, refs, resident, stage_directory, until
+from builders.registries import Registries, Start, Waiter, refs, resident, stage_directory, until
 from said import says
 
 from turret.server.adapters.adapter import AdapterRef
-from turret.server.adapters.registry.export import AdapterExport
-from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.adapters.state_dir import StateDir
+from turret.server.adapters.registry import AdapterExport, AdapterRegistry
 from turret.server.errors import (
     AdapterChangedError,
     AdapterGenerationError,
@@ -25,21 +23,6 @@ from turret.server.errors import (
     StorageFullError,
 )
 from turret.server.metrics import Metrics
-
-Start = Callable[..., AdapterRegistry]
-
-
-@pytest.fixture
-def start(make: Registries, tmp_path: Path) -> Start:
-    """Starts a registry on the test's state directory; close it before the next one."""
-
-    def begin(keep: int = 2, **options: Any) -> AdapterRegistry:
-        state = StateDir(tmp_path / "state", 1 << 20)
-        registry = make(keep_generations=keep, state=state, **options)
-        registry.restore()
-        return registry
-
-    return begin
 
 
 def versions(registry: AdapterRegistry, name: str = "x") -> tuple[int, tuple[int, ...]]:
@@ -163,7 +146,7 @@ def test_no_generation_is_kept_by_default(make: Registries) -> None:
 def test_a_restart_keeps_generations_and_their_files(
     start: Start, make: Registries, tmp_path: Path
 ) -> None:
-    registry = start()
+    registry = start(keep_generations=2)
     for path in "abc":
         staged = stage_directory(registry, make.root / path)
         registry.upload("x", staged, replace=path != "a")
@@ -176,7 +159,7 @@ def test_a_restart_keeps_generations_and_their_files(
     assert versions(registry) == (2, (3, 4))
     registry.close()
     # After a restart with a lower limit, the next replacement drops the surplus generations.
-    registry = start(keep=1)
+    registry = start(keep_generations=1)
     assert versions(registry) == (2, (3, 4))
     assert registry.get("x").pinned
     assert [digest(registry, number) for number in (2, 4)] == expected
@@ -193,13 +176,13 @@ def test_a_restart_keeps_generations_and_their_files(
 def test_changed_files_are_detected_before_a_rollback_changes_anything(
     start: Start, make: Registries
 ) -> None:
-    registry = start()
+    registry = start(keep_generations=2)
     registry.load("x", "a")
     registry.replace("x", "b")
     registry.close()
     shutil.rmtree(make.root / "a")
     shutil.copytree(make.root / "c", make.root / "a")
-    registry = start()
+    registry = start(keep_generations=2)
     with pytest.raises(AdapterChangedError):
         digest(registry, 1)
     with pytest.raises(AdapterChangedError):
@@ -211,7 +194,7 @@ def test_changed_files_are_detected_before_a_rollback_changes_anything(
 def test_a_rollback_that_cannot_be_saved_changes_nothing(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    registry = start()
+    registry = start(keep_generations=2)
     registry.load("x", "a", pinned=True)
     registry.replace("x", "b")
 
@@ -262,7 +245,7 @@ def test_requests_are_divided_by_weight(make: Registries) -> None:
 def test_an_alias_keeps_the_generations_that_it_names(
     start: Start, make: Registries, tmp_path: Path
 ) -> None:
-    registry = start(keep=0)
+    registry = start(keep_generations=0)
     registry.upload("x", stage_directory(registry, make.root / "a"))
     alias = registry.set_alias("prod", refs("x"))
     assert [(t.name, t.generation, t.weight) for t in alias.targets] == [("x", 1, 1.0)]
@@ -273,7 +256,7 @@ def test_an_alias_keeps_the_generations_that_it_names(
     with pytest.raises(AdapterInUseError, check=says("ADAPTER_IS_TARGET", aliases="prod")):
         registry.unload("x")
     registry.close()
-    registry = start(keep=0)
+    registry = start(keep_generations=0)
     assert registry.aliases() == [alias]
     assert target(registry, "prod", 0.5) == ("x", 1)
     files = tmp_path / "state" / "files"
@@ -289,13 +272,13 @@ def test_an_alias_keeps_the_generations_that_it_names(
     registry.delete_alias("prod")
     registry.unload("x")
     registry.close()
-    assert start().aliases() == []
+    assert start(keep_generations=2).aliases() == []
 
 
 def test_a_move_that_cannot_be_saved_changes_nothing(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    registry = start(keep=0)
+    registry = start(keep_generations=0)
     registry.load("x", "a")
     registry.set_alias("prod", refs("x"))
     registry.replace("x", "b")
@@ -319,7 +302,7 @@ def test_a_move_that_cannot_be_saved_changes_nothing(
 def test_an_alias_whose_adapter_is_gone_is_reported_and_not_served(
     start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    registry = start()
+    registry = start(keep_generations=2)
     registry.load("x", "a")
     registry.set_alias("prod", refs("x"))
     registry.set_alias("broken", refs("x"))
@@ -330,7 +313,7 @@ def test_an_alias_whose_adapter_is_gone_is_reported_and_not_served(
     (state / "aliases" / "broken.json").write_text("{}")
     empty = {"version": 1, "name": "empty", "targets": []}
     (state / "aliases" / "empty.json").write_text(json.dumps(empty))
-    registry = start()
+    registry = start(keep_generations=2)
     assert registry.aliases() == []
     assert caplog.text.count("cannot restore") == 3
     # The files are left for the operator.
@@ -338,11 +321,11 @@ def test_an_alias_whose_adapter_is_gone_is_reported_and_not_served(
     registry.load("x", "b")
     registry.close()
     # The new registration has the same name and generation, but other weights.
-    registry = start()
+    registry = start(keep_generations=2)
     assert registry.aliases() == []
     registry.set_alias("prod", refs("x"))
     registry.close()
-    assert [alias.name for alias in start().aliases()] == ["prod"]
+    assert [alias.name for alias in start(keep_generations=2).aliases()] == ["prod"]
 
 
 # An export while its adapter is replaced or unloaded.
@@ -355,9 +338,9 @@ def files_of(tmp_path: Path) -> list[str]:
 
 
 def test_an_export_retries_if_its_files_were_replaced(
-    make: Registries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Start, make: Registries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    registry = make(100, state=StateDir(tmp_path / "state", 1 << 20))
+    registry = start()
     first = registry.upload("up", stage_directory(registry, make.root / "a"))
     meanwhile: list[Callable[[], None]] = []
 
@@ -371,7 +354,7 @@ def test_an_export_retries_if_its_files_were_replaced(
         registry.upload("up", stage_directory(registry, make.root / "b"), replace=True)
         until(lambda: files_of(tmp_path) == [f"{first.uuid}.2"])
 
-    monkeypatch.setattr("turret.server.adapters.registry.registry.AdapterExport", Slow)
+    monkeypatch.setattr("turret.server.adapters.registry.AdapterExport", Slow)
     meanwhile.append(replace)
     with registry.export("up") as export:
         assert export.record.generation == 2
@@ -386,8 +369,8 @@ def test_an_export_retries_if_its_files_were_replaced(
         registry.export("c")
 
 
-def test_an_export_equals_the_loaded_adapter(make: Registries, tmp_path: Path) -> None:
-    registry = make(100, state=StateDir(tmp_path / "state", 1 << 20))
+def test_an_export_equals_the_loaded_adapter(start: Start, make: Registries) -> None:
+    registry = start()
     registry.upload("up", stage_directory(registry, make.root / "a"))
     with registry.export("up", 1) as export:
         # Neither of these affects a running export.

@@ -24,14 +24,9 @@ from servers.fake_turret import (
     refuse,
 )
 
+from turret.clients import errors
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.client import TurretClient
-from turret.clients.errors import (
-    AlreadyExistsError,
-    CallCancelledError,
-    DeadlineExceededError,
-    UnavailableError,
-)
 from turret.clients.words import say
 from turret.server.errors import DeadlineExceededError as Late
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2
@@ -72,7 +67,7 @@ def test_a_running_call_reports_that_its_client_was_closed(server: FakeTurret, a
     closes = threading.Timer(0.2, client.close)
     closes.start()
     started = time.monotonic()
-    with pytest.raises(CallCancelledError, match=f"^{SAID}"):
+    with pytest.raises(errors.CallCancelledError, match=f"^{SAID}"):
         list(ask(client))
     assert time.monotonic() - started < 5
     closes.join()
@@ -93,7 +88,7 @@ async def test_a_running_asyncio_call_reports_that_its_client_was_closed(server:
     task = asyncio.create_task(_to_the_end(ask, client))
     await asyncio.sleep(0.2)
     await client.close()
-    with pytest.raises(CallCancelledError, match=f"^{SAID}"):
+    with pytest.raises(errors.CallCancelledError, match=f"^{SAID}"):
         await task
 
 
@@ -144,12 +139,12 @@ async def test_an_export_reports_that_its_client_was_closed(
         task = asyncio.create_task(client.adapters.export("sql", tmp_path / "a"))
         await asyncio.sleep(0.2)
         await client.close()
-        with pytest.raises(CallCancelledError, match=f"^{SAID}"):
+        with pytest.raises(errors.CallCancelledError, match=f"^{SAID}"):
             await task
         own = TurretClient(other.address)
         closes = threading.Timer(0.2, own.close)
         closes.start()
-        with pytest.raises(CallCancelledError, match=f"^{SAID}"):
+        with pytest.raises(errors.CallCancelledError, match=f"^{SAID}"):
             own.adapters.export("sql", tmp_path / "a")
         closes.join()
     assert not (tmp_path / "a").exists()
@@ -187,13 +182,16 @@ def test_any_real_number_is_a_timeout(client: TurretClient, server: FakeTurret):
 
 
 async def test_a_missed_deadline_reports_the_timeout(server: FakeTurret):
-    with TurretClient(server.address) as client, pytest.raises(DeadlineExceededError) as raised:
+    with (
+        TurretClient(server.address) as client,
+        pytest.raises(errors.DeadlineExceededError) as raised,
+    ):
         list(client.generate_stream(FOREVER, timeout=0.2))
     assert raised.value.metadata == {"timeout": "0.2"}
     assert "0.2" in str(raised.value)
     async with AsyncTurretClient(server.address) as client:
         stream = client.generate_stream(FOREVER, timeout=0.2)
-        with pytest.raises(DeadlineExceededError) as raised:
+        with pytest.raises(errors.DeadlineExceededError) as raised:
             [chunk async for chunk in stream]
     assert raised.value.metadata == {"timeout": "0.2"}
 
@@ -211,7 +209,7 @@ def test_a_server_that_reaches_the_deadline_first_returns_the_partial_answer():
     with fake_turret(Punctual) as server, TurretClient(server.address) as client:
         stream = client.generate_stream("a", timeout=5)
         assert next(stream).finish_reason == "DEADLINE"
-        with pytest.raises(DeadlineExceededError) as raised:
+        with pytest.raises(errors.DeadlineExceededError) as raised:
             next(stream)
     assert (raised.value.reason, raised.value.metadata["timeout"]) == ("DEADLINE_EXCEEDED", "5")
 
@@ -225,7 +223,7 @@ def test_a_deadline_that_the_client_enforces_reports_the_timeout():
             return super().Generate(request, context)
 
     with fake_turret(Unpunctual) as server, TurretClient(server.address, timeout=0.1) as client:
-        with pytest.raises(DeadlineExceededError) as raised:
+        with pytest.raises(errors.DeadlineExceededError) as raised:
             client.generate("a")
         over.set()
     assert raised.value.metadata["timeout"] == "0.1"
@@ -263,7 +261,7 @@ async def address() -> AsyncIterator[str]:
 @pytest.fixture
 def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Files that are sent in chunks of a megabyte, as by other clients."""
-    monkeypatch.setattr("turret.clients.messages.adapter_files._CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr("turret.clients.adapter_files._CHUNK_BYTES", 1 << 20)
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(bytes(FILE_BYTES))
     return tmp_path
@@ -272,14 +270,17 @@ def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 async def test_an_early_status_from_the_server_is_raised(address: str, adapter: Path) -> None:
     async with AsyncTurretClient(address) as client:
         for _ in range(UPLOADS):
-            with pytest.raises(AlreadyExistsError, match="taken") as caught:
+            with pytest.raises(errors.AlreadyExistsError, match="taken") as caught:
                 await client.adapters.upload("a", adapter)
             assert caught.value.request_id == "the-id"
 
 
 async def test_a_synchronous_client_raises_an_early_status(address: str, adapter: Path) -> None:
     def upload() -> None:
-        with TurretClient(address) as client, pytest.raises(AlreadyExistsError, match="taken"):
+        with (
+            TurretClient(address) as client,
+            pytest.raises(errors.AlreadyExistsError, match="taken"),
+        ):
             client.adapters.upload("a", adapter)
 
     await asyncio.to_thread(upload)
@@ -287,6 +288,6 @@ async def test_a_synchronous_client_raises_an_early_status(address: str, adapter
 
 async def test_an_upload_without_a_server_raises_the_usual_error(adapter: Path) -> None:
     async with AsyncTurretClient("127.0.0.1:1", max_retries=0) as client:
-        with pytest.raises(UnavailableError) as raised:
+        with pytest.raises(errors.UnavailableError) as raised:
             await client.adapters.upload("a", adapter)
     assert raised.value.reason == "NOT_REACHED"

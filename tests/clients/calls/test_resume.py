@@ -12,24 +12,16 @@ import grpc
 import pytest
 from builders.bases.tiny_models import save_tiny_model
 from builders.random_adapters import AdapterSpec, arch_of, write_adapter
-from servers.breaking_proxy import breaking_proxy
+from servers.breaking_proxy import BreakingProxy
 from servers.fake_turret import FOREVER, fake_turret, serving, start
 from servers.server_under_test import ServerUnderTest, start_server
 
-from turret.clients import channel
+from turret.clients import channel, errors
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.calls import ROUTING_KEY
 from turret.clients.client import TurretClient
-from turret.clients.errors import (
-    AnswerCutError,
-    CallCancelledError,
-    NotFoundError,
-    ServerError,
-    TurretRpcError,
-    UnavailableError,
-)
-from turret.clients.messages.requests import GenerateOptions
-from turret.clients.messages.results import Chunk
+from turret.clients.requests import GenerateOptions
+from turret.clients.results import Chunk
 from turret.clients.words import say
 from turret.v1 import inference_pb2, inference_pb2_grpc
 
@@ -110,7 +102,7 @@ def test_broken_streams_give_the_same_answer_as_whole_ones(server: ServerUnderTe
             return answers
 
     with (
-        breaking_proxy(server.address, AFTER_BYTES) as proxy,
+        BreakingProxy(server.address, AFTER_BYTES) as proxy,
         futures.ThreadPoolExecutor(NUM_CLIENTS) as pool,
     ):
         parts = [range(start, start + NUM_EACH) for start in numbers[::NUM_EACH]]
@@ -131,9 +123,9 @@ def test_broken_streams_give_the_same_answer_as_whole_ones(server: ServerUnderTe
 
 def test_without_resume_a_broken_stream_is_unavailable(server: ServerUnderTest) -> None:
     with (
-        breaking_proxy(server.address, (700, 900)) as proxy,
+        BreakingProxy(server.address, (700, 900)) as proxy,
         TurretClient(proxy.address, resume=False) as client,
-        pytest.raises(UnavailableError),
+        pytest.raises(errors.UnavailableError),
     ):
         list(client.generate_stream("a b", max_tokens=200, ignore_eos=True))
 
@@ -144,14 +136,14 @@ def test_an_answer_resumes_only_with_the_same_weights(server: ServerUnderTest) -
     write_adapter(server.adapter_root, arch_of(model), AdapterSpec("moved", rank=4), 6)
     with (
         TurretClient(server.address) as direct,
-        breaking_proxy(server.address, (1200, 1200)) as proxy,
+        BreakingProxy(server.address, (1200, 1200)) as proxy,
         TurretClient(proxy.address) as client,
     ):
         direct.adapters.load("moving", "moving")
         stream = client.generate_stream("a", adapters="moving", max_tokens=400, ignore_eos=True)
         next(stream)
         direct.adapters.replace("moving", "moved")
-        with pytest.raises(NotFoundError):
+        with pytest.raises(errors.NotFoundError):
             list(stream)
 
 
@@ -163,7 +155,7 @@ def test_an_answer_of_an_alias_resumes_with_the_same_target(
     by_name: GenerateOptions = {**options, "adapters": "json"}
     with (
         TurretClient(server.address) as direct,
-        breaking_proxy(server.address, (1200, 1200)) as proxy,
+        BreakingProxy(server.address, (1200, 1200)) as proxy,
         TurretClient(proxy.address) as client,
     ):
         direct.adapters.set_alias("prod", "json")
@@ -186,7 +178,7 @@ def test_a_silent_proxy_is_abandoned(
     sooner = [(n, v // 10 if n.endswith("_ms") else v) for n, v in channel._OPTIONS]
     monkeypatch.setattr(channel, "_OPTIONS", tuple(sooner))
     with (
-        breaking_proxy(server.address, (1200, 1200), is_silent=True) as proxy,
+        BreakingProxy(server.address, (1200, 1200), is_silent=True) as proxy,
         TurretClient(proxy.address) as client,
     ):
         stream = client.generate_stream("a", **options)
@@ -207,70 +199,63 @@ class _Failure(grpc.RpcError):
     ("code", "details", "kind"),
     [
         # Errors caused by HAProxy, Envoy and gRPC itself, in this order.
-        (grpc.StatusCode.CANCELLED, "RST_STREAM", UnavailableError),
-        (grpc.StatusCode.INTERNAL, "Received RST_STREAM with error code 2", UnavailableError),
-        (grpc.StatusCode.UNKNOWN, "Stream removed", UnavailableError),
+        (grpc.StatusCode.CANCELLED, "RST_STREAM", errors.UnavailableError),
+        (
+            grpc.StatusCode.INTERNAL,
+            "Received RST_STREAM with error code 2",
+            errors.UnavailableError,
+        ),
+        (grpc.StatusCode.UNKNOWN, "Stream removed", errors.UnavailableError),
         (
             grpc.StatusCode.UNKNOWN,
             "Received http2 header with status: 500",
-            UnavailableError,
+            errors.UnavailableError,
         ),
-        (grpc.StatusCode.UNKNOWN, "Received http2 header with status: 400", ServerError),
-        (grpc.StatusCode.CANCELLED, "Locally cancelled by application!", CallCancelledError),
-        (grpc.StatusCode.CANCELLED, "Channel closed!", CallCancelledError),
-        (grpc.StatusCode.INTERNAL, "a division by zero", ServerError),
+        (grpc.StatusCode.UNKNOWN, "Received http2 header with status: 400", errors.ServerError),
+        (grpc.StatusCode.CANCELLED, "Locally cancelled by application!", errors.CallCancelledError),
+        (grpc.StatusCode.CANCELLED, "Channel closed!", errors.CallCancelledError),
+        (grpc.StatusCode.INTERNAL, "a division by zero", errors.ServerError),
     ],
 )
 def test_a_proxy_without_its_server_is_reported_as_unavailable(
-    code: grpc.StatusCode, details: str, kind: type[TurretRpcError]
+    code: grpc.StatusCode, details: str, kind: type[errors.TurretRpcError]
 ) -> None:
-    error = TurretRpcError.from_grpc(_Failure(code, details))
+    error = errors.TurretRpcError.from_grpc(_Failure(code, details))
     assert type(error) is kind
     assert details in error.message
-    if kind is UnavailableError:
+    if kind is errors.UnavailableError:
         assert error.reason == "CONNECTION_LOST"
 
 
-class _Recorder(inference_pb2_grpc.InferenceServicer):
-    def __init__(self) -> None:
-        self.keys: list[str | bytes | None] = []
-
-    def _note(self, context: grpc.ServicerContext) -> None:
-        self.keys.append(dict(context.invocation_metadata()).get(ROUTING_KEY))
-
-    def Generate(self, request: Any, context: Any) -> inference_pb2.GenerateResponse:
-        self._note(context)
-        return inference_pb2.GenerateResponse()
-
-    def GenerateStream(self, request: Any, context: Any) -> Iterator[inference_pb2.GenerateChunk]:
-        self._note(context)
-        yield inference_pb2.GenerateChunk()
-
-    def Score(self, request: Any, context: Any) -> inference_pb2.ScoreResponse:
-        self._note(context)
-        return inference_pb2.ScoreResponse()
-
-
 def test_calls_carry_their_adapters_in_a_header_for_load_balancers() -> None:
-    recorder = _Recorder()
     mix = [("sql", 1.0), ("json", -0.5)]
+    with fake_turret() as server:
 
-    async def call_async(address: str) -> None:
-        async with AsyncTurretClient(address) as client:
-            await client.generate("a", adapters=mix)
-            await client.score("a", adapters=mix)
-            assert [chunk async for chunk in client.generate_stream("a", adapters=mix)]
+        def key() -> object:
+            """The header of the last call."""
+            return server.inference.metadata.pop(ROUTING_KEY, None)
 
-    with serving(recorder) as address:
-        with TurretClient(address) as client:
+        async def call_async() -> None:
+            async with AsyncTurretClient(server.address) as client:
+                await client.generate("a", adapters=mix)
+                assert key() == "json,sql"
+                await client.score("a", adapters=mix)
+                assert key() == "json,sql"
+                assert [chunk async for chunk in client.generate_stream("a", adapters=mix)]
+                assert key() == "json,sql"
+
+        with TurretClient(server.address) as client:
             client.generate("a")
-            client.generate("a", adapters="no\nheader")
-            assert recorder.keys == [None, None]
-            client.generate("a", adapters=mix)
-            client.score("a", adapters=mix)
+            assert key() is None
+            with pytest.raises(errors.NotFoundError):
+                client.generate("a", adapters="no\nheader")
+            assert key() is None
+            for ask in (client.generate, client.score):
+                ask("a", adapters=mix)
+                assert key() == "json,sql"
             list(client.generate_stream("a", adapters=mix))
-        asyncio.run(call_async(address))
-    assert recorder.keys[2:] == ["json,sql"] * 6
+            assert key() == "json,sql"
+        asyncio.run(call_async())
 
 
 # Answers that a stopping server cuts: another server continues them, or an error is raised.
@@ -334,7 +319,7 @@ def _streamed(address: str, is_async: bool, **options: Any) -> tuple[list[Any], 
             with TurretClient(address, **options) as client:
                 for chunk in client.generate_stream("a"):
                     chunks.append(chunk)
-    except UnavailableError as error:
+    except errors.UnavailableError as error:
         return chunks, error
     return chunks, None
 
@@ -360,7 +345,7 @@ def test_a_stream_continues_or_raises_after_its_last_chunk(
     if text == "abcd":
         assert (error, chunks[-1].finish_reason) == (None, "STOP")
     else:
-        assert isinstance(error, AnswerCutError)
+        assert isinstance(error, errors.AnswerCutError)
         assert (error.message, chunks[-1].finish_reason) == (CUT, "CANCELLED")
 
 
@@ -402,7 +387,7 @@ def test_waiting_for_a_lost_server_ends(
         next(stream)
         running.stop(None).wait()
         started = time.monotonic()
-        with pytest.raises(UnavailableError):
+        with pytest.raises(errors.UnavailableError):
             list(stream)
         assert time.monotonic() - started < 10
 
@@ -437,13 +422,13 @@ def test_a_unary_call_that_was_cut_is_retried_or_raises(cutting, is_async: bool)
     assert (ask().text, stopping.cuts) == ("abcd", -1)
     for cuts, then, retries in ((1, None, 0), (9, None, 2), (1, grpc.StatusCode.UNAVAILABLE, 2)):
         stopping.cuts, stopping.then = cuts, then
-        with pytest.raises(AnswerCutError, match=CUT) as raised:
+        with pytest.raises(errors.AnswerCutError, match=CUT) as raised:
             ask(max_retries=retries)
         assert raised.value.completion is not None
         assert raised.value.completion.text == "ab"
     # A final error of a later attempt is the one that counts.
     stopping.cuts, stopping.then = 1, grpc.StatusCode.NOT_FOUND
-    with pytest.raises(NotFoundError):
+    with pytest.raises(errors.NotFoundError):
         ask()
 
 

@@ -71,10 +71,14 @@ class Moody(inference_pb2_grpc.InferenceServicer, adapters_pb2_grpc.AdaptersServ
 
 
 @pytest.fixture
-def server() -> Iterator[tuple[Moody, str]]:
-    servicer = Moody()
-    with serving(servicer) as address:
-        yield servicer, address
+def servicer() -> Moody:
+    return Moody()
+
+
+@pytest.fixture
+def address(servicer: Moody) -> Iterator[str]:
+    with serving(servicer) as found:
+        yield found
 
 
 @pytest.fixture(autouse=True)
@@ -82,8 +86,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("turret.clients.calls._FIRST_DELAY_SECONDS", 0.02)
 
 
-def test_a_call_is_retried_if_the_queue_is_full(server: tuple[Moody, str]) -> None:
-    servicer, address = server
+def test_a_call_is_retried_if_the_queue_is_full(servicer: Moody, address: str) -> None:
     with TurretClient(address) as client:
         servicer.failures = 2
         assert client.generate("x").text == "yes"
@@ -98,8 +101,7 @@ def test_a_call_is_retried_if_the_queue_is_full(server: tuple[Moody, str]) -> No
             client.generate("x")
 
 
-async def test_the_asyncio_client_retries_too(server: tuple[Moody, str]) -> None:
-    servicer, address = server
+async def test_the_asyncio_client_retries_too(servicer: Moody, address: str) -> None:
     async with AsyncTurretClient(address) as client:
         servicer.failures = 2
         assert (await client.generate("x")).text == "yes"
@@ -115,8 +117,7 @@ async def test_the_asyncio_client_retries_too(server: tuple[Moody, str]) -> None
             await client.adapters.get("a")
 
 
-def test_the_server_determines_the_delay(server: tuple[Moody, str]) -> None:
-    servicer, address = server
+def test_the_server_determines_the_delay(servicer: Moody, address: str) -> None:
     servicer.failures, servicer.error = 1, QueueFullError("no", retry_after_seconds=0.4)
     with TurretClient(address) as client:
         before = time.monotonic()
@@ -130,8 +131,7 @@ def test_the_server_determines_the_delay(server: tuple[Moody, str]) -> None:
         assert time.monotonic() - before < 30.0
 
 
-def test_errors_that_waiting_cannot_fix_are_not_retried(server: tuple[Moody, str]) -> None:
-    servicer, address = server
+def test_errors_that_waiting_cannot_fix_are_not_retried(servicer: Moody, address: str) -> None:
     for kind, delay in (
         (BudgetExceededError, None),
         (InvalidRequestError, 0.01),
@@ -145,8 +145,7 @@ def test_errors_that_waiting_cannot_fix_are_not_retried(server: tuple[Moody, str
         assert servicer.calls == 1, kind
 
 
-def test_a_stream_is_retried_only_before_its_first_text(server: tuple[Moody, str]) -> None:
-    servicer, address = server
+def test_a_stream_is_retried_only_before_its_first_text(servicer: Moody, address: str) -> None:
     with TurretClient(address) as client:
         servicer.failures = 2
         assert [chunk.text for chunk in client.generate_stream("x")] == ["yes"]
@@ -157,8 +156,7 @@ def test_a_stream_is_retried_only_before_its_first_text(server: tuple[Moody, str
         assert servicer.calls == 1
 
 
-def test_a_closed_stream_is_not_retried(server: tuple[Moody, str]) -> None:
-    servicer, address = server
+def test_a_closed_stream_is_not_retried(servicer: Moody, address: str) -> None:
     servicer.failures, servicer.error = 5, QueueFullError("no", retry_after_seconds=30.0)
     with TurretClient(address) as client, futures.ThreadPoolExecutor(1) as pool:
         stream = client.generate_stream("x")
@@ -171,9 +169,8 @@ def test_a_closed_stream_is_not_retried(server: tuple[Moody, str]) -> None:
         assert servicer.calls == 1
 
 
-def test_a_change_is_retried_only_if_the_server_did_nothing(server: tuple[Moody, str]) -> None:
+def test_a_change_is_retried_only_if_the_server_did_nothing(servicer: Moody, address: str) -> None:
     """A merge whose connection broke is not retried, because the server may have run it."""
-    servicer, address = server
     servicer.error = None
     with TurretClient(address) as client:
         servicer.failures = 1

@@ -7,7 +7,7 @@ import math
 import pytest
 from scipy.stats import binomtest
 
-from turret.clients.evaluation.evaluate import (
+from turret.clients.evaluate import (
     Estimate,
     Judged,
     MixReport,

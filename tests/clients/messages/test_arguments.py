@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,183 +26,164 @@ Row = tuple[Callable[[Any], Any], type[Exception], str]
 
 
 def each(
-    ask: Callable[[Any, Any], Any], error: type[Exception], rows: Iterable[tuple[Any, str]]
+    ask: Callable[..., Any], error: type[Exception], values: Mapping[str, Sequence[Any]]
 ) -> list[Row]:
-    """A call with each of some values, and the beginning of its error."""
-    return [(lambda client, value=value: ask(client, value), error, said) for value, said in rows]
+    """A call for each value; the key is the place in the error, which begins with the argument."""
+    return [
+        (functools.partial(ask, **{place.partition("[")[0]: value}), error, place)
+        for place, wrong in values.items()
+        for value in wrong
+    ]
 
 
 INVALID: list[Row] = [
     *each(
-        lambda client, options: client.generate("a", **options),
+        lambda client, **given: client.generate("a", **given),
         TypeError,
-        [
-            ({"adapters": 5}, "adapters: "),
-            ({"choice": 3}, "choice: "),
-            ({"choice": ["a", None]}, "choice[1]: "),
-            ({"continue_final_message": True}, "continue_final_message: "),
-            ({"echo": 1}, "echo: "),
-            ({"ignore_eos": "no"}, "ignore_eos: "),
-            ({"json_schema": 5}, "json_schema: "),
-            ({"json_schema": {"type": object}}, "json_schema: "),
-            ({"logit_bias": [1]}, "logit_bias: "),
-            ({"logit_bias": {5: "b"}}, "logit_bias: "),
-            ({"max_tokens": "2"}, "max_tokens: "),
-            ({"regex": b"abc"}, "regex: "),
-            ({"request_id": b"abc"}, "request_id: "),
-            ({"stop": 3}, "stop: "),
-            ({"stop": ["a", 3]}, "stop[1]: "),
-            ({"stop": [b"abc"]}, "stop[0]: "),
-            ({"stop_token_ids": 3}, "stop_token_ids: "),
-            ({"stop_token_ids": [1, "b"]}, "stop_token_ids: "),
-            ({"stop_token_ids": [1.5]}, "stop_token_ids: "),
-            ({"temperature": "hot"}, "temperature: "),
-            ({"timeout": "1"}, "timeout: "),
-            ({"tools": [{"function": {"name": "f"}}]}, "tools: "),
-        ],
+        {
+            "adapters": [5],
+            "choice": [3],
+            "choice[1]": [["a", None]],
+            "continue_final_message": [True],
+            "echo": [1],
+            "ignore_eos": ["no"],
+            "json_schema": [5, {"type": object}],
+            "logit_bias": [[1], {5: "b"}],
+            "max_tokens": ["2"],
+            "regex": [b"abc"],
+            "request_id": [b"abc"],
+            "stop": [3],
+            "stop[0]": [[b"abc"]],
+            "stop[1]": [["a", 3]],
+            "stop_token_ids": [3, [1, "b"], [1.5]],
+            "temperature": ["hot"],
+            "timeout": ["1"],
+            "tools": [[{"function": {"name": "f"}}]],
+        },
     ),
     *each(
-        lambda client, options: client.chat("a", **options),
+        lambda client, **given: client.chat("a", **given),
         TypeError,
-        [
-            ({"chat_template_kwargs": 5}, "chat_template_kwargs: "),
-            ({"tools": 5}, "tools: "),
-            ({"tools": ["f"]}, "tools[0]: "),
-            ({"tools": [{"function": {}}]}, "tools[0]: "),
-            ({"tools": [{"function": {"name": b"x"}}]}, "tools[0].function.name: "),
-            (
-                {"tools": [{"function": {"name": "x", "description": 5}}]},
-                "tools[0].function.description: ",
-            ),
-            (
-                {"tools": [{"function": {"name": "x", "parameters": {"a": object}}}]},
-                "tools[0].function.parameters: ",
-            ),
-        ],
+        {
+            "chat_template_kwargs": [5],
+            "tools": [5],
+            "tools[0]": [["f"], [{"function": {}}]],
+            "tools[0].function.name": [[{"function": {"name": b"x"}}]],
+            "tools[0].function.description": [[{"function": {"name": "x", "description": 5}}]],
+            "tools[0].function.parameters": [
+                [{"function": {"name": "x", "parameters": {"a": object}}}]
+            ],
+        },
     ),
     *each(
-        lambda client, options: client.chat("a", **options),
+        lambda client, **given: client.chat("a", **given),
         ValueError,
-        [
-            ({"logit_bias": {-1: 0.0}}, "logit_bias: "),
-            ({"logit_bias": {5: 10**400}}, "logit_bias: "),
-            ({"temperature": 10**400}, "temperature: "),
-            ({"timeout": -1}, "timeout: "),
-            ({"tools": [{"function": {"name": "caf\udcff"}}]}, "tools[0].function.name: "),
-            ({"top_k": -1}, "top_k: "),
-        ],
+        {
+            "logit_bias": [{-1: 0.0}, {5: 10**400}],
+            "temperature": [10**400],
+            "timeout": [-1],
+            "tools[0].function.name": [[{"function": {"name": "caf\udcff"}}]],
+            "top_k": [-1],
+        },
     ),
     *each(
         lambda client, adapters: client.score("a", adapters=adapters),
         TypeError,
-        [
-            ([3], "adapters: "),
-            ([("sql", "1")], "adapters: "),
-            (None, "adapters: "),
-            (b"sql", "adapters: "),
-            ({"sql": "0.5"}, "adapters: "),
-            ({3: 0.5}, "adapters: "),
-        ],
+        {"adapters": [[3], [("sql", "1")], None, b"sql", {"sql": "0.5"}, {3: 0.5}]},
     ),
     *each(
         lambda client, adapters: client.score("a", adapters=adapters),
         ValueError,
-        [
-            (("sql", 10**400), "adapters: "),
-            (AdapterWeight("sql", generation=-1), "adapters: "),
-            ("caf\udcff", "adapters: "),
-            ("json+sql", "adapters: "),
-            ("json=0.5", "adapters: "),
-            ({"sql=2": 1.0}, "adapters: "),
-        ],
+        {
+            "adapters": [
+                ("sql", 10**400),
+                AdapterWeight("sql", generation=-1),
+                "caf\udcff",
+                "json+sql",
+                "json=0.5",
+                {"sql=2": 1.0},
+            ]
+        },
     ),
     *each(
-        lambda client, kind: TurretClient(**kind),
+        lambda client, **given: TurretClient(**given),
         TypeError,
-        [
-            ({"address": 3}, "address: "),
-            ({"admin_address": b"a:1"}, "admin_address: "),
-            ({"resume": "no"}, "resume: "),
-            ({"timeout": True}, "timeout: "),
-            ({"tls": True}, "tls: "),
-            ({"token": 3}, "token: "),
-        ],
+        {
+            "address": [3],
+            "admin_address": [b"a:1"],
+            "resume": ["no"],
+            "timeout": [True],
+            "tls": [True],
+            "token": [3],
+        },
     ),
     *each(
-        lambda client, kind: TurretClient(**kind),
+        lambda client, **given: TurretClient(**given),
         ValueError,
-        [
-            ({"max_retries": -1}, "max_retries: "),
-            ({"timeout": -1}, "timeout: "),
-            ({"token": "ü"}, "token: "),
-        ],
+        {"max_retries": [-1], "timeout": [-1], "token": ["ü"]},
     ),
-    (lambda client: client.adapters.export("a", 5), TypeError, "directory: "),
-    (lambda client: client.adapters.fuse(None, "a"), TypeError, "name: "),
-    (lambda client: client.adapters.fuse("both", "sql", rank=-1), ValueError, "rank: "),
-    (lambda client: client.adapters.get("a", timeout=0), ValueError, "timeout: "),
-    (lambda client: client.adapters.list(method=b"lora"), TypeError, "method: "),
-    (lambda client: client.adapters.list(page_size="5"), TypeError, "page_size: "),
-    (lambda client: client.adapters.list(residency="moon"), ValueError, "residency: "),
-    (lambda client: client.adapters.load("a", "b", pinned="c"), TypeError, "pinned: "),
-    (lambda client: client.adapters.load("a", 3), TypeError, "path: "),
-    (lambda client: client.adapters.load(None, "a"), TypeError, "name: "),
-    (lambda client: client.adapters.replace("a", 3), TypeError, "path: "),
-    (lambda client: client.adapters.unload("a", drain_seconds="x"), TypeError, "drain_seconds: "),
+    (lambda client: client.adapters.export("a", 5), TypeError, "directory"),
+    (lambda client: client.adapters.fuse(None, "a"), TypeError, "name"),
+    (lambda client: client.adapters.fuse("both", "sql", rank=-1), ValueError, "rank"),
+    (lambda client: client.adapters.get("a", timeout=0), ValueError, "timeout"),
+    (lambda client: client.adapters.list(method=b"lora"), TypeError, "method"),
+    (lambda client: client.adapters.list(page_size="5"), TypeError, "page_size"),
+    (lambda client: client.adapters.list(residency="moon"), ValueError, "residency"),
+    (lambda client: client.adapters.load("a", "b", pinned="c"), TypeError, "pinned"),
+    (lambda client: client.adapters.load("a", 3), TypeError, "path"),
+    (lambda client: client.adapters.load(None, "a"), TypeError, "name"),
+    (lambda client: client.adapters.replace("a", 3), TypeError, "path"),
+    (lambda client: client.adapters.unload("a", drain_seconds="x"), TypeError, "drain_seconds"),
     *each(
-        lambda client, seconds: client.adapters.unload("a", drain_seconds=seconds),
+        lambda client, **given: client.adapters.unload("a", **given),
         ValueError,
-        [(seconds, "drain_seconds: ") for seconds in (math.nan, math.inf, 1e30, 10**400)],
+        {"drain_seconds": [math.nan, math.inf, 1e30, 10**400]},
     ),
-    (lambda client: client.adapters.unload("a", mode=3), TypeError, "mode: "),
-    (lambda client: client.adapters.unload("a", mode="x"), ValueError, "mode: "),
+    (lambda client: client.adapters.unload("a", mode=3), TypeError, "mode"),
+    (lambda client: client.adapters.unload("a", mode="x"), ValueError, "mode"),
     # Protobuf accepts bytes that are valid UTF-8 as text.
     *each(
         lambda client, name: client.adapters.unload(name),
         TypeError,
-        [(name, "name: ") for name in (b"\xff", b"sql", None, 3)],
+        {"name": [b"\xff", b"sql", None, 3]},
     ),
-    (lambda client: client.adapters.upload("a", 5), TypeError, "directory: "),
-    (lambda client: client.adapters.upload(b"a", "a"), TypeError, "name: "),
-    (lambda client: client.chat([]), ValueError, "messages: "),
-    (
-        lambda client: client.classify("a", adapters="b", request_id=3),
-        TypeError,
-        "request_id: ",
-    ),
-    (lambda client: client.embed("a", dimensions=-1), ValueError, "dimensions: "),
-    (lambda client: client.embed("a", dimensions="b"), TypeError, "dimensions: "),
-    (lambda client: client.embed("a", normalize="b"), TypeError, "normalize: "),
-    (lambda client: client.embed("a", pooling="b"), ValueError, "pooling: "),
-    (lambda client: client.embed("a", pooling=["b"]), TypeError, "pooling: "),
+    (lambda client: client.adapters.upload("a", 5), TypeError, "directory"),
+    (lambda client: client.adapters.upload(b"a", "a"), TypeError, "name"),
+    (lambda client: client.chat([]), ValueError, "messages"),
+    (lambda client: client.classify("a", adapters="b", request_id=3), TypeError, "request_id"),
+    (lambda client: client.embed("a", dimensions=-1), ValueError, "dimensions"),
+    (lambda client: client.embed("a", dimensions="b"), TypeError, "dimensions"),
+    (lambda client: client.embed("a", normalize="b"), TypeError, "normalize"),
+    (lambda client: client.embed("a", pooling="b"), ValueError, "pooling"),
+    (lambda client: client.embed("a", pooling=["b"]), TypeError, "pooling"),
     *each(
         lambda client, inputs: client.embed(inputs),
         TypeError,
-        [
-            (3, "inputs: "),
+        {
+            "inputs": [3],
             # A single prompt is not a list of prompts.
-            *((one, "inputs[0]: ") for one in ([5, 6], np.array([5, 6]), [USER], [USER, USER])),
-            (["a", 5], "inputs[1]: "),
-        ],
+            "inputs[0]": [[5, 6], np.array([5, 6]), [USER], [USER, USER]],
+            "inputs[1]": [["a", 5]],
+        },
     ),
-    (lambda client: client.generate([1, -1]), ValueError, "prompt: "),
-    (lambda client: client.score("a", top_n="b"), TypeError, "top_n: "),
-    (lambda client: AdapterWeight.parse(5), TypeError, "text: "),  # type: ignore[arg-type]
-    (lambda client: RetryPolicy(-1), ValueError, "max_retries: "),
-    (lambda client: Tls(certificate=b"-----BEGIN CERTIFICATE-----"), ValueError, "key: "),
-    (lambda client: Tls(key=b"-----BEGIN PRIVATE KEY-----"), ValueError, "certificate: "),
-    (lambda client: Tls.from_files(ca=5), TypeError, "ca: "),  # type: ignore[arg-type]
-    (lambda client: Tls.from_files(key=b"secret"), TypeError, "key: "),  # type: ignore[arg-type]
+    (lambda client: client.generate([1, -1]), ValueError, "prompt"),
+    (lambda client: client.score("a", top_n="b"), TypeError, "top_n"),
+    (lambda client: AdapterWeight.parse(5), TypeError, "text"),  # type: ignore[arg-type]
+    (lambda client: RetryPolicy(-1), ValueError, "max_retries"),
+    (lambda client: Tls(certificate=b"-----BEGIN CERTIFICATE-----"), ValueError, "key"),
+    (lambda client: Tls(key=b"-----BEGIN PRIVATE KEY-----"), ValueError, "certificate"),
+    (lambda client: Tls.from_files(ca=5), TypeError, "ca"),  # type: ignore[arg-type]
+    (lambda client: Tls.from_files(key=b"secret"), TypeError, "key"),  # type: ignore[arg-type]
 ]
 
 
-@pytest.mark.parametrize(("ask", "error", "said"), INVALID)
+@pytest.mark.parametrize(("ask", "error", "place"), INVALID)
 def test_an_invalid_argument_is_reported_by_name(
-    client: TurretClient, server: FakeTurret, ask: Any, error: type[Exception], said: str
+    client: TurretClient, server: FakeTurret, ask: Any, error: type[Exception], place: str
 ):
     with pytest.raises(error) as raised:
         ask(client)
-    assert str(raised.value).startswith(said)
+    assert str(raised.value).startswith(f"{place}: ")
     assert not [*server.inference.requests, *server.adapters.requests]
 
 
@@ -238,40 +220,38 @@ def test_the_error_shows_what_was_meant(client: TurretClient):
 
 
 @pytest.mark.parametrize(
-    ("turn", "complaint"),
+    ("turn", "place"),
     [
-        ({"role": "tool", "content": "x", "tool_call_id": 5}, ".tool_call_id: "),
-        ({**USER, "tool_calls": 5}, ".tool_calls: "),
-        ({**USER, "tool_calls": [{"id": 1, **CALL}]}, ".tool_calls[0].id: "),
-        ({**USER, "tool_calls": ["x"]}, ".tool_calls[0]: "),
-        ({"role": "assistant", "tool_calls": [{}]}, ".tool_calls[0]: "),
+        ({"role": "tool", "content": "x", "tool_call_id": 5}, ".tool_call_id"),
+        ({**USER, "tool_calls": 5}, ".tool_calls"),
+        ({**USER, "tool_calls": [{"id": 1, **CALL}]}, ".tool_calls[0].id"),
+        ({**USER, "tool_calls": ["x"]}, ".tool_calls[0]"),
+        ({"role": "assistant", "tool_calls": [{}]}, ".tool_calls[0]"),
         (
             {**USER, "tool_calls": [{"function": {"name": "x", "arguments": {}}}]},
-            ".tool_calls[0].function.arguments: ",
+            ".tool_calls[0].function.arguments",
         ),
-        ({"role": 5, "content": "x"}, ".role: "),
-        ({"role": "user", "content": 5}, ".content: "),
-        ({"role": "user", "content": 0}, ".content: "),
-        ({"role": "user", "content": b"x"}, ".content: "),
-        ({"role": "user", "content": None}, ".content: "),
-        ({"role": "user", "content": [{"type": "image_url"}]}, ".content[0]: "),
-        ({**USER, "refusal": "no"}, ": "),
-        ({"content": "x"}, ": "),
-        ({"role": "user"}, ": "),
-        (("user", 5), ": "),
-        (5, ": "),
+        ({"role": 5, "content": "x"}, ".role"),
+        ({"role": "user", "content": 5}, ".content"),
+        ({"role": "user", "content": 0}, ".content"),
+        ({"role": "user", "content": b"x"}, ".content"),
+        ({"role": "user", "content": None}, ".content"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, ".content[0]"),
+        ({**USER, "refusal": "no"}, ""),
+        ({"content": "x"}, ""),
+        ({"role": "user"}, ""),
+        (("user", 5), ""),
+        (5, ""),
     ],
 )
-def test_an_invalid_turn_is_reported_with_its_index(
-    client: TurretClient, turn: Any, complaint: str
-):
+def test_an_invalid_turn_is_reported_with_its_index(client: TurretClient, turn: Any, place: str):
     for ask in (client.chat, client.generate, client.tokenize):
         with pytest.raises(TypeError) as raised:
             ask([USER, turn])
-        assert str(raised.value).startswith(f"messages[1]{complaint}")
+        assert str(raised.value).startswith(f"messages[1]{place}: ")
     with pytest.raises(TypeError) as raised:
         client.embed(["a", [USER, turn]])
-    assert str(raised.value).startswith(f"inputs[1][1]{complaint}")
+    assert str(raised.value).startswith(f"inputs[1][1]{place}: ")
 
 
 def test_a_single_turn_is_not_accepted_as_a_conversation(client: TurretClient):

@@ -16,23 +16,14 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 from said import says
+from servers.command import add_verbs
 from servers.fake_turret import FakeTurret
 
 from turret.clients import channel, errors
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.client import TurretClient
-from turret.clients.errors import (
-    HINTS,
-    AnswerCutError,
-    FieldViolation,
-    InvalidArgumentError,
-    TurretRpcError,
-    UnavailableError,
-    cause_of,
-)
-from turret.clients.messages.fields import ArgumentValueError, argument
-from turret.clients.messages.results import Completion
-from turret.clients.verbs import add_verbs
+from turret.clients.fields import ArgumentValueError, argument
+from turret.clients.results import Completion
 from turret.clients.verbs.command import as_typed, print_error
 from turret.clients.words import Text, say
 from turret.v1 import inference_pb2
@@ -40,7 +31,7 @@ from turret.v1 import inference_pb2
 LONG = "a" * 5_000_000
 
 
-def refusal(found: dict[str, str]) -> TurretRpcError:
+def refusal(found: dict[str, str]) -> errors.TurretRpcError:
     """A server's error with these violations."""
     said = "; ".join(f"{field}: {why}" for field, why in found.items())
     bad = [{"field": field, "description": why} for field, why in found.items()]
@@ -61,7 +52,7 @@ def refusal(found: dict[str, str]) -> TurretRpcError:
         def trailing_metadata(self) -> Any:
             return (("grpc-status-details-bin", status.SerializeToString()),)
 
-    return TurretRpcError.from_grpc(Failure())
+    return errors.TurretRpcError.from_grpc(Failure())
 
 
 REFUSED = {
@@ -157,7 +148,7 @@ def test_refusals_name_the_flags_that_were_typed(capsys: pytest.CaptureFixture[s
 
 def test_a_message_that_is_too_large_is_reported(client: TurretClient):
     for ask in (lambda: client.generate(LONG), lambda: list(client.generate_stream(LONG))):
-        with pytest.raises(InvalidArgumentError) as raised:
+        with pytest.raises(errors.InvalidArgumentError) as raised:
             ask()
         assert raised.value.reason == "REQUEST_TOO_LARGE"
         assert isinstance(raised.value.message, Text)
@@ -170,7 +161,7 @@ def test_an_answer_that_is_too_large_is_reported(server: FakeTurret, monkeypatch
     monkeypatch.setattr(channel, "_OPTIONS", tuple(options))
     with (
         TurretClient(server.address) as client,
-        pytest.raises(InvalidArgumentError) as raised,
+        pytest.raises(errors.InvalidArgumentError) as raised,
     ):
         client.generate("a" * 99)
     assert raised.value.reason == "ANSWER_TOO_LARGE"
@@ -206,53 +197,55 @@ def test_an_address_without_a_turret_server_is_reported():
         address = f"127.0.0.1:{other.server_port}"
         with (
             TurretClient(address, max_retries=0) as client,
-            pytest.raises(UnavailableError) as raised,
+            pytest.raises(errors.UnavailableError) as raised,
         ):
             client.generate("a")
         assert raised.value.reason == "NOT_GRPC"
         other.shutdown()
-    said = cause_of(grpc.StatusCode.UNAVAILABLE, "errors resolving no.such:3: [field:hostname no]")
+    said = errors.cause_of(
+        grpc.StatusCode.UNAVAILABLE, "errors resolving no.such:3: [field:hostname no]"
+    )
     assert (said[1], "no.such:3" in said[2]) == ("NOT_REACHED", True)
 
 
 def test_violations_are_not_appended_to_a_summary_of_faults():
     said = "adapter 'a' does not fit: it is for 32 layers; and 117 more"
-    found = [FieldViolation(f"layers.{i}", "the base has no such module") for i in range(30)]
+    found = [errors.FieldViolation(f"layers.{i}", "the base has no such module") for i in range(30)]
     code = grpc.StatusCode.FAILED_PRECONDITION
-    error = TurretRpcError(code, said, reason="ADAPTER_BASE_MISMATCH", violations=found)
+    error = errors.TurretRpcError(code, said, reason="ADAPTER_BASE_MISMATCH", violations=found)
     assert str(error) == f"FAILED_PRECONDITION (ADAPTER_BASE_MISMATCH): {said}"
     assert len(error.violations) == 30
 
 
 def test_errors_do_not_repeat_the_status():
-    said = TurretRpcError(grpc.StatusCode.UNAVAILABLE, "it starts", reason="UNAVAILABLE")
+    said = errors.TurretRpcError(grpc.StatusCode.UNAVAILABLE, "it starts", reason="UNAVAILABLE")
     assert str(said) == "UNAVAILABLE: it starts"
     with (
         TurretClient("127.0.0.1:1", max_retries=0) as nowhere,
-        pytest.raises(UnavailableError) as raised,
+        pytest.raises(errors.UnavailableError) as raised,
     ):
         nowhere.generate("a")
     text = say("NOT_REACHED", place="127.0.0.1:1", why="Connection refused")
-    assert str(raised.value) == f"UNAVAILABLE (NOT_REACHED): {text}; {HINTS['NOT_REACHED']}"
+    assert str(raised.value) == f"UNAVAILABLE (NOT_REACHED): {text}; {errors.HINTS['NOT_REACHED']}"
 
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type)]
-KINDS = [kind for kind in KINDS if issubclass(kind, TurretRpcError)]
+KINDS = [kind for kind in KINDS if issubclass(kind, errors.TurretRpcError)]
 
 
-def pickled(protocol: int) -> Callable[[TurretRpcError], TurretRpcError]:
+def pickled(protocol: int) -> Callable[[errors.TurretRpcError], errors.TurretRpcError]:
     return lambda error: pickle.loads(pickle.dumps(error, protocol))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, *map(pickled, (0, 2, 5))])
-def test_an_error_survives_pickling(kind: type[TurretRpcError], again):
+def test_an_error_survives_pickling(kind: type[errors.TurretRpcError], again):
     error = kind(
         grpc.StatusCode.NOT_FOUND,
         "no adapter a",
         reason="ADAPTER_NOT_FOUND",
         metadata={"adapters": "a"},
-        violations=[FieldViolation("adapters[0]", "is none")],
+        violations=[errors.FieldViolation("adapters[0]", "is none")],
         retry_delay=0.5,
         request_id="r-7",
     )
@@ -264,7 +257,7 @@ def test_an_error_survives_pickling(kind: type[TurretRpcError], again):
 
 def test_a_cut_answer_keeps_its_partial_text():
     answer = inference_pb2.GenerateResponse(text="Once", token_ids=[1, 2])
-    error = AnswerCutError.of(Completion.from_proto(answer))
+    error = errors.AnswerCutError.of(Completion.from_proto(answer))
     made = pickle.loads(pickle.dumps(error))
     assert made.completion == error.completion
     assert made.completion.text == "Once"

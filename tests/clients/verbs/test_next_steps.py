@@ -12,10 +12,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import grpc
 import pytest
 from servers.command import parse_and_run
-from servers.fake_turret import CUT, FOREVER, GONE, FakeTurret, refuse
+from servers.fake_turret import CUT, FOREVER, GONE, FakeTurret
 
 from turret.clients.errors import COMMAND_HINTS as HINTS
 from turret.clients.errors import HINTS as OF_PYTHON
@@ -23,45 +22,26 @@ from turret.clients.errors import UNREACHED
 from turret.clients.words import say
 from turret.server import cli, errors
 from turret.server.api.call import fault_of
-from turret.server.errors import (
-    VIOLATION_COUNT,
-    AdapterBusyError,
-    AdapterClassifiesError,
-    AdapterInUseError,
-    AdapterNotFoundError,
-    AdapterPinnedError,
-    HeadMissingError,
-    InvalidRequestError,
-    MergeActiveError,
-    ServiceElsewhereError,
-    TurretError,
-)
 
 Run = Callable[..., tuple[int, str, str]]
 
 
 def test_eval_renames_its_own_flag_but_not_the_servers(
-    run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run: Run, server: FakeTurret, tmp_path: Path
 ):
-    def refused(_request: object, context: grpc.ServicerContext) -> None:
-        refuse(context, InvalidRequestError.of("adapters[0].name", "see --adapter-root"))
-
-    monkeypatch.setattr(server.inference, "_accept", refused)
+    said = "see --adapter-root"
+    server.inference.refusal = errors.InvalidRequestError.of("adapters[0].name", said)
     data = tmp_path / "d.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n')
     assert "--mix 1: see --adapter-root" in run("eval", str(data), "-m", "sql")[2]
 
 
-def test_many_invalid_fields_are_reported_on_one_line(
-    run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch
-):
-    def refused(_request: object, context: grpc.ServicerContext) -> None:
-        fields = [(f"layers.{layer}", "has no place") for layer in range(60)]
-        rows = [*fields[:20], ("*", "and 40 more")]
-        error = InvalidRequestError("no", violations=rows, metadata={VIOLATION_COUNT: "60"})
-        refuse(context, error)
-
-    monkeypatch.setattr(server.inference, "_accept", refused)
+def test_many_invalid_fields_are_reported_on_one_line(run: Run, server: FakeTurret):
+    fields = [(f"layers.{layer}", "has no place") for layer in range(60)]
+    rows = [*fields[:20], ("*", "and 40 more")]
+    server.inference.refusal = errors.InvalidRequestError(
+        "no", violations=rows, metadata={errors.VIOLATION_COUNT: "60"}
+    )
     err = run("generate", "a")[2]
     assert "layers.7: has no place; and more" in err
     assert err.count("\n") == 1
@@ -88,33 +68,26 @@ def test_an_upload_without_adapter_files_is_rejected(
     assert err.startswith("error: hub:acme/x: ")
 
 
-def _refuse_mix(_request: object, context: grpc.ServicerContext) -> None:
-    refuse(context, HeadMissingError.of("adapters", "no head"))
-
-
 @pytest.mark.parametrize(
     ("error", "hint"),
     [
-        (MergeActiveError("a merge is active"), HINTS["MERGE_ACTIVE"]),
-        (AdapterClassifiesError("trained to classify"), HINTS["ADAPTER_CLASSIFIES"]),
-        (HeadMissingError("no head"), ""),
-        (ServiceElsewhereError("it is elsewhere"), HINTS["SERVICE_ELSEWHERE"]),
-        (AdapterBusyError("is held", metadata={"adapter": "sql"}), HINTS["ADAPTER_BUSY"]),
+        (errors.MergeActiveError("a merge is active"), HINTS["MERGE_ACTIVE"]),
+        (errors.AdapterClassifiesError("trained to classify"), HINTS["ADAPTER_CLASSIFIES"]),
+        (errors.HeadMissingError("no head"), ""),
+        (errors.ServiceElsewhereError("it is elsewhere"), HINTS["SERVICE_ELSEWHERE"]),
+        (errors.AdapterBusyError("is held", metadata={"adapter": "sql"}), HINTS["ADAPTER_BUSY"]),
         (
-            AdapterPinnedError("is pinned", metadata={"adapter": "sql"}),
+            errors.AdapterPinnedError("is pinned", metadata={"adapter": "sql"}),
             "run `turret adapters unpin sql` first",
         ),
-        (AdapterInUseError("is being unloaded", metadata={"adapter": "sql"}), ""),
-        (AdapterNotFoundError("no sqk", metadata={"closest": "sql"}), ""),
+        (errors.AdapterInUseError("is being unloaded", metadata={"adapter": "sql"}), ""),
+        (errors.AdapterNotFoundError("no sqk", metadata={"closest": "sql"}), ""),
     ],
 )
 def test_an_error_ends_with_the_command_to_run_next(
-    run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch, error: TurretError, hint: str
+    run: Run, server: FakeTurret, error: errors.TurretError, hint: str
 ):
-    def refused(_request: object, context: grpc.ServicerContext) -> None:
-        refuse(context, error)
-
-    monkeypatch.setattr(server.adapters, "_get", refused)
+    server.adapters.refusal = error
     err = run("adapters", "get", "sql")[2]
     head = f"error: {fault_of(error).code.name} ({error.reason}): {error.message}"
     assert err == (f"{head}; {hint}\n" if hint else f"{head}\n")
@@ -195,9 +168,9 @@ def test_a_file_of_texts_that_is_not_utf8_is_rejected(
 
 
 def test_no_line_is_blamed_for_an_adapter_without_a_head(
-    run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run: Run, server: FakeTurret, tmp_path: Path
 ):
-    monkeypatch.setattr(server.inference, "_accept", _refuse_mix)
+    server.inference.refusal = errors.HeadMissingError.of("adapters", "no head")
     data = tmp_path / "d.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n')
     err = run("eval", str(data), "-m", "sql", "--classify")[2]

@@ -21,6 +21,7 @@ from turret.clients.client import TurretClient
 from turret.clients.errors import COMMAND_HINTS as HINTS
 from turret.clients.errors import AuthenticationError
 from turret.clients.words import say
+from turret.server.errors import UnauthenticatedError
 from turret.v1 import adapters_pb2
 from turret.words import counted
 
@@ -172,7 +173,7 @@ def test_errors_say_what_to_do_next(run: Run, server: FakeTurret, capsys):
     assert err == f"error: UNIMPLEMENTED: {say('NOT_OFFERED')}\n"
     err = run("health", "--tls")[2]
     assert err.startswith("error: UNAVAILABLE (TLS_FAILED): ")
-    server.inference.wants_token = True
+    server.inference.refusal = UnauthenticatedError("the token is unknown")
     err = run("generate", "a")[2]
     assert err == f"error: UNAUTHENTICATED: the token is unknown; {HINTS['UNAUTHENTICATED']}\n"
     with TurretClient(server.address) as client, pytest.raises(AuthenticationError) as raised:

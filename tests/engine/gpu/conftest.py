@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from turret.server.engine.step.gpu import decode_graphs
+from turret.server.engine.step.gpu import executor
 
 
 @pytest.fixture(autouse=True)
 def captured_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_graphs, "SIGHTS", 2)
+    monkeypatch.setattr(executor, "SIGHTS", 2)

@@ -24,7 +24,7 @@ from turret.server.adapters.adapter import AdapterRef
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.store import Resident
 from turret.server.engine.scheduling.request import Request
-from turret.server.engine.step.gpu import decode_graphs
+from turret.server.engine.step.gpu import executor
 
 pytestmark = [
     pytest.mark.usefixtures("coarse_tiles"),
@@ -63,7 +63,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def serving(
     root: Path, capture: FakeCapture | None, *adapters: str, **more: Any
 ) -> AsyncIterator[EngineHarness]:
-    with patch.object(decode_graphs, "capture_for", lambda device: capture):
+    with patch.object(executor, "capture_for", lambda device: capture):
         async with serve(
             "llama",
             root,

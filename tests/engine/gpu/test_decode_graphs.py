@@ -13,8 +13,8 @@ from fake_cuda import FakeCuda
 from gpu_path import FakeCapture
 
 from turret.server.adapters.device.gpu.uploads import StepStream, beside_steps
-from turret.server.engine.step.gpu import decode_graphs
-from turret.server.engine.step.gpu.decode_graphs import WINDOW, CudaCapture, DecodeGraphs, buckets
+from turret.server.engine.step.gpu import executor
+from turret.server.engine.step.gpu.executor import WINDOW, CudaCapture, DecodeGraphs, buckets
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def captured_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in conftest.py, which ``bench/gpu.sh`` does not load."""
-    monkeypatch.setattr(decode_graphs, "SIGHTS", 2)
+    monkeypatch.setattr(executor, "SIGHTS", 2)
 
 
 @pytest.mark.parametrize("most", [1, 7, 64, 200])
@@ -197,7 +197,7 @@ def test_three_failures_in_a_row_turn_graphs_off_and_are_reported():
 
 
 def test_a_rare_form_of_step_is_not_captured(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(decode_graphs, "SIGHTS", 8)
+    monkeypatch.setattr(executor, "SIGHTS", 8)
     capture = FakeCapture()
     graphs = DecodeGraphs(capture)
     for step in range(40 * 33):

@@ -37,7 +37,7 @@ from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.kronecker import Kronecker
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
-from turret.server.engine.step.gpu import decode_graphs
+from turret.server.engine.step.gpu import executor as gpu_executor
 from turret.server.engine.step.gpu.executor import GpuExecutor, largest_step, warm_up
 from turret.server.models.decoding.gpu_decoder import GpuStep
 from turret.server.models.decoding.layer_ops import KvCache
@@ -373,7 +373,7 @@ def _only(operators: AdapterOperators, *kinds: str) -> AdapterOperators:
 
 def test_steps_with_six_methods_are_replayed_from_graphs(monkeypatch: pytest.MonkeyPatch):
     """Up to eight sequences of about 150 tokens start and end. LoRA was captured at startup."""
-    monkeypatch.setattr(decode_graphs, "SIGHTS", 8)
+    monkeypatch.setattr(gpu_executor, "SIGHTS", 8)
     computed, draw, steps, replayed = list[GpuStep](), random.Random(3), 4000, 0
     capture = Capture([])
     executor, every = _executor(capture), every_operator(ARCH, DTYPE)

@@ -27,8 +27,7 @@ from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.peft_format.reading import dora_gain
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
-from turret.server.engine.step.gpu.decode_graphs import CudaCapture, DecodeGraphs
-from turret.server.engine.step.gpu.executor import GpuExecutor
+from turret.server.engine.step.gpu.executor import CudaCapture, DecodeGraphs, GpuExecutor
 from turret.server.engine.step.gpu.tables import BlockTables
 from turret.server.engine.step.runner import DeviceFullError, Runner
 from turret.server.models.decoding.layer_ops import KvCache

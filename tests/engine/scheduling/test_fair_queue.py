@@ -7,15 +7,12 @@ from collections import deque
 from dataclasses import dataclass
 
 import pytest
-from builders.facts import mix_of
+from builders.sequences import advance, make_scheduler, sequence_of
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.fair_queue import FairQueue
-from turret.server.engine.scheduling.request import Request, StopConditions
-from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
 
 GROUPS = ("a", "b", "c")
@@ -216,7 +213,7 @@ def queue_times(
         steps: The number of steps during which requests arrive.
         slots: The value of ``max_num_seqs``; a request takes 10 steps.
     """
-    scheduler = Scheduler(BlockPool(1024, 4), max_num_seqs=slots, max_num_batched_tokens=4 * slots)
+    scheduler = make_scheduler(1024, max_num_seqs=slots, max_num_batched_tokens=4 * slots)
     due = dict.fromkeys(shares, 0.0)
     arrived: dict[Sequence, tuple[str, int]] = {}
     waits: dict[str, list[int]] = {name: [] for name in shares}
@@ -225,25 +222,13 @@ def queue_times(
             due[name] += load * share * slots / 10
             while due[name] >= 1.0:
                 due[name] -= 1.0
-                request = Request(
-                    request_id="r",
-                    prompt_token_ids=(1, 2, 3),
-                    stop=StopConditions(max_tokens=10),
-                )
-                sequence = Sequence(request, mix_of(name), 0.0)
+                sequence = sequence_of([1, 2, 3], name, max_tokens=10)
                 arrived[sequence] = name, now
                 scheduler.add(sequence)
-        step = scheduler.schedule()
-        for item in step.scheduled:
+        for item in advance(scheduler).scheduled:
             if item.sequence in arrived:
                 name, since = arrived.pop(item.sequence)
                 waits[name].append(now - since)
-        drawing = [item.sequence for item in step.scheduled if item.samples]
-        scheduler.complete(step)
-        for sequence in drawing:
-            sequence.tokens.append(1)
-            if sequence.num_generated == 10:
-                scheduler.finish(sequence)
     return waits
 
 
@@ -263,11 +248,10 @@ def test_a_rare_adapter_does_not_wait_for_a_popular_ones_overload() -> None:
 
 def test_admissions_of_one_step_alternate_between_mixes() -> None:
     """Requests admitted in the same step already count as served."""
-    scheduler = Scheduler(BlockPool(256, 4), max_num_seqs=8, max_num_batched_tokens=64)
+    scheduler = make_scheduler()
     for name in ("popular", "rare"):
         for _ in range(10):
-            request = Request(request_id="r", prompt_token_ids=(1, 2, 3))
-            scheduler.add(Sequence(request, mix_of(name), 0.0))
+            scheduler.add(sequence_of([1, 2, 3], name))
     step = scheduler.schedule()
     names = [item.sequence.mix.key[0][0] for item in step.scheduled]
     assert names == ["popular", "rare"] * 4

@@ -6,11 +6,10 @@ import random
 from collections.abc import Sequence as SequenceOf
 
 import pytest
-from builders.sequences import BLOCK_SIZE, sequence_of
+from builders.sequences import advance, make_scheduler, sequence_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.scheduler import LengthForecast, Scheduler
 from turret.server.engine.scheduling.sequence import Sequence, SequenceState
 
@@ -88,37 +87,26 @@ def test_the_peak_matches_a_simulation_of_every_step(spans: list[tuple[int, int]
     assert max(held) + 8 <= rounded <= max(held) + 8 * len(spans)
 
 
-def make_scheduler(num_blocks: int, lengths: SequenceOf[int] = ()) -> Scheduler:
-    """A scheduler that has seen answers of these lengths."""
-    scheduler = Scheduler(
-        BlockPool(num_blocks, BLOCK_SIZE), max_num_seqs=64, max_num_batched_tokens=64
-    )
+def run(scheduler: Scheduler, sequence: Sequence) -> None:
+    scheduler.add(sequence)
+    while sequence.state is not SequenceState.FINISHED:
+        advance(scheduler)
+
+
+def scheduler_after(lengths: SequenceOf[int]) -> Scheduler:
+    """A scheduler with 19 blocks of 4 that has seen answers of these lengths."""
+    scheduler = make_scheduler(20)
     for length in lengths:
-        sequence = sequence_of([1], "before", max_tokens=length)
-        scheduler.add(sequence)
-        while sequence.state is not SequenceState.FINISHED:
-            advance(scheduler)
+        run(scheduler, sequence_of([1], "before", max_tokens=length))
     return scheduler
-
-
-def advance(scheduler: Scheduler) -> tuple[int, int]:
-    """Run one step of requests that run to their last token; returns tokens and preemptions."""
-    step = scheduler.schedule()
-    ends = [item.sequence for item in step.scheduled if item.samples]
-    scheduler.complete(step)
-    for sequence in ends:
-        sequence.tokens.append(random.randrange(1000))
-        if sequence.num_generated == sequence.request.stop.max_tokens:
-            scheduler.finish(sequence)
-    return sum(item.num_new for item in step.scheduled), step.num_preempted
 
 
 @pytest.mark.parametrize(("history", "together"), [([], 2), ([40], 1), ([8], 2)])
 def test_a_request_that_would_be_preempted_later_is_not_admitted(
     history: list[int], together: int
 ) -> None:
-    """19 blocks of 4: two prompts of 16 fit with answers of 12 tokens each, but not of 40."""
-    scheduler = make_scheduler(20, history)
+    """Two prompts of 16 fit with answers of 12 tokens each, but not of 40."""
+    scheduler = scheduler_after(history)
     first, second = (sequence_of(range(16), name, max_tokens=40) for name in "ab")
     scheduler.add(first)
     scheduler.add(second)
@@ -131,7 +119,7 @@ def test_a_request_that_would_be_preempted_later_is_not_admitted(
 
 
 def test_requests_with_short_limits_are_admitted() -> None:
-    scheduler = make_scheduler(20, [40])
+    scheduler = scheduler_after([40])
     for name in "ab":
         scheduler.add(sequence_of(range(16), name, max_tokens=8))
     advance(scheduler)
@@ -139,7 +127,7 @@ def test_requests_with_short_limits_are_admitted() -> None:
 
 
 def test_a_lone_sequence_is_admitted_whatever_its_forecast() -> None:
-    scheduler = make_scheduler(20, [60])
+    scheduler = scheduler_after([60])
     only = sequence_of(range(40), "a", max_tokens=1000)
     scheduler.add(only)
     advance(scheduler)
@@ -148,11 +136,8 @@ def test_a_lone_sequence_is_admitted_whatever_its_forecast() -> None:
 
 def test_blocks_that_are_shared_are_counted_once() -> None:
     """Four prompts with the same beginning hold 10 + 4 of 19 blocks, not 44."""
-    scheduler = make_scheduler(20, [1])
-    first = sequence_of(range(41), "a", max_tokens=1)
-    scheduler.add(first)
-    while first.state is not SequenceState.FINISHED:
-        advance(scheduler)
+    scheduler = scheduler_after([1])
+    run(scheduler, sequence_of(range(41), "a", max_tokens=1))
     for last in range(4):
         scheduler.add(sequence_of([*range(40), last], "a", max_tokens=2))
     advance(scheduler)
@@ -165,14 +150,15 @@ def test_a_forecast_reduces_recomputation(monkeypatch: pytest.MonkeyPatch) -> No
 
     def serve(num_requests: int = 150) -> tuple[int, int]:
         random.seed(0)
-        scheduler = make_scheduler(300)
+        scheduler = make_scheduler(300, max_num_seqs=64)
         for number in range(num_requests):
             prompt = [random.randrange(1000) for _ in range(random.randint(2, 128))]
             scheduler.add(sequence_of(prompt, f"{number % 40}", random.randint(2, 128)))
         tokens = preemptions = 0
         while scheduler.has_work:
-            more, preempted = advance(scheduler)
-            tokens, preemptions = tokens + more, preemptions + preempted
+            step = advance(scheduler)
+            tokens += sum(item.num_new for item in step.scheduled)
+            preemptions += step.num_preempted
         return tokens, preemptions
 
     tokens, preemptions = serve()

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 import pytest
 from builders.facts import mix_of
-from builders.sequences import BLOCK_SIZE, make_scheduler, run_alone, sequence_of
+from builders.sequences import BLOCK_SIZE, advance, make_scheduler, run_alone, sequence_of
 
-from turret.server.engine.scheduling.block_pool import BlockPool, root_key
-from turret.server.engine.scheduling.request import Request, StopConditions
-from turret.server.engine.scheduling.scheduler import Scheduler
+from turret.server.engine.scheduling.block_pool import root_key
 from turret.server.engine.scheduling.sequence import Sequence, SequenceState
 
 STEP_SECONDS = 0.05
@@ -26,50 +24,37 @@ class Clock:
     """A scheduler whose steps take ``STEP_SECONDS`` each."""
 
     def __init__(self, num_blocks: int = 4096, **limits: Any) -> None:
-        settings: dict[str, Any] = {
-            "max_num_seqs": SLOTS,
-            "max_num_batched_tokens": 64,
-            "preempt_after_seconds": AFTER_SECONDS,
-            **limits,
-        }
-        self.scheduler = Scheduler(BlockPool(num_blocks, BLOCK_SIZE), **settings)
+        self.scheduler = make_scheduler(
+            num_blocks, **{"preempt_after_seconds": AFTER_SECONDS, **limits}
+        )
         self.now = 0.0
         self.num_preempted = 0
         self.started: dict[Sequence, float] = {}
-        self.ended: dict[Sequence, float] = {}
 
     def ask(
         self, name: str, max_tokens: int, tenant: bytes = b"", prompt_tokens: int = 3
     ) -> Sequence:
-        request = Request(
-            request_id="r",
-            prompt_token_ids=(next(_numbers), *range(1, prompt_tokens)),
-            stop=StopConditions(max_tokens=max_tokens),
-            party=tenant,
+        sequence = sequence_of(
+            (next(_numbers), *range(1, prompt_tokens)),
+            max_tokens=max_tokens,
+            mix=mix_of(*name.split("+")),
             tenant=tenant,
+            arrival=self.now,
         )
-        sequence = Sequence(request, mix_of(*name.split("+")), self.now)
         self.scheduler.add(sequence)
         return sequence
 
-    def step(self) -> None:
-        step = self.scheduler.schedule(self.now)
-        self.num_preempted += step.num_preempted
-        self.now += STEP_SECONDS
-        for item in step.scheduled:
-            self.started.setdefault(item.sequence, self.now)
-        drawing = [item.sequence for item in step.scheduled if item.samples]
-        self.scheduler.complete(step)
-        for sequence in drawing:
-            sequence.tokens.append(1)
-            if sequence.num_generated == sequence.request.stop.max_tokens:
-                self.scheduler.finish(sequence)
-                self.ended[sequence] = self.now
+    def step(self, count: int = 1) -> None:
+        for _ in range(count):
+            step = advance(self.scheduler, self.now)
+            self.num_preempted += step.num_preempted
+            self.now += STEP_SECONDS
+            for item in step.scheduled:
+                self.started.setdefault(item.sequence, self.now)
 
-    def run_until_ended(self, sequences: Iterable[Sequence], most_seconds: float) -> None:
-        wanted = set(sequences)
+    def run_until_ended(self, sequences: SequenceOf[Sequence], most_seconds: float) -> None:
         until = self.now + most_seconds
-        while not wanted <= self.ended.keys():
+        while any(sequence.state is not SequenceState.FINISHED for sequence in sequences):
             assert self.now < until, "it did not end in time"
             self.step()
 
@@ -84,8 +69,7 @@ class Clock:
 def test_a_mix_that_occupies_all_places_yields_one() -> None:
     clock = Clock()
     hogs = [clock.ask("hog", LONG) for _ in range(100)]
-    for _ in range(20):
-        clock.step()
+    clock.step(20)
     polite = clock.ask("polite", SHORT)
     clock.run_until_ended([polite], 10.0)
     assert clock.waited(polite) <= AFTER_SECONDS + 2 * STEP_SECONDS
@@ -110,13 +94,11 @@ def test_without_a_waiting_limit_no_request_is_preempted() -> None:
 def test_a_tenant_that_occupies_all_places_yields_half_of_them(num_mixes: int) -> None:
     clock = Clock()
     hogs = [clock.ask(f"mix {n % num_mixes}", LONG, b"hog") for n in range(60)]
-    for _ in range(20):
-        clock.step()
+    clock.step(20)
     # No other tenant is waiting, so this one may take all places.
     assert len(clock.scheduler.running) == SLOTS
     polite = [clock.ask("mix 0", LONG, b"polite") for _ in range(12)]
-    for _ in range(int(AFTER_SECONDS / STEP_SECONDS) + SLOTS):
-        clock.step()
+    clock.step(int(AFTER_SECONDS / STEP_SECONDS) + SLOTS)
     assert sorted(s.tenant for s in clock.scheduler.running) == [b"hog"] * 4 + [b"polite"] * 4
     clock.run_until_ended([*polite, *hogs], 72 * LONG * STEP_SECONDS / SLOTS * 1.5)
     assert all(s.num_generated == LONG for s in [*polite, *hogs])
@@ -133,8 +115,7 @@ def test_a_third_tenant_takes_from_the_one_with_the_most_places() -> None:
     new = [clock.ask("", LONG, b"new") for _ in range(3)]
     # A place fewer for "large" and one more for "new" would be no fairer.
     for _ in range(2):
-        for _ in range(int(AFTER_SECONDS / STEP_SECONDS) + SLOTS):
-            clock.step()
+        clock.step(int(AFTER_SECONDS / STEP_SECONDS) + SLOTS)
         assert sorted(s.tenant for s in clock.scheduler.running) == (
             [b"large"] * 3 + [b"new"] * 2 + [b"small"]
         )
@@ -146,8 +127,7 @@ def test_several_waiting_mixes_get_one_place_per_step() -> None:
     clock = Clock()
     for _ in range(100):
         clock.ask("hog", LONG)
-    for _ in range(20):
-        clock.step()
+    clock.step(20)
     polite = [clock.ask(f"polite {number}", SHORT) for number in range(20)]
     clock.run_until_ended(polite, 30.0)
     for position, waited in enumerate(sorted(map(clock.waited, polite))):
@@ -157,14 +137,12 @@ def test_several_waiting_mixes_get_one_place_per_step() -> None:
 def test_a_mix_that_was_served_less_does_not_yield() -> None:
     clock = Clock(max_num_seqs=2)
     clock.ask("popular", LONG)
-    for _ in range(40):
-        clock.step()
+    clock.step(40)
     # Both places are taken, one of them by a mix that was served very little.
     rare = clock.ask("rare", LONG)
     clock.step()
     clock.ask("popular", LONG)
-    for _ in range(int(3 * AFTER_SECONDS / STEP_SECONDS)):
-        clock.step()
+    clock.step(int(3 * AFTER_SECONDS / STEP_SECONDS))
     assert rare.num_preemptions == 0
 
 
@@ -172,8 +150,7 @@ def test_two_mixes_with_unlimited_demand_take_turns() -> None:
     clock = Clock()
     names = ("a", "b")
     asked = {name: [clock.ask(name, LONG) for _ in range(60)] for name in names}
-    for _ in range(2000):
-        clock.step()
+    clock.step(2000)
     served = {name: sum(s.num_generated for s in sequences) for name, sequences in asked.items()}
     assert max(served.values()) < 1.2 * min(served.values())
     # Preemptions are rare: at most one per place in the waiting time.
@@ -185,8 +162,7 @@ def test_a_mix_that_fills_the_cache_yields_blocks() -> None:
     clock = Clock(num_blocks=4 * (LONG // BLOCK_SIZE) + 8, max_num_seqs=64)
     for _ in range(40):
         clock.ask("hog", LONG)
-    for _ in range(200):
-        clock.step()
+    clock.step(200)
     polite = clock.ask("polite", LONG)
     before = clock.now
     while polite not in clock.started:
@@ -240,8 +216,7 @@ def test_a_long_answer_yields_its_memory_to_a_mix_that_was_served_less() -> None
     for tenants in ((b"hog", b"polite"), (b"hog", b"hog"), (b"", b"")):
         clock = Clock(is_ready=lambda sequence: sequence.mix.members[0][0].name != "new")
         long, waiting = clock.ask("long", LONG, tenants[0]), clock.ask("new", SHORT, tenants[1])
-        for _ in range(int(AFTER_SECONDS / STEP_SECONDS) + 1):
-            clock.step()
+        clock.step(int(AFTER_SECONDS / STEP_SECONDS) + 1)
         assert taken(clock, waiting) == [long]
         assert long.state is SequenceState.WAITING
 
@@ -348,7 +323,7 @@ def test_a_waiting_sequence_starts_with_the_new_base() -> None:
 
 
 def test_a_preempted_sequence_ends_before_the_base_changes() -> None:
-    scheduler = Scheduler(BlockPool(5, BLOCK_SIZE), max_num_seqs=8, max_num_batched_tokens=64)
+    scheduler = make_scheduler(5)
     first, second = sequence_of(range(8), "a"), sequence_of(range(8), "b")
     for sequence in (first, second):
         scheduler.add(sequence)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from builders.facts import adapter_of
-from builders.sequences import make_scheduler, sequence_of
+from builders.sequences import BLOCK_SIZE, make_scheduler, sequence_of
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from turret.server.adapters.adapter import Mix
 from turret.server.engine.scheduling.block_pool import BlockPool, next_key, root_key
-from turret.server.engine.scheduling.request import Request, StopConditions
-from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import PLACEHOLDER, Sequence
 
-BLOCK_SIZE = 4
 # The tokens that invoke the adapter "c".
 INVOCATION = (2, 2)
 MixKey = tuple[tuple[str, int, float], ...]
@@ -48,9 +45,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler(
-            BlockPool(self.num_blocks, BLOCK_SIZE), max_num_seqs=3, max_num_batched_tokens=16
-        )
+        self.scheduler = make_scheduler(self.num_blocks, max_num_seqs=3, max_num_batched_tokens=16)
         self.versions = {name: (f"uuid-{name}", 1) for name in "abc"}
         self.num_loads = 0
         self.live: dict[Sequence, int] = {}
@@ -76,12 +71,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             (adapter_of(name, *self.versions[name], invocation=INVOCATION * (name == "c")), weight)
             for name in members
         ]
-        request = Request(
-            request_id="r",
-            prompt_token_ids=tuple(prompt),
-            stop=StopConditions(max_tokens=max_tokens),
-        )
-        sequence = Sequence(request, Mix(tuple(acting)), 0.0)
+        sequence = sequence_of(prompt, max_tokens=max_tokens, mix=Mix(tuple(acting)))
         self.live[sequence] = self.scheduler.base_generation
         self.scheduler.add(sequence)
 

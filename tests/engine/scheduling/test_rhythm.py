@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
-from builders.sequences import BLOCK_SIZE, sequence_of
+from typing import Any
 
-from turret.server.engine.scheduling.block_pool import BlockPool
+import pytest
+from builders.sequences import make_scheduler, sequence_of
+
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Step
 from turret.server.engine.speculation import StepCost
 
 
-def scheduler_of(cost: StepCost | None, max_tokens: int = 512) -> Scheduler:
-    pool = BlockPool(4096, BLOCK_SIZE)
-    return Scheduler(pool, max_num_seqs=64, max_num_batched_tokens=max_tokens, cost=cost)
+def scheduler_of(cost: StepCost | None = None, **limits: Any) -> Scheduler:
+    defaults = {"max_num_seqs": 64, "max_num_batched_tokens": 512}
+    return make_scheduler(8192, cost=cost, **{**defaults, **limits})
 
 
 def run(scheduler: Scheduler, seconds: float | None = None) -> Step:
@@ -75,8 +76,7 @@ def test_each_chunk_of_a_prompt_costs_at_most_one_more_step(
 def test_the_tokens_of_prompts_in_a_step(
     decodes: int, prompts: list[int], max_num_seqs: int, cost: StepCost | None, expected: int
 ) -> None:
-    pool = BlockPool(4096, BLOCK_SIZE)
-    scheduler = Scheduler(pool, max_num_seqs=max_num_seqs, max_num_batched_tokens=512, cost=cost)
+    scheduler = scheduler_of(cost, max_num_seqs=max_num_seqs)
     if decodes:
         decoding(scheduler, decodes)
     for number, length in enumerate(prompts):
@@ -121,8 +121,7 @@ def test_a_long_context_makes_chunks_smaller_beside_a_sequence_that_decodes(
     num_prompts: int,
 ) -> None:
     span, size, budget = 2000.0, 8000, 512
-    pool = BlockPool(8192, BLOCK_SIZE)
-    scheduler = Scheduler(pool, max_num_seqs=64, max_num_batched_tokens=budget, attention_span=span)
+    scheduler = scheduler_of(attention_span=span)
     decoding(scheduler, 1)
     prompts = [sequence_of([number, *range(size)], "", 4) for number in range(num_prompts)]
     for prompt in prompts:
@@ -142,15 +141,13 @@ def test_a_long_context_makes_chunks_smaller_beside_a_sequence_that_decodes(
 
 
 def test_a_long_context_alone_takes_whole_steps() -> None:
-    pool = BlockPool(4096, BLOCK_SIZE)
-    scheduler = Scheduler(pool, max_num_seqs=64, max_num_batched_tokens=512, attention_span=2000.0)
+    scheduler = scheduler_of(attention_span=2000.0)
     scheduler.add(sequence_of(list(range(8000)), "", 4))
     assert [prompt_tokens(run(scheduler)) for _ in range(15)] == [512] * 15
 
 
 def test_a_prompt_beside_many_decoding_sequences_has_a_constant_limit_without_costs() -> None:
-    pool = BlockPool(4096, BLOCK_SIZE)
-    scheduler = Scheduler(pool, max_num_seqs=64, max_num_batched_tokens=2048, most_beside=128)
+    scheduler = scheduler_of(max_num_batched_tokens=2048, most_beside=128)
     decoding(scheduler, 4)
     scheduler.add(sequence_of(list(range(300)), "", 1))
     assert [prompt_tokens(run(scheduler)) for _ in range(3)] == [128, 128, 44]

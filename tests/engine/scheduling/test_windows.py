@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from builders.sequences import BLOCK_SIZE, make_scheduler
+from builders.sequences import BLOCK_SIZE, make_scheduler, sequence_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turret.server.engine.scheduling.request import Request, StopConditions
 from turret.server.engine.scheduling.sequence import Sequence, last_occurrence, stages_of
 
 tokens = st.lists(st.integers(0, 2) | st.sampled_from([0xD800, 0xFEFF, 0x10FFFF]), max_size=12)
@@ -42,12 +41,15 @@ class Names:
         return Names(tuple(members))
 
 
+def names(*adapters: Named) -> Any:
+    return Names(tuple((adapter, 1.0) for adapter in adapters))
+
+
 LORA, FIVE, PAIR = Named("lora"), Named("five", (5,)), Named("pair", (6, 7))
 
 
 def stages(prompt: list[int], *adapters: Named, num_virtual: int = 0) -> list[tuple[int, str]]:
-    mix: Any = Names(tuple((adapter, 1.0) for adapter in adapters))
-    found = stages_of(mix, tuple(prompt), num_virtual)
+    found = stages_of(names(*adapters), tuple(prompt), num_virtual)
     return [(s.start, " ".join(name for name, _, _ in s.mix.key)) for s in found]
 
 
@@ -66,14 +68,7 @@ def test_each_member_acts_from_its_own_invocation_on_in_the_order_of_the_request
 
 
 def sequence(prompt: list[int], *adapters: Named, so_far: tuple[int, ...] = ()) -> Sequence:
-    mix: Any = Names(tuple((adapter, 1.0) for adapter in adapters))
-    request = Request(
-        request_id="r",
-        prompt_token_ids=tuple(prompt),
-        stop=StopConditions(max_tokens=4),
-        answer_so_far=so_far,
-    )
-    return Sequence(request, mix, 0.0)
+    return sequence_of(prompt, mix=names(*adapters), so_far=so_far)
 
 
 def chunks(scheduler: Any, added: Sequence) -> list[tuple[int, str]]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 
 import pytest
-from builders.sequences import BLOCK_SIZE, sequence_of
+from builders.sequences import BLOCK_SIZE, make_scheduler, sequence_of
 
-from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence
 from turret.server.engine.speculation import Drafter, MixMemory, Speculation, StepCost, StepPlan
@@ -41,11 +40,8 @@ def eager(prompt: SequenceOf[int], max_tokens: int = 100, name: str = "") -> Seq
 
 
 def make(num_blocks: int = 64) -> Scheduler:
-    return Scheduler(
-        BlockPool(num_blocks, BLOCK_SIZE),
-        max_num_seqs=8,
-        max_num_batched_tokens=24,
-        speculation=Speculation(StepCost()),
+    return make_scheduler(
+        num_blocks, max_num_batched_tokens=24, speculation=Speculation(StepCost())
     )
 
 

@@ -7,18 +7,11 @@ from typing import Any
 import pytest
 from servers.http_harness import VALID, HttpHarness, Refused
 
+from turret.server import errors
 from turret.server.constraints.grammar import ConstraintSpec
 from turret.server.engine.scheduling.request import Request, SamplingParams
-from turret.server.errors import (
-    AdapterClassifiesError,
-    AdapterExistsError,
-    InvalidRequestError,
-    MergeActiveError,
-    PromptTooLongError,
-    TurretError,
-)
 from turret.server.http.refusals import STEPS
-from turret.server.http.schemas.requests import Generating
+from turret.server.http.request_models import Generating
 from turret.server.words import say
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -120,20 +113,20 @@ def test_the_ranges_of_fields_match_the_engine() -> None:
                 continue
             step = -0.001 if hasattr(bound, "le") else 0.001
             SamplingParams(**{name: limit + step})
-            with pytest.raises(InvalidRequestError):
+            with pytest.raises(errors.InvalidRequestError):
                 SamplingParams(**{name: limit - step})
 
 
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (AdapterClassifiesError.of("adapters", "a"), "adapter_classifies"),
-        (AdapterExistsError("is taken"), "adapter_exists"),
-        (MergeActiveError("is merged"), "merge_active"),
+        (errors.AdapterClassifiesError.of("adapters", "a"), "adapter_classifies"),
+        (errors.AdapterExistsError("is taken"), "adapter_exists"),
+        (errors.MergeActiveError("is merged"), "merge_active"),
     ],
 )
 async def test_a_hint_names_a_path_of_this_api(
-    error: TurretError, code: str, http: HttpHarness
+    error: errors.TurretError, code: str, http: HttpHarness
 ) -> None:
     http.engine.refuse = error
     refused = await http.refused("/classify", {"model": "base", "input": "a"})
@@ -232,7 +225,7 @@ async def test_errors_of_the_engine_name_the_prompt_too(
     path: str, field: str, http: HttpHarness
 ) -> None:
     said = "prompt of 70 tokens exceeds the context of 64"
-    http.engine.refuse = PromptTooLongError(
+    http.engine.refuse = errors.PromptTooLongError(
         f"{said}; shorten the prompt", violations=[("input", said)]
     )
     refused = await http.refused(path, {"model": "base", field: ["a"]})

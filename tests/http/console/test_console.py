@@ -17,9 +17,9 @@ from turret.server.api.call import MAX_FAILURES, MAX_MESSAGE_CHARS
 from turret.server.basics.work import Cancellation
 from turret.server.config import ListenConfig
 from turret.server.errors import ResourceError
-from turret.server.http.console.state import MAX_ADAPTERS
+from turret.server.http.console import MAX_ADAPTERS
 
-STATIC = ROOT / "server" / "http" / "console" / "static"
+STATIC = ROOT / "server" / "http" / "static"
 ASK: Any = {"model": "base", "prompt": "a"}
 ROLES = ("inference", "admin", "metrics")
 
@@ -180,7 +180,7 @@ async def test_a_rejected_view_of_the_console_is_not_listed_as_a_failure() -> No
         refused = Refused.of(await http.client.get("/console/state"))
         assert refused.status == 503
         await http.settle()
-        assert not http.failures
+        assert not http.services.failures
 
 
 async def test_adapters_are_pinned_and_unpinned(http: HttpHarness) -> None:

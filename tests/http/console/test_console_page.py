@@ -37,6 +37,7 @@ EVIL = "<img src=x onerror=\"document.title='pwned'\"><script>document.title='pw
 TOKENS = TokenTable([("looker", frozenset({"inference"})), ("all", frozenset(
     {"inference", "admin", "metrics"}))])  # fmt: skip
 _T = TypeVar("_T")
+Visit = Callable[..., Awaitable[Any]]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.fixture
-async def visit(browser: Browser) -> AsyncIterator[Callable[..., Awaitable[Any]]]:
+async def visit(browser: Browser) -> AsyncIterator[Visit]:
     """Run a visitor's actions in a thread, because the server runs in this one."""
 
     async def go(do: Callable[..., _T], *args: Any) -> _T:
@@ -58,11 +59,12 @@ async def visit(browser: Browser) -> AsyncIterator[Callable[..., Awaitable[Any]]
     await go(lambda tab: tab.driver.get("about:blank"))
 
 
-def open_page(tab: Browser, http: HttpHarness) -> None:
+def open_page(tab: Browser, http: HttpHarness, expected: str = "Serving") -> None:
     tab.driver.get(f"http://{http.server.address}/icon")
     tab.run("sessionStorage.clear()")
     tab.driver.get(f"http://{http.server.address}/")
     tab.complaints()
+    status(tab, expected)
 
 
 def status(tab: Browser, text: str) -> None:
@@ -94,16 +96,13 @@ def ask(tab: Browser, prompt: str) -> list[str]:
     return [element.text for element in tab.all(".pane .text")]
 
 
-async def test_three_answers_are_shown_side_by_side(
-    visit: Callable[..., Awaitable[Any]], http: HttpHarness
-) -> None:
+async def test_three_answers_are_shown_side_by_side(visit: Visit, http: HttpHarness) -> None:
     for name in ("json", "pirate", "sql"):
         http.registry.load(name, name)
     http.engine.script = scripted("A", " b")
 
     def do(tab: Browser) -> None:
         open_page(tab, http)
-        status(tab, "Serving")
         tab.until(lambda: names(tab) == ["json", "pirate", "sql"], "adapters")
         # Clicking the name in the table selects the adapter in the second pane.
         tab.all("#adapters-rows .name")[2].click()
@@ -135,8 +134,7 @@ async def test_three_answers_are_shown_side_by_side(
 
 
 async def test_tokens_that_arrive_together_have_distinct_colours(
-    visit: Callable[..., Awaitable[Any]],
-    http: HttpHarness,
+    visit: Visit, http: HttpHarness
 ) -> None:
     """Accepted draft tokens arrive together, and so does the end, a token without text."""
     tokens = tuple(
@@ -147,7 +145,6 @@ async def test_tokens_that_arrive_together_have_distinct_colours(
 
     def do(tab: Browser) -> None:
         open_page(tab, http)
-        status(tab, "Serving")
         assert ask(tab, "hello")[0] == "A b"
         spans = tab.all(".pane:first-child .text span")
         found = [(span.get_property("textContent"), span.get_attribute("class")) for span in spans]
@@ -157,14 +154,11 @@ async def test_tokens_that_arrive_together_have_distinct_colours(
     await visit(do)
 
 
-async def test_an_empty_answer_is_shown_as_empty(
-    visit: Callable[..., Awaitable[Any]], http: HttpHarness
-) -> None:
+async def test_an_empty_answer_is_shown_as_empty(visit: Visit, http: HttpHarness) -> None:
     http.engine.script = saying("")
 
     def do(tab: Browser) -> None:
         open_page(tab, http)
-        status(tab, "Serving")
         assert ask(tab, "hello")[0] == ""
         notes = tab.all(".pane:first-child .empty")
         assert [note.is_displayed() for note in notes] == [False, True]
@@ -172,9 +166,7 @@ async def test_an_empty_answer_is_shown_as_empty(
     await visit(do)
 
 
-async def test_hostile_text_is_shown_as_text(
-    visit: Callable[..., Awaitable[Any]], http: HttpHarness
-) -> None:
+async def test_hostile_text_is_shown_as_text(visit: Visit, http: HttpHarness) -> None:
     """Names, methods, warnings, answers and errors are untrusted input."""
     record = http.registry.load("a", "a")
     facts = replace(record.facts, method=EVIL, warnings=(EVIL,))
@@ -199,6 +191,19 @@ async def test_hostile_text_is_shown_as_text(
     await visit(do)
 
 
+async def test_an_adapter_may_have_the_name_of_a_property(
+    visit: Callable[..., Awaitable[Any]], http: HttpHarness
+) -> None:
+    http.registry.load("constructor", "a")
+
+    def do(tab: Browser) -> None:
+        open_page(tab, http)
+        tab.until(lambda: names(tab) == ["constructor"], "the adapter")
+        assert tab.text("#adapters-rows td:nth-of-type(6)") == "0"
+
+    await visit(do)
+
+
 _ASK = """
 const done = arguments[2];
 fetch(arguments[0], arguments[1]).then(answer => done(answer.status), error => done(error.name));
@@ -207,9 +212,7 @@ _LOAD = {"method": "POST", "body": '{"lora_name": "b", "lora_path": "sql"}'}
 _JSON = {"headers": {"content-type": "application/json"}}
 
 
-async def test_pages_of_other_origins_are_rejected(
-    visit: Callable[..., Awaitable[Any]], http: HttpHarness
-) -> None:
+async def test_pages_of_other_origins_are_rejected(visit: Visit, http: HttpHarness) -> None:
     """A page under a rebound name, and a page from another origin, are rejected."""
     http.registry.load("a", "a")
     own = f"http://{http.server.address}"
@@ -237,7 +240,7 @@ async def test_pages_of_other_origins_are_rejected(
 
 
 async def test_an_administrator_loads_pins_and_unloads(
-    visit: Callable[..., Awaitable[Any]], monkeypatch: pytest.MonkeyPatch
+    visit: Visit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with http_harness(tokens=TOKENS) as http:
         http.metrics.sequences(waiting=3, running=2)
@@ -249,8 +252,7 @@ async def test_an_administrator_loads_pins_and_unloads(
             tab.find("#token").send_keys(token, Keys.ENTER)
 
         def do(tab: Browser) -> None:
-            open_page(tab, http)
-            status(tab, "Locked")
+            open_page(tab, http, "Locked")
             assert "requires a token" in tab.text("#notice")
             # Without a token, nothing can change, so the page does not poll.
             count = "return performance.getEntriesByName(new URL('console/state?find=', location)"
@@ -312,9 +314,7 @@ async def test_an_administrator_loads_pins_and_unloads(
         assert http.registry.unloads[0][:2] == ("sql", "DRAIN")
 
 
-async def test_an_administrator_uploads_files(
-    visit: Callable[..., Awaitable[Any]], tmp_path: Path
-) -> None:
+async def test_an_administrator_uploads_files(visit: Visit, tmp_path: Path) -> None:
     made = Registries(tmp_path)
     registry = made(2.5, state=StateDir(tmp_path / "state", 1 << 20))
     async with http_harness(registry=registry) as http:
@@ -326,7 +326,6 @@ async def test_an_administrator_uploads_files(
 
         def do(tab: Browser) -> None:
             open_page(tab, http)
-            status(tab, "Serving")
             tab.find("#load-open").click()
             tab.find("#load-name").send_keys("up")
             choose(tab, "a", "adapter_config.json")
@@ -347,9 +346,7 @@ async def test_an_administrator_uploads_files(
     made.close()
 
 
-async def test_an_active_merge_is_shown(
-    visit: Callable[..., Awaitable[Any]], http: HttpHarness
-) -> None:
+async def test_an_active_merge_is_shown(visit: Visit, http: HttpHarness) -> None:
     http.merger.merge((AdapterRef(name=EVIL, weight=0.5),), "NF4", Cancellation())
 
     def do(tab: Browser) -> None:
@@ -363,12 +360,9 @@ async def test_an_active_merge_is_shown(
     await visit(do)
 
 
-async def test_the_page_shows_that_the_server_starts_stops_or_rejects(
-    visit: Callable[..., Awaitable[Any]],
-) -> None:
+async def test_the_page_shows_that_the_server_starts_stops_or_rejects(visit: Visit) -> None:
     async with http_harness(serving=False) as http:
-        await visit(open_page, http)
-        await visit(status, "Not serving")
+        await visit(open_page, http, "Not serving")
         starting = say("SERVER_STARTING")[1:]
         assert starting in await visit(lambda tab: tab.text("#notice"))
     await visit(status, "Unreachable")
@@ -378,7 +372,6 @@ async def test_the_page_shows_that_the_server_starts_stops_or_rejects(
 
         def do(tab: Browser) -> None:
             open_page(tab, http)
-            status(tab, "Serving")
             tab.find("#prompt").send_keys("a", Keys.ENTER)
             tab.until(lambda: tab.text(".pane .failed") == "no such weights", "the reason")
             advice = [element.text for element in tab.all(".pane .empty")]
@@ -388,13 +381,11 @@ async def test_the_page_shows_that_the_server_starts_stops_or_rejects(
 
 
 async def test_the_enter_key_sends_only_what_the_button_would(
-    visit: Callable[..., Awaitable[Any]],
-    http: HttpHarness,
+    visit: Visit, http: HttpHarness
 ) -> None:
 
     def do(tab: Browser) -> None:
         open_page(tab, http)
-        status(tab, "Serving")
         refused = "return document.querySelector(arguments[0]).matches(':invalid')"
         tab.find("#prompt").send_keys(Keys.ENTER)
         assert tab.run(refused, "#prompt")
@@ -409,9 +400,7 @@ async def test_the_enter_key_sends_only_what_the_button_would(
     assert http.engine.requests == []
 
 
-async def test_an_answer_can_be_stopped(
-    visit: Callable[..., Awaitable[Any]], http: HttpHarness
-) -> None:
+async def test_an_answer_can_be_stopped(visit: Visit, http: HttpHarness) -> None:
     async def slow(request: Request) -> AsyncIterator[Output]:
         while True:
             yield Output(text="H", token_ids=(72,))
@@ -421,7 +410,6 @@ async def test_an_answer_can_be_stopped(
 
     def do(tab: Browser) -> None:
         open_page(tab, http)
-        status(tab, "Serving")
         tab.find("#prompt").send_keys("a", Keys.ENTER)
         tab.until(lambda: len(tab.text(".pane .text")) > 5, "a beginning")
         tab.find("#stop").click()
@@ -434,7 +422,7 @@ async def test_an_answer_can_be_stopped(
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [1280, 360])
 async def test_the_page_fits_and_is_readable(
-    visit: Callable[..., Awaitable[Any]], width: int, dark: bool, http: HttpHarness
+    visit: Visit, width: int, dark: bool, http: HttpHarness
 ) -> None:
     """No horizontal scrolling, names for all controls, and contrast according to WCAG AA."""
     for name in ("json", "x" * 128):

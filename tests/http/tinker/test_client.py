@@ -38,7 +38,7 @@ async def run(url: str, folder: str) -> dict[str, Any]:
 @pytest.mark.parametrize("folder", CLIENTS)
 async def test_a_client_trains_saves_and_samples(folder: str, tmp_path: Path) -> None:
     training = TableTraining(MODEL_INFO.vocab_size)
-    async with http_harness(training=training, training_dir=tmp_path / "training") as server:
+    async with http_harness(trainer=training, training=tmp_path / "training") as server:
         found = await run(f"http://{server.server.address}", folder)
         assert found["models"] == [MODEL_INFO.name]
         assert found["info"] == [MODEL_INFO.name, 4, True]

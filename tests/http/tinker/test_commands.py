@@ -9,8 +9,8 @@ from collections import Counter
 
 import pytest
 
-from turret.server.api.tenants import futures
-from turret.server.api.tenants.futures import CommandLog, Future, Futures, Result, Run
+from turret.server.api import futures
+from turret.server.api.futures import CommandLog, Future, Futures, Result, Run
 from turret.server.errors import InvalidRequestError, QueueFullError
 
 OWNER = "somebody"

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import httpx2
 import numpy as np
 from method_oracle import prompt_of, twin
 from servers.engine_harness import EngineHarness
-from servers.http_harness import NO_AUTHORITIES
+from servers.http_harness import http_harness
 from servers.tinker_tenant import Tenant, pass_of, sample_of
 
-from turret.server.api.gate import ServingGate
-from turret.server.api.services import Services
-from turret.server.config import ListenConfig, SecurityConfig
-from turret.server.http.server import HttpServer
 from turret.v1 import tinker_pb2
 
 STEP = {"learning_rate": 1e-2}
@@ -33,18 +28,10 @@ async def test_a_model_is_trained_sampled_saved_and_resumed(tmp_path: Path) -> N
     async with EngineHarness.start(
         folder, dtype="bfloat16", state_dir=state, training=True
     ) as harness:
-        services = Services(gate=ServingGate(), training=state / "training")
-        services.gate.open(harness.backend)
-        server = HttpServer(ListenConfig(http_address="127.0.0.1:0"), SecurityConfig(), services)
-        await server.start()
-        try:
-            async with httpx2.AsyncClient(
-                base_url=f"http://{server.address}", timeout=60, verify=NO_AUTHORITIES
-            ) as client:
-                await _train(Tenant(client, {}), harness)
-        finally:
-            await server.stop(0.2)
-            services.adapters.close()
+        parts = {"backend": harness.backend, "training": state / "training"}
+        async with http_harness(**parts) as http:
+            http.client.timeout = 60
+            await _train(Tenant(http.client, {}), harness)
         assert harness.registry.list() == []
 
 
@@ -56,22 +43,19 @@ async def _train(one: Tenant, harness: EngineHarness) -> None:
     for _ in range(4):
         losses.append(losses_of(await one.run(pass_of(model_id, number, tokens=text)))[0])
         step = {"model_id": model_id, "seq_id": number + 1, "adam_params": STEP}
-        await one.result(await one.ask("/optim_step", step))
+        await one.done("/optim_step", step)
         number += 2
     assert losses[-1] < 0.9 * losses[0]
     save = {"model_id": model_id, "seq_id": number, "sampling_session_seq_id": 0}
-    made = await one.result(await one.ask("/save_weights_for_sampler", save))
-    saved = {"model_id": model_id, "seq_id": number + 1, "path": "a"}
-    path = (await one.result(await one.ask("/save_weights", saved)))["path"]
-    loaded = {"session_id": one.session, "sampling_session_seq_id": 1, "model_path": path}
+    made = await one.done("/save_weights_for_sampler", save)
+    path = (await one.save(model_id, number + 1, "a"))["path"]
     await _check_hidden(one, harness)
-    sampler_ids = [made["sampling_session_id"]]
-    sampler_ids.append((await one.ask("/create_sampling_session", loaded))["sampling_session_id"])
+    sampler_ids = [made["sampling_session_id"], await one.sampler(1, model_path=path)]
     found = []
     for sampler_id in sampler_ids:
         params = {"max_tokens": 6, "seed": 5, "stop": []}
         asked = sample_of(sampler_id, tokens=text, prompt_logprobs=True, sampling_params=params)
-        data = await one.result(await one.ask("/asample", asked))
+        data = await one.done("/asample", asked)
         found.append(tinker_pb2.TinkerSamples.FromString(data))
     assert found[0].sequences == found[1].sequences
     tokens = np.frombuffer(found[0].sequences[0].tokens, "<i4").tolist()
@@ -81,12 +65,12 @@ async def _train(one: Tenant, harness: EngineHarness) -> None:
     sampled = found[0].prompt_logprobs[4:] + found[0].sequences[0].logprobs
     assert trained[: len(sampled)] == sampled
     load = {"session_id": one.session, "model_seq_id": 1, "path": path, "optimizer": True}
-    again = (await one.result(await one.ask("/load_weights", load)))["model_id"]
+    again = (await one.done("/load_weights", load))["model_id"]
     results = []
     for each, first in ((model_id, number + 3), (again, 1)):
         await one.run(pass_of(each, first, tokens=text))
         step = {"model_id": each, "seq_id": first + 1, "adam_params": STEP}
-        await one.result(await one.ask("/optim_step", step))
+        await one.done("/optim_step", step)
         results.append(losses_of(await one.run(pass_of(each, first + 2, tokens=text))))
     assert results[0] == results[1]
     assert len(harness.registry.list()) == 2

@@ -18,10 +18,15 @@ from turret.server.constraints.matcher import Constraint
 from turret.server.engine.scheduling.request import FinishReason
 from turret.server.errors import InvalidRequestError
 from turret.server.http import choices
-from turret.server.http.schemas.fields import closed
-from turret.server.http.tools.calls import CallBegun, CallGrown, UnenforceableError, kinds_of
-from turret.server.http.tools.grammar import CallsGrammar
-from turret.server.http.tools.reader import AnswerReader
+from turret.server.http.fields import closed
+from turret.server.http.tool_calls import (
+    AnswerReader,
+    CallBegun,
+    CallGrown,
+    UnenforceableError,
+    kinds_of,
+)
+from turret.server.http.tool_grammar import CallsGrammar
 from turret.server.models.tokenizer import Tokenizer
 
 CHAT = "/v1/chat/completions"

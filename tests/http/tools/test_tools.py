@@ -14,8 +14,8 @@ from servers.fakes import knows_tools, saying
 from servers.http_harness import TURNS, HttpHarness
 
 from turret.server.errors import InvalidRequestError
-from turret.server.http.tools.grammar import CallsGrammar
-from turret.server.http.tools.reader import AnswerReader, message_of
+from turret.server.http.tool_calls import AnswerReader, message_of
+from turret.server.http.tool_grammar import CallsGrammar
 from turret.server.models.tokenizer import Tokenizer
 
 CHAT = "/v1/chat/completions"

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from builders.bases.mixed_checkpoints import tensors_4bit
 from builders.bases.tiny_models import served_weights
 from builders.methods import load_adapter, make_config, save_adapter
-from method_oracle import check_greedy, oracle_logprobs, prompt_of
+from method_oracle import check_effect, check_greedy, prompt_of
 from safetensors.torch import load_file, save_file
 from said import says
 from servers.engine_harness import EngineHarness, make_request
@@ -53,11 +54,6 @@ def change(folder: Path, edit: Callable[[Tensors], Any], **config: Any) -> Path:
 @pytest.fixture
 def plain(tiny_model: Any) -> Path:
     return tiny_model("gpt_oss")
-
-
-def cached(tmp_path: Path) -> Path:
-    (file,) = (tmp_path / "cache" / "turret").glob(f"nf4-*/{WEIGHTS}")
-    return file
 
 
 def same(found: Tensors, expected: Tensors) -> None:
@@ -165,7 +161,6 @@ def test_mxfp4_is_reported_as_stored(packed: Path, tmp_path: Path) -> None:
         assert {k.state for k in kinds if k not in experts} == {"quantized"}
 
 
-MAX_TOKENS = 4
 PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
@@ -183,20 +178,15 @@ async def check_answers(
             if ".experts." not in name:
                 oracle.get_submodule(name).weight.copy_(weight)
     prompts = [prompt_of(length, length) for length in lengths]
-    names = [(), ("a",)] * len(prompts)
-    asked = [
-        make_request(prompt, *names[n], max_tokens=MAX_TOKENS) for n, prompt in enumerate(prompts)
-    ]
+    names = [("a" if n % 2 else None) for n in range(len(prompts))]
+    asked = [make_request(p, n, max_tokens=4) for p, n in zip(prompts, names, strict=True)]
     async with serve(packed, root, adapters=["a"], **options) as harness:
-        together = await harness.run_all(asked)
-        for request, answer in zip(asked, together, strict=True):
-            assert (await harness.run(request)).bits == answer.bits
+        together = await harness.run_together_and_alone(asked)
     adapted = load_adapter(oracle, root / "a")
-    plain = oracle_logprobs(oracle, prompts[0])
-    assert (oracle_logprobs(adapted, prompts[0]) - plain).abs().max() > 0.05
-    for n, (prompt, answer) in enumerate(zip(prompts, together, strict=True)):
-        if options.get("dtype") != "bfloat16":
-            check_greedy(answer, adapted if names[n] else oracle, prompt, str(n))
+    check_effect(adapted, oracle, prompts[0], "a")
+    if options.get("dtype") != "bfloat16":
+        for name, prompt, answer in zip(names, prompts, together, strict=True):
+            check_greedy(answer, adapted if name else oracle, prompt, f"{name}: {len(prompt)}")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -214,7 +204,8 @@ async def test_answers_on_mxfp4_equal_peft_on_the_gpu_path(packed: Path, tmp_pat
 def test_a_4bit_checkpoint_may_have_experts_in_either_form(plain: Path, tmp_path: Path) -> None:
     """Each expert is a quantised module and the router is renamed, or experts are 16-bit stacks."""
     expected = served_weights(plain, torch.float32)
-    quantised, stacked = load_file(cached(tmp_path)), load_file(plain / WEIGHTS)
+    quantised = tensors_4bit(resolve_model(plain, tmp_path / "cache" / "turret"))
+    stacked = load_file(plain / WEIGHTS)
     config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 
     def to_modules(tensors: Tensors) -> None:
@@ -228,10 +219,8 @@ def test_a_4bit_checkpoint_may_have_experts_in_either_form(plain: Path, tmp_path
         tensors.update({k: t for k, t in stacked.items() if ".experts." in k})
 
     # The modules that are left in 16 bits are served in 16 bits.
-    left = {
-        name: t.mT.float() for name, t in stacked.items() if name.endswith(".experts.down_proj")
-    }
-    left |= {n: t.mT.float() for n, t in stacked.items() if n.endswith(".experts.gate_up_proj")}
+    ends = (".experts.down_proj", ".experts.gate_up_proj")
+    left = {name: t.mT.float() for name, t in stacked.items() if name.endswith(ends)}
     for number, (edit, others) in enumerate(((to_modules, {}), (to_mixed, left))):
         folder = shutil.copytree(plain, tmp_path / str(number))
         change(folder, edit, quantization_config=config)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+from dataclasses import astuple
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from builders.bases.gguf_files import TEMPLATE, write_gguf
+from builders.bases.gguf_files import TEMPLATE, finish, gguf_writer, write_gguf
+from builders.bases.mixed_checkpoints import tensors_4bit
 from builders.bases.tiny_models import BOS, EOS, save_tiny_model
 from gguf import GGMLQuantizationType as Kind
 from gguf_oracle import assert_alike, transformers_state
@@ -20,15 +23,17 @@ from said import says
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from turret.kernels.likeliest import Screen, ScreenCodes
 from turret.server.errors import InvalidRequestError
 from turret.server.models import model_source
-from turret.server.models.families import read_arch
-from turret.server.models.loader import eos_token_ids
+from turret.server.models.families import read_arch, transformers_config
+from turret.server.models.loader import CheckpointTensors, eos_token_ids
 from turret.server.models.model_source import resolve_model
 from turret.server.models.sources import gguf_header
 from turret.server.models.sources.check import MODEL_NAME, check_model, default_cache_dir, find_gguf
 from turret.server.models.sources.gguf_file import open_gguf
 from turret.server.models.tokenizer import Tokenizer
+from turret.server.models.weights.nf4 import Nf4Weight, PackedLinear
 
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
@@ -99,10 +104,7 @@ def with_tensor(file: Path, copy: Path, name: str, values: np.ndarray) -> Path:
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return copy
 
 
@@ -139,29 +141,15 @@ def test_unknown_tensors_are_rejected_by_name(tmp_path: Path) -> None:
 
 def test_files_that_are_not_gguf_fail_before_torch(tmp_path: Path) -> None:
     file = tmp_path / "m.gguf"
-    for data in (
-        b"",
-        b"GGUF",
-        b"PK\3\4" + bytes(60),
-        b"GGUF" + bytes(60),
-        b"GGUF\3" + b"\xff" * 60,
-    ):
+    for data in (b"", b"GGUF", b"PK\3\4", b"GGUF" + bytes(60), b"GGUF\3" + b"\xff" * 60):
         file.write_bytes(data)
         with pytest.raises(InvalidRequestError, check=says("GGUF_INVALID")):
             check_model(file)
-    writer = gguf.GGUFWriter(file, "gemma3n")
-    writer.add_block_count(1)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    finish(gguf_writer(file, "gemma3n", block_count=1))
     with pytest.raises(InvalidRequestError, check=says("GGUF_ARCHITECTURE", value="gemma3n")):
         check_model(file)
     for architecture, layers in (("llama", 1 << 30), ("qwen3", 0)):
-        writer = gguf.GGUFWriter(file, architecture)
-        writer.add_block_count(layers)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.close()
+        finish(gguf_writer(file, architecture, block_count=layers))
         expected = says("CONFIG_UNSUPPORTED", key=f"{architecture}.block_count", value=layers)
         with pytest.raises(InvalidRequestError, check=expected):
             check_model(file)
@@ -265,7 +253,9 @@ def test_the_embedded_model_given_by_path_is_named_after_its_file(
     assert names == ["tiny", MODEL_NAME, "tiny"]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "turret.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "turret.json", "tokenizer.json", "generation_config.json"]
+)
 @pytest.mark.parametrize("fault", ["cut", "empty", "missing"])
 def test_damaged_files_in_the_cache_are_written_again(
     name: str, fault: str, tmp_path: Path
@@ -280,6 +270,37 @@ def test_damaged_files_in_the_cache_are_written_again(
         damaged.write_bytes(content[:-1] if fault == "cut" else b"")
     assert resolve_model(file, tmp_path / "cache") == source
     assert damaged.read_bytes() == content
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "mixtral", "gpt_oss"])
+def test_the_cache_has_the_weights_as_products_read_them(architecture: str, tmp_path: Path) -> None:
+    """The oracle packs each module by itself, and writes bitsandbytes' format by safetensors."""
+    folder = save_tiny_model(architecture, tmp_path / "model")
+    source = resolve_model(folder, tmp_path / "cache")
+    tensors = tensors_4bit(source)
+    save_file(tensors, tmp_path / "4bit", {"format": "pt"})
+    assert hashlib.sha256((tmp_path / "4bit").read_bytes()).hexdigest() == source.digest
+    arch = read_arch(transformers_config(folder))
+    stored = CheckpointTensors(source, arch.experts)
+    head = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
+    if Screen.serves(head):
+        expected = ScreenCodes.of(head)
+        for name, value in zip(model_source.HEAD_COPY, astuple(expected), strict=True):
+            assert torch.equal(stored.get(name), value), name
+    for modules in arch.projections(1):
+        linear, slices = stored.packed(modules), []
+        assert linear is not None
+        for path, _, _ in modules:
+            name = f"{path}.weight"
+            parts = {key: t for key, t in tensors.items() if key.startswith(name)}
+            weight = Nf4Weight.from_tensors(name, parts)
+            assert weight is not None
+            slices.append(weight)
+        expected = PackedLinear.pack(slices)
+        assert linear.widths == expected.widths
+        assert torch.equal(linear.packed, expected.packed)
+        assert torch.equal(linear.absmax, expected.absmax)
+        assert linear.packed.data_ptr() % 64 == linear.absmax.data_ptr() % 64 == 0
 
 
 @pytest.mark.long

@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from builders.bases.gguf_files import finish, gguf_writer
 from gguf import GGMLQuantizationType as Kind
 from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -67,41 +68,41 @@ def packed(shape: tuple[int, ...], kind: Kind, rng: np.random.Generator) -> np.n
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    writer = gguf.GGUFWriter(tmp_path / "tiny.Q4_K_M.gguf", "llama")
-    writer.add_name("Tiny")
-    writer.add_file_type(15)
-    writer.add_quantization_version(2)
-    writer.add_context_length(2048)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(INNER)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(HIDDEN // HEADS)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(len(TOKENS))
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(TOKENS)
+    path = tmp_path / "tiny.Q4_K_M.gguf"
     ranks = [-float(rank) for rank in range(len(LETTERS) + len(WORDS))]
-    writer.add_token_scores([0.0] * (len(SPECIAL) + len(BYTES)) + ranks)
-    kinds = [UNKNOWN, CONTROL, CONTROL] + [BYTE] * len(BYTES) + [NORMAL] * len(ranks)
-    writer.add_token_types(kinds)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_add_bos_token(True)
-    writer.add_add_eos_token(False)
+    writer = gguf_writer(
+        path,
+        "llama",
+        name="Tiny",
+        file_type=15,
+        quantization_version=2,
+        context_length=2048,
+        embedding_length=HIDDEN,
+        block_count=1,
+        feed_forward_length=INNER,
+        head_count=HEADS,
+        head_count_kv=KV_HEADS,
+        layer_norm_rms_eps=1e-5,
+        rope_dimension_count=HIDDEN // HEADS,
+        rope_freq_base=10000.0,
+        vocab_size=len(TOKENS),
+        tokenizer_model="llama",
+        tokenizer_pre="default",
+        token_list=TOKENS,
+        token_scores=[0.0] * (len(SPECIAL) + len(BYTES)) + ranks,
+        token_types=[UNKNOWN, CONTROL, CONTROL] + [BYTE] * len(BYTES) + [NORMAL] * len(ranks),
+        bos_token_id=1,
+        eos_token_id=2,
+        unk_token_id=0,
+        add_bos_token=True,
+        add_eos_token=False,
+    )
     rng = np.random.default_rng(0)
     for name, (shape, kind) in KINDS.items():
         raw = None if kind == Kind.F32 else kind
         writer.add_tensor(f"{name}.weight", packed(shape, kind, rng), raw_dtype=raw)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return tmp_path / "tiny.Q4_K_M.gguf"
+    finish(writer)
+    return path
 
 
 def test_every_kind_of_weight_matches_transformers(file: Path) -> None:

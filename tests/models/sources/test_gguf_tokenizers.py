@@ -7,6 +7,7 @@ from typing import Any
 
 import gguf
 import pytest
+from builders.bases.gguf_files import finish, gguf_writer
 from said import says
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer
@@ -33,14 +34,7 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['content']
 
 def write(file: Path, architecture: str, **keys: Any) -> dict[str, Any]:
     """Write a file with only a tokenizer and its keys."""
-    writer = gguf.GGUFWriter(file, architecture)
-    writer.add_block_count(1)
-    writer.add_chat_template(TEMPLATE)
-    for name, value in keys.items():
-        getattr(writer, f"add_{name}")(value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    finish(gguf_writer(file, architecture, block_count=1, chat_template=TEMPLATE, **keys))
     reader = gguf.GGUFReader(file)
     return {key: field.contents() for key, field in reader.fields.items()}
 

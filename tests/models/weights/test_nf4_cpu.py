@@ -12,6 +12,7 @@ import copy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes.functional as bnb_functional
 import pytest
@@ -23,7 +24,7 @@ from turret.kernels.cpu.native import library
 from turret.kernels.nf4_matmul import NF4
 from turret.server.models.weights import nf4_cpu
 from turret.server.models.weights.nf4 import BLOCKSIZE, Nf4Weight, PackedLinear, nf4_linear
-from turret.server.models.weights.nf4_cpu import nf4_product, pack
+from turret.server.models.weights.nf4_cpu import nf4_product, pack, unpack
 
 CPU = torch.device("cpu")
 # Codes, maxima and results are rounded to bf16.
@@ -40,19 +41,24 @@ def random_weight(out_features: int, in_features: int, seed: int = 0) -> Nf4Weig
     return Nf4Weight.quantize(weight.to(torch.bfloat16))
 
 
+def converted(weight: Nf4Weight) -> tuple[torch.Tensor, Any]:
+    """The weight in bitsandbytes' packed form, and its state."""
+    state = copy.deepcopy(weight.state)
+    return bnb_functional._convert_weight_packed_for_cpu(weight.packed, state)
+
+
 @pytest.mark.parametrize("shape", [(32, 64), (96, 576), (1536, 192)])
 def test_weights_are_packed_as_bitsandbytes_packs_them(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = random_weight(*shape)
-    packed, state = bnb_functional._convert_weight_packed_for_cpu(
-        weight.packed, copy.deepcopy(weight.state)
-    )
+    packed, state = converted(weight)
     for has_kernels in {nf4_cpu.has_kernels(CPU), False}:
         monkeypatch.setattr(nf4_cpu, "has_kernels", lambda device, found=has_kernels: found)
         own = torch.empty_like(packed)
         pack(weight.packed, own)
         assert torch.equal(own, packed)
+    assert torch.equal(unpack(packed), weight.packed)
     linear = PackedLinear.pack([weight])
     assert torch.equal(linear.packed, packed)
     assert torch.equal(linear.absmax, state.absmax)
@@ -93,11 +99,13 @@ assert (torch.compile, torch._disable_dynamo) == replaced
 weight = Nf4Weight.from_tensors("one", torch.load(sys.argv[1]))
 nf4_linear([weight], torch.bfloat16, torch.device("cpu"))
 Nf4Weight.quantize(weight.dequantize(torch.float32))
-assert "torch._dynamo" not in sys.modules
+assert not {"torch._dynamo", "triton"} & sys.modules.keys()
 """
 
 
-def test_weights_are_loaded_and_quantised_without_torchs_compiler(tmp_path: Path) -> None:
+def test_weights_are_loaded_and_quantised_without_torchs_compiler_and_triton(
+    tmp_path: Path,
+) -> None:
     torch.save(random_weight(32, 64).to_tensors("one"), tmp_path / "weight")
     command = [sys.executable, "-c", _IMPORTS, str(tmp_path / "weight")]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -105,53 +113,39 @@ def test_weights_are_loaded_and_quantised_without_torchs_compiler(tmp_path: Path
 
 
 @needs_avx512bf16
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 16, 17, 64, 65, 130])
 @pytest.mark.parametrize(("out_features", "in_features"), [(96, 64), (64, 192), (576, 576)])
 def test_products_match_the_registered_op(
-    rows: int, out_features: int, in_features: int, threads: int, monkeypatch: pytest.MonkeyPatch
+    rows: int, out_features: int, in_features: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if native.isa() == "amx":
         monkeypatch.setattr(nf4_cpu, "functions", lambda: native.load("avx512_bf16"))
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     weight = random_weight(out_features, in_features)
-    packed, state = bnb_functional._convert_weight_packed_for_cpu(
-        weight.packed, copy.deepcopy(weight.state)
-    )
+    packed, state = converted(weight)
     x = torch.randn(rows, in_features).to(torch.bfloat16)
     shape = (out_features, in_features)
-    assert state.code is not None
     found = nf4_product(x, packed, state.absmax, shape)
-    torch.set_num_threads(before)
     op = torch.ops.bitsandbytes.gemv_4bit
     assert torch.equal(found, op(x, packed, shape, state.absmax, state.code, BLOCKSIZE))
 
 
 @pytest.mark.skipif(library() is None, reason="there is no C compiler")
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(
     # In the last shape, the weights of a piece exceed their share of the cache (``KEPT_BYTES``).
     ("out_features", "in_features"),
     [(96, 64), (64, 192), (576, 576), (640, 8192)],
 )
-def test_rows_equal_float64_and_the_rows_alone(
-    out_features: int, in_features: int, threads: int
-) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+def test_rows_equal_float64_and_the_rows_alone(out_features: int, in_features: int) -> None:
     weight = random_weight(out_features, in_features)
-    packed, state = bnb_functional._convert_weight_packed_for_cpu(
-        weight.packed, copy.deepcopy(weight.state)
-    )
-    assert state.code is not None
+    packed, state = converted(weight)
     x = torch.randn(300, in_features).to(torch.bfloat16)
     exact = x.double() @ weight.dequantize(torch.float32).double().T
     whole = nf4_product(x, packed, state.absmax, (out_features, in_features))
     for first, last in [(0, 1), (5, 7), (0, 15), (0, 16), (3, 20), (0, 33), (1, 130), (20, 277)]:
         found = nf4_product(x[first:last], packed, state.absmax, (out_features, in_features))
         assert torch.equal(found, whole[first:last])
-    torch.set_num_threads(before)
     assert error_ratio(whole, exact) < MAX_ERROR
 
 

@@ -49,21 +49,17 @@ def routing_of(rows: int) -> Routing:
     return route_reference(scores, 3, normalizes=True)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 2, 9, 70])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_pair_has_the_bits_of_its_expert(
-    kind: str, rows: int, dtype: torch.dtype, threads: int
-) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+def test_a_pair_has_the_bits_of_its_expert(kind: str, rows: int, dtype: torch.dtype) -> None:
     experts, linears = make(dtype, kind)
     routing = routing_of(rows)
     x = torch.randn(rows, IN).to(dtype)
     found = experts(x, routing, routing.rows)
     pairs = experts(x[routing.rows], routing, None)
-    torch.set_num_threads(before)
+
     assert torch.equal(found, pairs)
     for pair, (row, expert) in enumerate(zip(routing.rows, routing.experts, strict=True)):
         assert torch.equal(found[pair], linears[int(expert)](x[row : row + 1])[0])

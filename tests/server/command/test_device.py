@@ -15,9 +15,13 @@ from checkout import ROOT
 from said import says
 
 from turret.server import build
-from turret.server.basics.triton_needs import keep_compiled_in, missing_for_triton, see_only
+from turret.server.basics.machine import (
+    available_cpus,
+    keep_compiled_in,
+    missing_for_triton,
+    see_only,
+)
 from turret.server.build import _choose_device
-from turret.server.command.threads import available_cpus
 from turret.server.config import ModelConfig
 from turret.server.errors import InvalidRequestError
 
@@ -177,7 +181,7 @@ def test_a_quota_limits_the_threads(
 
 def test_training_sleeps_while_it_waits_and_steps_back() -> None:
     code = (
-        "import os\nfrom turret.server.command.threads import use_threads\n"
+        "import os\nfrom turret.server.basics.machine import use_threads\n"
         "before = os.nice(0)\nuse_threads(1, is_background=True, niceness=5)\nimport torch\n"
         "print(torch.get_num_threads(), os.nice(0) - before, os.environ['OMP_WAIT_POLICY'])"
     )

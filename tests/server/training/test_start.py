@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from turret.server.models.describe import describe_base
 from turret.server.training.learner import Learner, new_adapter, num_bytes
 from turret.server.training.methods import METHODS
-from turret.server.training.trainer import LearnerConfig
+from turret.server.training.trainer import AdamParams, LearnerConfig
 
 PREFIX = "base_model.model."
 
@@ -67,6 +67,32 @@ def test_training_starts_as_in_peft(method: str, tmp_path: Path) -> None:
         # The new adapter does not change the answers of the base yet.
         torch.testing.assert_close(own, plain, rtol=1e-4, atol=1e-4)
     check(base, theirs, learner, texts_of(1), 2e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_are_those_of_torch(method: str) -> None:
+    """All tensors are changed at once, with the bits that torch computes one by one."""
+    base = Base("llama", torch.bfloat16)
+    learner = started(base, method, rank=3)
+    theirs = [p.detach().clone().requires_grad_() for p in learner.parameters.values()]
+    adam = AdamParams(learning_rate=3e-2, weight_decay=0.1, grad_clip_norm=0.5)
+    optimizer = torch.optim.AdamW(
+        theirs, lr=3e-2, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=0.1, fused=True
+    )
+    for step in range(3):
+        base.run([(learner, texts_of(step))])
+        for own, parameter in zip(theirs, learner.parameters.values(), strict=True):
+            assert parameter.grad is not None
+            own.grad = parameter.grad.clone()
+        norm = torch.nn.utils.clip_grad_norm_(theirs, adam.grad_clip_norm)
+        optimizer.step()
+        # The step collects the gradients itself.
+        for parameter in learner.parameters.values():
+            assert parameter.grad is not None
+            parameter.grad.zero_()
+        assert learner.step(adam) == {"grad_norm": float(norm)}
+        for own, parameter in zip(theirs, learner.parameters.values(), strict=True):
+            assert torch.equal(own, parameter)
 
 
 def test_the_feedforward_modules_of_ia3_scale_their_inputs() -> None:

@@ -16,20 +16,26 @@ from typing import Any
 import pytest
 import torch
 from method_oracle import prompt_of, twin
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.server.adapters.adapter import TENSORS_FILE
+from turret.server.adapters.adapter import TENSORS_FILE, AdapterRef
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.vocabulary import HEAD
 from turret.server.engine.scheduling.request import SamplingParams
 from turret.server.engine.step.runner import Runner, StepResult
-from turret.server.errors import BudgetExceededError, InvalidRequestError, UnavailableError
+from turret.server.errors import (
+    AdapterCheckpointError,
+    BudgetExceededError,
+    InvalidRequestError,
+    UnavailableError,
+)
 from turret.server.training import learner as learner_module
 from turret.server.training import service
 from turret.server.training.learner import num_bytes
 from turret.server.training.methods import METHODS
 from turret.server.training.service import TrainingService
-from turret.server.training.trainer import AdamParams, Datum, LearnerConfig
+from turret.server.training.trainer import AdamParams, Datum, LearnerConfig, Published
 from turret.server.training.training_pass import TrainingPass
 
 ADAM = AdamParams(learning_rate=3e-2)
@@ -305,6 +311,124 @@ async def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path) -> 
         after = await training.pass_over(learner, [data], "cross_entropy", {})
         assert torch.equal(after[0].losses, before[0].losses)
         assert await training.step(learner, ADAM) == expected
+
+
+async def test_weights_that_are_not_finite_change_nothing(tmp_path: Path) -> None:
+    """Whether a step would cause them, or a checkpoint contains them."""
+    data, folders = [learned(prompt_of(20))], (tmp_path / name for name in "abcdefgh")
+    growing = AdamParams(learning_rate=1e4, weight_decay=1e4)
+    async with started(tmp_path) as (_, training):
+        config = LearnerConfig(method="prompt_tuning", rank=4, seed=1)
+        learner = await training.create(config)
+
+        async def saved() -> bytes:
+            folder = next(folders)
+            await asyncio.to_thread(folder.mkdir)
+            await training.save(learner, folder, with_optimizer=False)
+            return (folder / TENSORS_FILE).read_bytes()
+
+        async def grow() -> None:
+            for _ in range(7):
+                before.append(await saved())
+                await training.pass_over(learner, data, "cross_entropy", {})
+                await training.step(learner, growing)
+
+        before: list[bytes] = []
+        with pytest.raises(AdapterCheckpointError):
+            await grow()
+        assert await saved() == before[-1]
+        # The gradients of the failed step are gone.
+        assert (await training.step(learner, AdamParams(learning_rate=0.0)))["grad_norm"] == 0.0
+        tensors = load_file(tmp_path / "a" / TENSORS_FILE)
+        tensors["prompt_embeddings"][0] = math.nan
+        save_file(tensors, tmp_path / "a" / TENSORS_FILE)
+        with pytest.raises(AdapterCheckpointError):
+            await training.load(learner, tmp_path / "a", with_optimizer=False)
+        assert await saved() == before[-1]
+
+
+async def test_a_step_without_a_gradient_changes_nothing(tmp_path: Path) -> None:
+    adam = AdamParams(learning_rate=1e-2, weight_decay=0.1)
+    folders = [tmp_path / name for name in ("before", "after")]
+    async with started(tmp_path) as (_, training):
+        learner = await training.create(LearnerConfig(rank=4, seed=1))
+        await training.pass_over(learner, [learned(prompt_of(20))], "cross_entropy", {})
+        assert (await training.step(learner, adam))["grad_norm"] > 0.0
+        for folder in folders:
+            folder.mkdir()
+            await training.save(learner, folder, with_optimizer=True)
+            assert await training.step(learner, adam) == {"grad_norm": 0.0}
+    for name in (TENSORS_FILE, "optimizer.safetensors"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+
+
+async def test_weights_that_the_serving_dtype_does_not_have_change_nothing(tmp_path: Path) -> None:
+    data = [learned(prompt_of(20))]
+    async with started(tmp_path, "float16") as (_, training):
+        learner = await training.create(LearnerConfig(rank=4, seed=1))
+        before = await training.pass_over(learner, data, "cross_entropy", {})
+        with pytest.raises(AdapterCheckpointError) as caught:
+            # The weights would become finite numbers that float16 does not have.
+            await training.step(learner, AdamParams(learning_rate=1e4, weight_decay=1e4))
+        assert [field for field, _ in caught.value.violations] == [TENSORS_FILE]
+        after = await training.pass_over(learner, data, "cross_entropy", {})
+        assert torch.equal(after[0].logprobs, before[0].logprobs)
+        assert (await training.step(learner, ADAM))["grad_norm"] > 0.0
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "lokr", "ia3", "prompt_tuning"])
+async def test_published_operators_are_those_of_the_files(method: str, tmp_path: Path) -> None:
+    """They stay the same in later steps, and are read again with the same bits."""
+
+    def bits(operators: AdapterOperators | None) -> list[torch.Tensor]:
+        assert operators is not None
+        modules = [*operators.modules.values(), operators.head, operators.soft_prompt]
+        return [tensor for each in modules if each is not None for tensor in each.tensors()]
+
+    data = [learned(prompt_of(20))]
+    async with started(tmp_path) as (harness, training):
+        registry = harness.backend.registry
+        learner = await training.create(
+            LearnerConfig(method=method, rank=4, seed=1, unembed=method == "lora")
+        )
+        published: list[Published] = []
+        for _ in range(2):
+            await training.pass_over(learner, data, "cross_entropy", {})
+            await training.step(learner, ADAM)
+            published.append(await training.publish(learner, "new"))
+            assert await training.publish(learner, "new") == published[-1], "the same content"
+        assert [each.generation for each in published] == [1, 2]
+        adapter = registry.find(AdapterRef(name="new"))
+        assert adapter is not None
+        first = [tensor.clone() for tensor in bits(adapter.operators)]
+        await training.pass_over(learner, data, "cross_entropy", {})
+        await training.step(learner, ADAM)
+        with registry.export("new") as export:
+            # This compares the digest.
+            assert sum(len(data) for _, data in export.chunks()) == published[-1].size
+        loaded = registry.reread(adapter, registry.base)
+        for found in (bits(adapter.operators), bits(loaded.operators)):
+            assert len(found) == len(first)
+            assert all(map(torch.equal, found, first))
+        assert adapter.facts.bytes_disk == published[-1].size
+        assert adapter.facts.ranks == loaded.ranks
+
+
+async def test_adapters_of_samplers_do_not_survive_a_restart(tmp_path: Path) -> None:
+    name = f"training/{'a1' * 16}/0"
+    async with started(tmp_path) as (harness, training):
+        learner = await training.create(LearnerConfig(rank=4, seed=1))
+        folder = tmp_path / "saved"
+        folder.mkdir()
+        await training.save(learner, folder, with_optimizer=False)
+        await training.publish(learner, name)
+        await training.serve(folder, f"{name}/1")
+        await harness.run(make_request(prompt_of(9), f"{name}/1", max_tokens=1))
+        files = tmp_path / "state" / "files"
+        assert len(list(files.iterdir())) == 2
+    async with started(tmp_path) as (harness, _):
+        assert not harness.backend.registry.list()
+        assert not list(files.iterdir())
 
 
 async def test_the_pass_of_a_dropped_adapter_ends(tmp_path: Path) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from builders.methods import make_config
+from builders.methods import make_config, save_adapter
 from builders.operators import change_of
 from safetensors.torch import load_file, save_file
+from said import fields_of
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -27,7 +28,8 @@ from turret.server.adapters.base import (
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
-from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.component import Component, ComponentRef
+from turret.server.adapters.lowering import Lowered
 from turret.server.adapters.methods.check import check_files
 from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
@@ -234,6 +236,18 @@ def lower_adapter(root: Path, base: BaseModel, path: str = "a") -> Lowered:
     return lowered
 
 
+def assert_alike(found: Lowered, expected: Lowered) -> None:
+    """Check that two adapters have equal operators, module by module."""
+    ours, theirs = found.operators, expected.operators
+    assert ours.modules.keys() == theirs.modules.keys()
+    pairs: list[tuple[Any, Any]] = [(ours.modules[n], theirs.modules[n]) for n in ours.modules]
+    if theirs.soft_prompt is not None:
+        pairs.append((ours.soft_prompt, theirs.soft_prompt))
+    for one, other in pairs:
+        for tensor, wanted in zip(one.tensors(), other.tensors(), strict=True):
+            assert torch.equal(tensor, wanted)
+
+
 def sizes_of(base: BaseModel) -> BaseSizes | None:
     """The sizes of a base that are known at startup; None for a mixture."""
     if base.experts:
@@ -253,6 +267,19 @@ def sizes_of(base: BaseModel) -> BaseSizes | None:
     )
 
 
+def lower_with_components(
+    root: Path, name: str, base: BaseModel, components: Iterable[str]
+) -> Lowered:
+    """Read and lower an adapter that consists of others below ``root``."""
+    by_digest = {read_adapter(root, each).digest: each for each in components}
+
+    def find(ref: ComponentRef) -> Component:
+        method, found = lower_checkpoint(read_adapter(root, by_digest[ref.digest]), base)
+        return Component(ref, method, found.operators, found.ranks, found.scalings)
+
+    return lower_checkpoint(read_adapter(root, name), base, None, find)[1]
+
+
 def refusal_of(root: Path, path: str = "a") -> AdapterCheckpointError:
     """The error of reading and lowering on ``tiny_llama``; raises AssertionError without one."""
     try:
@@ -260,3 +287,14 @@ def refusal_of(root: Path, path: str = "a") -> AdapterCheckpointError:
     except AdapterCheckpointError as error:
         return error
     raise AssertionError("the adapter was accepted")
+
+
+def refused_fields(root: Path, path: str = "a") -> set[str]:
+    """The fields that the error names."""
+    return set(fields_of(refusal_of(root, path)))
+
+
+def save_tiny(root: Path, method: str = "lora", **changes: Any) -> Path:
+    """Save an adapter of ``tiny_llama`` as ``a`` below ``root``; returns its directory."""
+    save_adapter(tiny_llama(), make_config(method, **changes), root / "a")
+    return root / "a"

@@ -16,8 +16,8 @@ from builders.methods import save_adapter
 
 from turret.server.adapters.adapter import AdapterRef, HostResult, Mix, Source
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.adapters.residency.loader import LoadedAdapter
+from turret.server.adapters.loader import LoadedAdapter
+from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StagedUpload, StateDir, UploadedFile
 from turret.server.errors import TurretError
 from turret.server.metrics import Metrics
@@ -86,6 +86,9 @@ class Registries:
     def close(self) -> None:
         for registry in self._made:
             registry.close()
+
+
+Start = Callable[..., AdapterRegistry]
 
 
 def refs(names: str | list[str]) -> list[AdapterRef]:

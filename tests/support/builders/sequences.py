@@ -16,7 +16,7 @@ from turret.server.engine.scheduling.request import (
     StopConditions,
 )
 from turret.server.engine.scheduling.scheduler import Scheduler
-from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.scheduling.sequence import Sequence, Step
 
 BLOCK_SIZE = 4
 
@@ -29,15 +29,20 @@ def sequence_of(
     score: bool = False,
     mix: Mix | None = None,
     tenant: bytes = b"",
+    arrival: float = 0.0,
+    so_far: tuple[int, ...] = (),
 ) -> Sequence:
     request = Request(
         request_id="r",
         prompt_token_ids=tuple(prompt),
         stop=StopConditions(max_tokens=max_tokens),
         score=score,
+        party=tenant,
         tenant=tenant,
+        answer_so_far=so_far,
     )
-    return Sequence(request, mix or mix_of(name), 0.0, num_virtual=preset, num_preset=preset)
+    mix = mix_of(name) if mix is None else mix
+    return Sequence(request, mix, arrival, num_virtual=preset, num_preset=preset)
 
 
 def run_alone(scheduler: Scheduler, sequence: Sequence) -> None:
@@ -46,9 +51,21 @@ def run_alone(scheduler: Scheduler, sequence: Sequence) -> None:
         scheduler.complete(scheduler.schedule())
 
 
-def make_scheduler(**limits: Any) -> Scheduler:
+def make_scheduler(num_blocks: int = 64, **limits: Any) -> Scheduler:
     defaults = {"max_num_seqs": 8, "max_num_batched_tokens": 64}
-    return Scheduler(BlockPool(64, BLOCK_SIZE), **{**defaults, **limits})
+    return Scheduler(BlockPool(num_blocks, BLOCK_SIZE), **{**defaults, **limits})
+
+
+def advance(scheduler: Scheduler, now: float = 0.0) -> Step:
+    """Run a step; each request that draws a token draws 1, and ends with its last one."""
+    step = scheduler.schedule(now)
+    drawing = [item.sequence for item in step.scheduled if item.samples]
+    scheduler.complete(step)
+    for sequence in drawing:
+        sequence.tokens.append(1)
+        if sequence.num_generated == sequence.request.stop.max_tokens:
+            scheduler.finish(sequence)
+    return step
 
 
 def sequence_with(

@@ -5,13 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import grpc
-
-from turret.clients.messages.adapter_files import upload_messages
-from turret.v1 import adapters_pb2 as pb
-from turret.v1 import adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+from turret.clients.client import TurretClient
 
 NAMES = ("x", "y", "z")
 PATHS = ("a", "b", "c")
@@ -47,35 +43,19 @@ class Administrator:
     """
 
     def __init__(self, address: str, root: Path) -> None:
-        self.channel = grpc.insecure_channel(address)
-        self._stub = adapters_pb2_grpc.AdaptersStub(self.channel)
-        self._inference = inference_pb2_grpc.InferenceStub(self.channel)
+        self.client = TurretClient(address, max_retries=0, timeout=SECONDS)
         self._root = root
 
     def state(self) -> State:
-        request = pb.ListAdaptersRequest(page_size=100)
-        state: State = {}
-        while True:
-            answer = self._stub.ListAdapters(request, timeout=SECONDS)
-            for a in answer.adapters:
-                state[a.name] = Entry(a.uuid, a.generation, a.digest, a.pinned)
-            if not answer.next_page_token:
-                return state
-            request.page_token = answer.next_page_token
-
-    def is_merged(self) -> bool:
-        state = self._stub.GetMergeState(pb.GetMergeStateRequest(), timeout=SECONDS)
-        return len(state.adapters) > 0
+        listed = self.client.adapters.list()
+        return {a.name: Entry(a.uuid, a.generation, a.digest, a.pinned) for a in listed}
 
     def generate(self, *names: str) -> str:
         """Return a short answer, which is the same for the same weights."""
-        request = inference_pb2.GenerateRequest(prompt="a b c")
-        request.stop.max_tokens = 3
-        request.stop.ignore_eos = True
-        request.sampling.temperature = 0
-        for name in names:
-            request.adapters.add(name=name)
-        return self._inference.Generate(request, timeout=SECONDS).text
+        answer = self.client.generate(
+            "a b c", adapters=names, max_tokens=3, ignore_eos=True, temperature=0
+        )
+        return answer.text
 
     def choose(self, source: random.Random, state: State) -> Operation:
         """Choose a call that can succeed."""
@@ -91,50 +71,24 @@ class Administrator:
         """Make the call.
 
         Raises:
-            grpc.RpcError: The call failed, or the server died.
+            TurretRpcError: The call failed, or the server died.
         """
         kind, name, path = operation
-        calls: dict[str, Callable[[], Any]] = {
-            "load": lambda: self._stub.LoadAdapter(
-                pb.LoadAdapterRequest(name=name, path=path), timeout=SECONDS
-            ),
-            "replace": lambda: self._stub.ReplaceAdapter(
-                pb.ReplaceAdapterRequest(name=name, path=path), timeout=SECONDS
-            ),
-            "upload": lambda: self._upload(name, path, replace=False),
-            "replace_upload": lambda: self._upload(name, path, replace=True),
-            "unload": lambda: self._unload(name, "DRAIN"),
-            "force": lambda: self._unload(name, "FORCE"),
-            "pin": lambda: self._stub.PinAdapter(pb.PinAdapterRequest(name=name), timeout=SECONDS),
-            "unpin": lambda: self._stub.UnpinAdapter(
-                pb.UnpinAdapterRequest(name=name), timeout=SECONDS
-            ),
-            "fuse": lambda: self._fuse(name, sorted(state)[:2]),
-            "merge": lambda: self._merge(name),
-            "unmerge": lambda: self._stub.UnmergeAdapters(
-                pb.UnmergeAdaptersRequest(), timeout=SECONDS
-            ),
+        adapters, folder = self.client.adapters, self._root / path
+        calls: dict[str, Callable[[], object]] = {
+            "load": lambda: adapters.load(name, path),
+            "replace": lambda: adapters.replace(name, path),
+            "upload": lambda: adapters.upload(name, folder),
+            "replace_upload": lambda: adapters.upload(name, folder, replace=True),
+            "unload": lambda: adapters.unload(name),
+            "force": lambda: adapters.unload(name, mode="force"),
+            "pin": lambda: adapters.pin(name),
+            "unpin": lambda: adapters.unpin(name),
+            "fuse": lambda: adapters.fuse(name, sorted(state)[:2], combination="exact"),
+            "merge": lambda: adapters.merge(name),
+            "unmerge": adapters.unmerge,
         }
         calls[kind]()
-
-    def _upload(self, name: str, path: str, *, replace: bool) -> None:
-        messages = upload_messages(name, self._root / path, pinned=False, replace=replace)
-        self._stub.UploadAdapter(iter(list(messages)), timeout=SECONDS)
-
-    def _unload(self, name: str, mode: str) -> None:
-        request = pb.UnloadAdapterRequest(name=name, mode=mode)  # type: ignore[arg-type]
-        self._stub.UnloadAdapter(request, timeout=SECONDS)
-
-    def _fuse(self, name: str, members: list[str]) -> None:
-        request = pb.FuseAdaptersRequest(name=name, combination="exact")
-        for member in members:
-            request.adapters.add(name=member)
-        self._stub.FuseAdapters(request, timeout=SECONDS)
-
-    def _merge(self, name: str) -> None:
-        request = pb.MergeAdaptersRequest()
-        request.adapters.add(name=name)
-        self._stub.MergeAdapters(request, timeout=SECONDS)
 
 
 def is_before_or_after(operation: Operation, before: State, found: State) -> bool:

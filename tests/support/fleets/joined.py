@@ -10,17 +10,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
 from checkout import ROOT
 from fleets.machines import Machine, Network
+from fleets.serving import wait_for_text
 
 from turret.fleet.serving.ingress import ingress_environment, joined_folder
 
-_READY_SECONDS = 240.0
 _STOP_SECONDS = 90.0
 GRPC_PORT, HTTP_PORT = 50051, 8080
 
@@ -62,7 +61,7 @@ class JoinedFleet:
         # Ray would use the cluster in RAY_ADDRESS as its own.
         environment = {k: v for k, v in self._environment.items() if k != "RAY_ADDRESS"}
         process = self._start(machine, [ray, "start", *flags], f"ray-{machine.port}", environment)
-        self._wait_for_text(f"ray-{machine.port}", "Ray runtime started", process)
+        wait_for_text(self._log(f"ray-{machine.port}"), "Ray runtime started", process)
         return process
 
     def serve(self, name: str, *flags: str) -> subprocess.Popen[bytes]:
@@ -83,12 +82,15 @@ class JoinedFleet:
             "TURRET_HTTP_ALLOWED_HOST": self.machines[0].ip,
         }
         process = self._start(self.machines[0], command, name, environment)
-        self._wait_for_text(name, "serving.serve serving", process)
+        wait_for_text(self._log(name), "serving.serve serving", process)
         return process
 
     def log(self, name: str) -> str:
         """The output of a run."""
-        return (self._folder / f"{name}.log").read_text()
+        return self._log(name).read_text()
+
+    def _log(self, name: str) -> Path:
+        return self._folder / f"{name}.log"
 
     def status(self) -> str:
         """The output of ``turret cluster status``."""
@@ -117,19 +119,12 @@ class JoinedFleet:
     def _start(
         self, machine: Machine, command: Sequence[str], name: str, environment: Mapping[str, str]
     ) -> subprocess.Popen[bytes]:
-        with (self._folder / f"{name}.log").open("wb") as written:
+        with self._log(name).open("wb") as written:
             process = subprocess.Popen(
                 machine.command(command), stdout=written, stderr=written, env=environment
             )
         self._processes.append(process)
         return process
-
-    def _wait_for_text(self, name: str, text: str, process: subprocess.Popen[bytes]) -> None:
-        end = time.monotonic() + _READY_SECONDS
-        while text not in self.log(name):
-            assert process.poll() is None, self.log(name)[-4000:]
-            assert time.monotonic() < end, self.log(name)[-4000:]
-            time.sleep(0.2)
 
     def close(self) -> None:
         """End all processes, the latest first."""

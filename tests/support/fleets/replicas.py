@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from builders.registries import tiny_base
+from builders.registries import Waiter, tiny_base
 
 from turret.fleet.follower import Channel, ReplicaLink
 from turret.fleet.registry_host import FleetStore, RegistryHost
 from turret.fleet.replica import ReplicaParts, ReplicaRegistry
-from turret.server.adapters.adapter import HostResult, Mix
+from turret.server.adapters.adapter import Mix
 from turret.server.adapters.base import BaseModel, ChangedBase, Precision
 from turret.server.adapters.merger import Edit
 from turret.server.config import AdapterConfig
@@ -102,17 +101,9 @@ class Fleet:
 
     def wait_resident(self, mix: Mix) -> None:
         """Wait until a mix's adapters are resident; raises the error if they cannot be."""
-        answered = threading.Event()
-        results: list[HostResult] = []
-
-        def answer(result: HostResult) -> None:
-            results.append(result)
-            answered.set()
-
-        if not mix.ensure_host(answer):
-            assert answered.wait(10.0)
-            if results[0].error is not None:
-                raise results[0].error
+        waiter = Waiter(mix)
+        if not waiter.was_resident and (error := waiter.wait().error) is not None:
+            raise error
 
     def close(self) -> None:
         for replica in self._replicas:

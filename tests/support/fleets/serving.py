@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 from checkout import ROOT
+from servers.probe import free_port
 
 from turret.clients.client import TurretClient
 
@@ -102,11 +103,13 @@ def listening(process: psutil.Process) -> set[tuple[str, int]]:
     }
 
 
-def free_port() -> int:
-    """A port without a listener."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def wait_for_text(log: Path, text: str, process: subprocess.Popen[bytes]) -> None:
+    """Wait until a process has written a text to its log."""
+    end = time.monotonic() + _START_SECONDS
+    while text not in log.read_text():
+        assert process.poll() is None, log.read_text()[-4000:]
+        assert time.monotonic() < end, log.read_text()[-4000:]
+        time.sleep(0.2)
 
 
 def _name(process: psutil.Process) -> str:
@@ -150,11 +153,7 @@ def start_fleet(folder: Path, *flags: str, host: str = "127.0.0.1") -> Iterator[
             command, stdout=written, stderr=written, env=environment, start_new_session=True
         )
     try:
-        end = time.monotonic() + _START_SECONDS
-        while "serving.serve serving" not in log.read_text():
-            assert process.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < end, log.read_text()[-4000:]
-            time.sleep(0.2)
+        wait_for_text(log, "serving.serve serving", process)
         yield ServingFleet(address, http, metrics, state_dir, process, log)
     finally:
         if process.poll() is None:

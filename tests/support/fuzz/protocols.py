@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import json
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +19,31 @@ from grpc_health.v1 import health_pb2
 from servers.fakes import MODEL_INFO, FakeEngine, FakeMerger, fake_backend
 from servers.table_training import TableTraining
 
-from turret.server.adapters.fuse.fuser import Fuser
+from turret.server.adapters.fuser import Fuser
 from turret.server.adapters.state_dir import StateDir
 from turret.server.api.gate import ServingGate
 from turret.server.api.services import Services
+from turret.server.api.training import Training
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http.server import HttpServer
-from turret.server.rpc.interceptor import CallInterceptor
-from turret.server.rpc.server import HealthServicer, Servicer
-from turret.v1 import adapters_pb2, inference_pb2, tinker_pb2
+from turret.server.rpc import CallInterceptor, HealthServicer, Servicer
+from turret.v1 import adapters_pb2, inference_pb2, tinker_pb2, training_pb2
 
 CALL_SECONDS = 20.0
-# All methods except those of Training; a fuzzer selects one by its position.
+# All methods; a fuzzer selects one by its position.
 METHODS: tuple[Any, ...] = tuple(
     method
     for file, name in (
         (inference_pb2.DESCRIPTOR, "Inference"),
         (adapters_pb2.DESCRIPTOR, "Adapters"),
         (health_pb2.DESCRIPTOR, "Health"),
+        (training_pb2.DESCRIPTOR, "Training"),
     )
     for method in file.services_by_name[name].methods
     # Watch never ends, and ignores its input.
     if method.name != "Watch"
 )
+_BY_NAME = {method.name: method for method in METHODS}
 # All paths that take a JSON body; a fuzzer selects one by its position.
 PATHS = (
     *("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/v1/embeddings"),
@@ -75,7 +77,7 @@ class _Context:
         self.status: grpc.StatusCode | None = None
         self.details = ""
         self.trailers: Any = ()
-        self.num_written = 0
+        self.answer: Any = None
 
     def invocation_metadata(self) -> tuple[()]:
         return ()
@@ -100,7 +102,7 @@ class _Context:
 
     async def write(self, message: Message) -> None:
         message.SerializeToString()
-        self.num_written += 1
+        self.answer = message
 
 
 class Protocols:
@@ -125,6 +127,9 @@ class Protocols:
             "Inference": Servicer(services.inference),
             "Adapters": Servicer(services.adapters),
         }
+        assert services.tenants is not None
+        self._tenants = services.tenants
+        self._servicers["Training"] = Servicer(Training(self._tenants))
         listen = ListenConfig(http_address="127.0.0.1:0")
 
         async def make() -> HttpServer:
@@ -149,11 +154,39 @@ class Protocols:
 
         Args:
             method: One of ``METHODS``.
-            messages: The sent messages; more than one only for a streaming method.
+            messages: The sent messages; more than one only for a streaming method. Those of
+                Training get the id of a new model, and the path of its checkpoint.
         """
-        return self._loop.run_until_complete(self._call(method, iter(messages)))
+        if method.containing_service.name == "Training":
+            return self._loop.run_until_complete(self._call_training(method, messages))
+        return self._loop.run_until_complete(self._call(method, messages))[0]
 
-    async def _call(self, method: MethodDescriptor, messages: Iterator[bytes | Message]) -> str:
+    async def _call_training(
+        self, method: MethodDescriptor, messages: Iterable[bytes | Message]
+    ) -> str:
+        config = training_pb2.TrainingConfig(rank=1)
+        create = training_pb2.CreateModelRequest(config=config)
+        _, model = await self._call(_BY_NAME["CreateModel"], [create])
+        save = training_pb2.SaveCheckpointRequest(model_id=model.model_id, name="a")
+        _, saved = await self._call(_BY_NAME["SaveCheckpoint"], [save])
+        ids = {"model_id": model.model_id, "path": saved.path}
+        taken = {name: ids[name] for name in ids.keys() & method.input_type.fields_by_name.keys()}
+        # In protobuf, the last value of a field wins, so these override the input's.
+        head = GetMessageClass(method.input_type)(**taken).SerializeToString()
+        sent = (each if isinstance(each, bytes) else each.SerializeToString() for each in messages)
+        code, _ = await self._call(method, (each + head for each in sent))
+        sessions, checkpoints = self._tenants.sessions, self._tenants.checkpoints
+        for each in sessions.models(""):
+            sessions.end(sessions.of(each))
+        await sessions.close()
+        for each in checkpoints.owned(""):
+            await checkpoints.remove(each)
+        return code
+
+    async def _call(
+        self, method: MethodDescriptor, messages: Iterable[bytes | Message]
+    ) -> tuple[str, Any]:
+        """The name of the final status, and the last answer."""
         kind: Any = GetMessageClass(method.input_type)
 
         servicer = self._servicers[method.containing_service.name]
@@ -172,7 +205,7 @@ class Protocols:
             result = await act(received(), context)
         if result is not None:
             result.SerializeToString()
-        return (context.status or grpc.StatusCode.OK).name
+        return (context.status or grpc.StatusCode.OK).name, context.answer
 
     def post(self, path: str, body: bytes) -> int:
         """The status of a POST over HTTP."""
@@ -266,9 +299,8 @@ class Protocols:
 
     def is_listed(self) -> bool:
         """Whether ``ListAdapters`` still answers in time with every accepted adapter."""
-        list_all = next(method for method in METHODS if method.name == "ListAdapters")
         start = time.monotonic()
-        code = self.call(list_all, [b""])
+        code = self.call(_BY_NAME["ListAdapters"], [b""])
         return code == "OK" and time.monotonic() - start < CALL_SECONDS
 
 

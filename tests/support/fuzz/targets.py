@@ -21,8 +21,8 @@ from fuzz.protocols import METHODS, PATHS, TRAINING_PATHS, Protocols
 from fuzz.recipes import body
 
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE, Source
-from turret.server.adapters.checkpoint.files import parse_config, read_header
-from turret.server.adapters.residency.loader import AdapterLoader
+from turret.server.adapters.checkpoint.reader import parse_config, read_header
+from turret.server.adapters.loader import AdapterLoader
 from turret.server.adapters.state_dir import SavedRegistration
 from turret.server.api.access import TokenTable
 from turret.server.errors import TurretError

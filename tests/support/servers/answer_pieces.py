@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from turret.server.http.tools.reader import AnswerReader, delta_of
+from turret.server.http.tool_calls import AnswerReader, delta_of
 
 
 def put_together(reader: AnswerReader, parts: list[str]) -> tuple[str, str, list[tuple[str, str]]]:

@@ -20,7 +20,7 @@ from turret.server.config import Config, LifecycleConfig, ListenConfig, ModelCon
 from turret.v1 import inference_pb2_grpc
 
 LISTEN = ListenConfig(address="127.0.0.1:0", metrics_address="127.0.0.1:0")
-
+BOTH = ListenConfig(address="127.0.0.1:0", http_address="127.0.0.1:0", metrics_address=None)
 
 GRACE = LifecycleConfig(grace_seconds=7)
 
@@ -50,6 +50,18 @@ def make_app(parts: Parts, **sections: Any) -> App:
     return App(config, build=parts.build)
 
 
+@contextlib.asynccontextmanager
+async def connected(app: App) -> AsyncIterator[tuple[grpc.aio.Channel, httpx2.AsyncClient]]:
+    """Clients of both protocols of an app that listens on ``BOTH``."""
+    assert app.rpc is not None
+    assert app.http is not None
+    async with (
+        grpc.aio.insecure_channel(app.rpc.address) as channel,
+        httpx2.AsyncClient(base_url=f"http://{app.http.address}", timeout=60) as client,
+    ):
+        yield channel, client
+
+
 @dataclass
 class Served:
     """A server with a real model, and a client of each protocol."""
@@ -62,17 +74,11 @@ class Served:
 @contextlib.asynccontextmanager
 async def served(model: Path, **sections: Any) -> AsyncIterator[Served]:
     """Serve a model on both protocols; ``sections`` are parts of the settings."""
-    listen = ListenConfig(address="127.0.0.1:0", http_address="127.0.0.1:0", metrics_address=None)
     loaded = ModelConfig(model=model, device="cpu", dtype="float32")
-    app = App(Config(model=loaded, listen=listen, **sections))
+    app = App(Config(model=loaded, listen=BOTH, **sections))
     try:
         await app.startup()
-        assert app.rpc is not None
-        assert app.http is not None
-        async with (
-            grpc.aio.insecure_channel(app.rpc.address) as channel,
-            httpx2.AsyncClient(base_url=f"http://{app.http.address}", timeout=60) as client,
-        ):
+        async with connected(app) as (channel, client):
             yield Served(app, inference_pb2_grpc.InferenceStub(channel), client)  # type: ignore[arg-type]
     finally:
         app.stop()

@@ -6,7 +6,6 @@ import contextlib
 import random
 import socket
 import threading
-from collections.abc import Iterator
 
 _PIECE = 256
 
@@ -24,7 +23,7 @@ class BreakingProxy:
     """
 
     def __init__(
-        self, target: str, after_bytes: tuple[int, int] | None, seed: int, *, is_silent: bool
+        self, target: str, after_bytes: tuple[int, int] | None, *, is_silent: bool = False
     ) -> None:
         host, port = target.rsplit(":", 1)
         self._target = host, int(port)
@@ -32,14 +31,17 @@ class BreakingProxy:
         self.num_broken = 0
         self._is_silent = is_silent
         self._silent: set[socket.socket] = set()
-        self._random = random.Random(seed)
+        self._random = random.Random(0)
         self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = "127.0.0.1:" + str(self._listener.getsockname()[1])
         self._open: set[socket.socket] = set()
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def close(self) -> None:
+    def __enter__(self) -> BreakingProxy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._listener.close()
         with self._lock:
             for connection in self._open:
@@ -81,19 +83,3 @@ def _reset(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
         connection.close()
-
-
-@contextlib.contextmanager
-def breaking_proxy(
-    target: str,
-    after_bytes: tuple[int, int] | None,
-    seed: int = 0,
-    *,
-    is_silent: bool = False,
-) -> Iterator[BreakingProxy]:
-    """A running proxy."""
-    proxy = BreakingProxy(target, after_bytes, seed, is_silent=is_silent)
-    try:
-        yield proxy
-    finally:
-        proxy.close()

@@ -19,10 +19,10 @@ from servers.churn_requests import Answer, Mix, Shape, ask
 from servers.harassment import Harassment
 from servers.server_under_test import ServerUnderTest
 
+from turret.clients.adapter_files import upload_messages
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.errors import TurretRpcError
-from turret.clients.messages.adapter_files import upload_messages
-from turret.clients.messages.results import Adapter
+from turret.clients.results import Adapter
 
 NUM_CLIENTS = 24
 NUM_ADMINS = 4

@@ -10,8 +10,8 @@ from typing import Any
 from builders.bases.tiny_models import VOCAB_SIZE
 
 from turret.clients.aio import AsyncTurretClient
-from turret.clients.messages.mix import AdapterWeight
-from turret.clients.messages.results import AdapterUse, TokenLogprob
+from turret.clients.requests import AdapterWeight
+from turret.clients.results import AdapterUse, TokenLogprob
 
 # (name or checkpoint, weight) in the request's order.
 Mix = tuple[tuple[str, float], ...]

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import pkgutil
 
-from turret.clients.verbs import add_verbs
+from turret.clients.verbs import VERBS
+
+
+def add_verbs(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add all verbs to a command's parser."""
+    for text, add in VERBS.values():
+        pkgutil.resolve_name(add)(subparsers, text)
 
 
 def parse_and_run(*arguments: str) -> int:

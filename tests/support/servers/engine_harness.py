@@ -38,6 +38,8 @@ from turret.v1.adapters_pb2 import AdapterWeight
 
 _numbers = itertools.count()
 GREEDY = SamplingParams(temperature=0.0)
+# An adapter of a request: a name, alone or with a weight. None stands for the base.
+Asked = AdapterRef | tuple[str, float] | str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,20 +65,29 @@ class Answer:
         return answered if self.pooled is None else (*answered, self.pooled)
 
 
+def refs_of(*adapters: Asked) -> tuple[AdapterRef, ...]:
+    refs = []
+    for adapter in adapters:
+        if isinstance(adapter, tuple):
+            refs.append(AdapterRef(name=adapter[0], weight=adapter[1]))
+        elif adapter:
+            refs.append(AdapterRef(name=adapter) if isinstance(adapter, str) else adapter)
+    return tuple(refs)
+
+
 def make_request(
     prompt: Sequence[int],
-    *adapters: AdapterRef | str,
+    *adapters: Asked,
     max_tokens: int = 8,
     sampling: SamplingParams = GREEDY,
     score: bool = False,
     **changes: Any,
 ) -> Request:
     """A request, by default with logprobs and without an early end."""
-    refs = tuple(AdapterRef(name=a) if isinstance(a, str) else a for a in adapters)
     request = Request(
         request_id=f"r{next(_numbers)}",
         prompt_token_ids=tuple(prompt),
-        adapters=refs,
+        adapters=refs_of(*adapters),
         sampling=sampling,
         stop=StopConditions(max_tokens=max_tokens, ignore_eos=True),
         options=ResponseOptions(logprobs=True, top_n=3),
@@ -217,11 +228,25 @@ class EngineHarness:
             head,
         )
 
-    async def vocabulary_of(self, *adapters: AdapterRef | str) -> Vocabulary:
+    async def vocabulary_of(self, *adapters: Asked) -> Vocabulary:
         """The vocabulary of requests with these adapters."""
-        names = [a if isinstance(a, str) else a.name for a in adapters]
-        return await self.backend.vocabularies.of([AdapterWeight(name=name) for name in names])
+        weights = [AdapterWeight(name=ref.name) for ref in refs_of(*adapters)]
+        return await self.backend.vocabularies.of(weights)
 
     async def run_all(self, requests: Sequence[Request]) -> list[Answer]:
         """Run requests concurrently."""
         return list(await asyncio.gather(*(self.run(request) for request in requests)))
+
+    def leave_blocks(self, count: int) -> None:
+        """Leave fewer blocks for keys and values than ``--kv-cache-bytes`` can ask for."""
+        blocks = self.engine._loop._scheduler.blocks
+        blocks.num_blocks = count
+        for block in list(blocks._free)[count - 1 :]:
+            del blocks._free[block]
+
+    async def run_together_and_alone(self, requests: Sequence[Request]) -> list[Answer]:
+        """Run requests concurrently, and check that each has the same bits alone."""
+        together = await self.run_all(requests)
+        for request, answer in zip(requests, together, strict=True):
+            assert (await self.run(request)).bits == answer.bits, request.adapters
+        return together

@@ -12,16 +12,9 @@ from typing import Any, NoReturn
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
+from turret.server import errors
 from turret.server.api.call import fault_of
-from turret.server.errors import (
-    AdapterExistsError,
-    AdapterNotFoundError,
-    InvalidRequestError,
-    QueueFullError,
-    TurretError,
-    UnauthenticatedError,
-)
-from turret.server.rpc.interceptor import to_rich_status
+from turret.server.rpc import to_rich_status
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 FOREVER = "forever"
@@ -33,7 +26,7 @@ SAME = "same"
 PEFT_FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 2000}
 
 
-def refuse(context: grpc.ServicerContext, error: TurretError) -> NoReturn:
+def refuse(context: grpc.ServicerContext, error: errors.TurretError) -> NoReturn:
     """End the call with an error, like a server."""
     fault = fault_of(error)
     details = to_rich_status(fault).SerializeToString()
@@ -92,28 +85,29 @@ class FakeInference(inference_pb2_grpc.InferenceServicer):
         self.requests: list = []
         self.metadata: dict[str, object] = {}
         self.time_remaining: float | None = None
-        self.wants_token = False
+        # The error of every call, if any.
+        self.refusal: errors.TurretError | None = None
         # Set once the call of the newest stream has ended; FOREVER never ends by itself.
         self.stream_ended = threading.Event()
 
     def _accept(self, request, context: grpc.ServicerContext) -> None:
         self.requests.append(request)
         self.metadata = dict(context.invocation_metadata())
-        if self.wants_token:
-            refuse(context, UnauthenticatedError("the token is unknown"))
+        if self.refusal is not None:
+            refuse(context, self.refusal)
         # Without a deadline, grpc reports the largest number of nanoseconds.
         remaining = context.time_remaining()
         self.time_remaining = None if remaining is None or remaining > 1e9 else remaining
         self._find(request, context)
         if getattr(request, "prompt", "") == "busy":
-            refuse(context, QueueFullError("queue full", retry_after_seconds=0.5))
+            refuse(context, errors.QueueFullError("queue full", retry_after_seconds=0.5))
 
     def _find(self, request, context: grpc.ServicerContext) -> None:
         missing = [a.name for a in request.adapters if a.name not in self.adapters]
         if missing:
             told = {"adapters": ",".join(missing)}
             said = f"no adapter {', '.join(missing)}"
-            refuse(context, AdapterNotFoundError(said, metadata=told))
+            refuse(context, errors.AdapterNotFoundError(said, metadata=told))
 
     def _words(self, request) -> list[str]:
         if request.HasField("chat"):
@@ -142,7 +136,7 @@ class FakeInference(inference_pb2_grpc.InferenceServicer):
     def Generate(self, request, context):
         self._accept(request, context)
         if request.sampling.top_p > 1:
-            refuse(context, InvalidRequestError.of("sampling.top_p", "<= 1"))
+            refuse(context, errors.InvalidRequestError.of("sampling.top_p", "<= 1"))
         response = inference_pb2.GenerateResponse(text="".join(self._words(request)))
         if request.options.logprobs:
             token = response.logprobs.add(token_id=5, text="a", logprob=-0.5)
@@ -206,6 +200,8 @@ class FakeAdapters(adapters_pb2_grpc.AdaptersServicer):
         self.adapters = adapters
         self.files: dict[str, bytes] = {}
         self.requests: list = []
+        # The error of calls about one adapter, if any.
+        self.refusal: errors.TurretError | None = None
         self.garble = False
         self.aliases: dict[str, adapters_pb2.Alias] = {}
         self.merged = adapters_pb2.MergeState(base_generation=1)
@@ -233,8 +229,10 @@ class FakeAdapters(adapters_pb2_grpc.AdaptersServicer):
 
     def _get(self, request, context: grpc.ServicerContext) -> adapters_pb2.Adapter:
         self.requests.append(request)
+        if self.refusal is not None:
+            refuse(context, self.refusal)
         if request.name not in self.adapters:
-            refuse(context, AdapterNotFoundError(f"no adapter {request.name}", metadata={}))
+            refuse(context, errors.AdapterNotFoundError(f"no adapter {request.name}", metadata={}))
         return self.adapters[request.name]
 
     def LoadAdapter(self, request, context):
@@ -257,7 +255,7 @@ class FakeAdapters(adapters_pb2_grpc.AdaptersServicer):
             return self._again(header.name, header.pinned)
         if header.name in self.adapters and not header.replace:
             taken = {"adapter": header.name}
-            refuse(context, AdapterExistsError(f"{header.name} is taken", metadata=taken))
+            refuse(context, errors.AdapterExistsError(f"{header.name} is taken", metadata=taken))
         self.files = received
         self.requests.append(header)
         return self._add(header.name, pinned=header.pinned)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import pytest
 from builders.facts import facts_of
 
+from turret.server import errors
 from turret.server.adapters.adapter import (
     SINGLE_LABEL,
     AdapterInfo,
@@ -23,7 +24,8 @@ from turret.server.adapters.adapter import (
     OwnTemplate,
 )
 from turret.server.adapters.merger import ActiveMerge, MergedAdapter, MergeReport, MergeState
-from turret.server.api.gate import Backend
+from turret.server.api.gate import Backend, ServingGate
+from turret.server.api.services import Services
 from turret.server.api.vocabularies import Vocabularies, Vocabulary
 from turret.server.basics.turns import FairPool
 from turret.server.basics.work import Cancellation
@@ -39,12 +41,7 @@ from turret.server.engine.scheduling.request import (
     TokenLogprob,
     Usage,
 )
-from turret.server.errors import (
-    AdapterExistsError,
-    AdapterInUseError,
-    AdapterNotFoundError,
-    NotMergedError,
-)
+from turret.server.metrics import Metrics
 from turret.server.models.chat_template import ChatFormat, ToolForm
 from turret.server.models.describe import ModelInfo
 from turret.server.models.tokenizer import RenderedChat
@@ -278,7 +275,7 @@ class FakeRegistry:
         digest = f"digest of {path}" if task is None else f"digest of task {task} of {path}"
         if name in self.records:
             if self.records[name].facts.digest != digest:
-                raise AdapterExistsError(f"{name!r} is taken", metadata={"adapter": name})
+                raise errors.AdapterExistsError(f"{name!r} is taken", metadata={"adapter": name})
             return self.records[name]
         self.records[name] = AdapterInfo(
             name=name,
@@ -319,7 +316,7 @@ class FakeRegistry:
 
     def get(self, name: str, generation: int | None = None) -> AdapterInfo:
         if name not in self.records:
-            raise AdapterNotFoundError(f"no adapter {name!r}", metadata={"adapter": name})
+            raise errors.AdapterNotFoundError(f"no adapter {name!r}", metadata={"adapter": name})
         return self.records[name]
 
     def rollback(
@@ -338,7 +335,7 @@ class FakeRegistry:
         self, name: str, mode: str, timeout_seconds: float, expected_generation: int | None = None
     ) -> None:
         if self.get(name).pinned:
-            raise AdapterInUseError(f"{name!r} is pinned")
+            raise errors.AdapterInUseError(f"{name!r} is pinned")
         self.unloads.append((name, mode, timeout_seconds))
         del self.records[name]
 
@@ -407,7 +404,7 @@ class FakeMerger:
 
     def unmerge(self, cancellation: Cancellation) -> MergeState:
         if self.state.merge is None:
-            raise NotMergedError("no merge is active: the base is as it was loaded")
+            raise errors.NotMergedError("no merge is active: the base is as it was loaded")
         self.state = MergeState(self.state.base_generation + 1)
         return self.state
 
@@ -450,6 +447,50 @@ class FakeVocabularies(Vocabularies):
 
     def close(self) -> None:
         self._only.close()
+
+
+@dataclass
+class Fakes:
+    """The services of a server, and the fake parts behind their gate."""
+
+    services: Services
+    engine: FakeEngine
+    registry: Any
+    merger: FakeMerger
+    backend: Backend
+
+    @classmethod
+    def make(
+        cls,
+        *,
+        registry: Any = None,
+        fuser: Any = None,
+        trainer: Any = None,
+        backend: Backend | None = None,
+        **settings: Any,
+    ) -> Fakes:
+        """Fakes, or parts that the caller passes and closes; a backend has its own parts.
+
+        ``settings`` are those of ``Services``.
+        """
+        engine, merger = FakeEngine(), FakeMerger()
+        registry = FakeRegistry() if registry is None else registry
+        made = fake_backend(engine, registry, merger, fuser or FakeFuser())
+        backend = backend or replace(made, training=trainer)
+        return cls(Services(gate=ServingGate(), **settings), engine, registry, merger, backend)
+
+    @property
+    def fields(self) -> tuple[Any, ...]:
+        """The parts, for a harness that has further ones."""
+        return self.services, self.engine, self.registry, self.merger, self.backend
+
+    @property
+    def gate(self) -> ServingGate:
+        return self.services.gate
+
+    @property
+    def metrics(self) -> Metrics:
+        return self.services.metrics
 
 
 def fake_backend(engine: Any, registry: Any, merger: Any, fuser: Any) -> Backend:

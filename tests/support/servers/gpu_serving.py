@@ -12,8 +12,8 @@ from unittest.mock import patch
 from gpu_path import FakeCapture, coarse_tiles
 from servers.engine_harness import EngineHarness
 
-from turret.server.engine.step.gpu import decode_graphs
-from turret.server.engine.step.gpu.decode_graphs import Capture
+from turret.server.engine.step.gpu import executor
+from turret.server.engine.step.gpu.executor import Capture
 
 
 @contextlib.asynccontextmanager
@@ -29,7 +29,7 @@ async def gpu_serving(
     options = {"kv_cache_bytes": 4 << 20, **more}
     with (
         coarse_tiles(),
-        patch.object(decode_graphs, "capture_for", lambda device: capture),
+        patch.object(executor, "capture_for", lambda device: capture),
         warnings.catch_warnings(),
     ):
         # Rows that only pad a step compute on uninitialised memory.

@@ -7,21 +7,15 @@ import contextlib
 import json
 import ssl
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import httpx2
 import uvicorn.server
-from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
+from servers.fakes import Fakes
 
-from turret.server.api.access import MOST_CONNECTIONS, Shares, TokenTable
-from turret.server.api.call import Failures
-from turret.server.api.gate import ServingGate
-from turret.server.api.services import Services
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http.server import HttpServer
-from turret.server.metrics import Metrics
 
 NOTHING: Mapping[str, str] = {}
 ANSWER_SECONDS = 20.0
@@ -67,16 +61,10 @@ def posted(path: str, body: Any, version: str = "1.1", more: str = "") -> bytes:
 
 
 @dataclass
-class HttpHarness:
+class HttpHarness(Fakes):
     """A running server, its fake services, and a client."""
 
     server: HttpServer
-    gate: ServingGate
-    engine: FakeEngine
-    registry: Any
-    merger: FakeMerger
-    metrics: Metrics
-    failures: Failures
     client: httpx2.AsyncClient
 
     async def settle(self) -> None:
@@ -158,39 +146,23 @@ async def http_harness(
     *,
     listen: ListenConfig | None = None,
     security: SecurityConfig | None = None,
-    tokens: TokenTable | None = None,
-    shares: Shares | None = None,
     serving: bool = True,
-    most_connections: int = MOST_CONNECTIONS,
-    registry: Any = None,
-    training: Any = None,
-    training_dir: Path | None = None,
+    fakes: Fakes | None = None,
+    **parts: Any,
 ) -> AsyncIterator[HttpHarness]:
-    """A server on a free port, serving fakes; its registry may be a real one.
-
-    It trains if ``training_dir`` is given.
-    """
-    services = Services(
-        gate=ServingGate(),
-        tokens=tokens,
-        shares=shares or Shares(),
-        most_connections=most_connections,
-        training=training_dir,
-    )
-    gate, metrics, failures = services.gate, services.metrics, services.failures
-    engine, registry, merger = FakeEngine(), registry or FakeRegistry(), FakeMerger()
+    """A server on a free port with fakes; ``parts`` are the arguments of ``Fakes.make``."""
+    fakes = fakes or Fakes.make(**parts)
     listen = listen or ListenConfig(http_address="127.0.0.1:0")
-    server = HttpServer(listen, security or SecurityConfig(), services)
+    server = HttpServer(listen, security or SecurityConfig(), fakes.services)
     await server.start()
     if serving:
-        backend = fake_backend(engine, registry, merger, FakeFuser())
-        gate.open(replace(backend, training=training))
+        fakes.gate.open(fakes.backend)
     try:
         base = f"http://{server.address}"
         async with httpx2.AsyncClient(
             base_url=base, timeout=ANSWER_SECONDS, verify=NO_AUTHORITIES
         ) as client:
-            yield HttpHarness(server, gate, engine, registry, merger, metrics, failures, client)
+            yield HttpHarness(*fakes.fields, server=server, client=client)
     finally:
-        services.adapters.close()
+        fakes.services.adapters.close()
         await server.stop(0.2)

@@ -9,7 +9,7 @@ from typing import Any
 
 from turret.server.http.endpoint import Route
 from turret.server.http.routes import ROUTES
-from turret.server.http.tinker.routes import routes as tinker_routes
+from turret.server.http.tinker import ROUTES as TINKER_ROUTES
 
 # The fields that are objects with names of the client's choice.
 _OBJECTS = ("logit_bias", "metadata", "user_metadata")
@@ -41,9 +41,7 @@ class Place:
 
 def posts(*, has_training: bool = False) -> list[Route]:
     """Every endpoint that takes a JSON body in a POST; those of the Tinker API on request."""
-    # The handlers, which need a state, are not called.
-    state: Any = None
-    found = (*ROUTES, *(tinker_routes(state) if has_training else ()))
+    found = (*ROUTES, *(TINKER_ROUTES if has_training else ()))
     return [route for route in found if route.body is not None and route.method == "POST"]
 
 

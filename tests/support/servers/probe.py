@@ -1,7 +1,8 @@
-"""A health check of a server."""
+"""A health check of a server, and free ports."""
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import grpc
@@ -26,3 +27,9 @@ def is_serving(
             return False, error.code().name  # type: ignore[attr-defined]
     answer = health_pb2.HealthCheckResponse.ServingStatus.Name(status)
     return answer == "SERVING", answer
+
+
+def free_port() -> int:
+    """A port without a listener."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]

@@ -5,38 +5,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
-from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
+from servers.fakes import Fakes
 
 from turret.clients.calls import answer_of
-from turret.server.api.access import MOST_CONNECTIONS, Shares, TokenTable
-from turret.server.api.gate import Backend, ServingGate
-from turret.server.api.services import Services
+from turret.server.api.access import TokenTable
 from turret.server.config import ListenConfig, SecurityConfig
-from turret.server.metrics import Metrics
-from turret.server.rpc.server import RpcServer
+from turret.server.rpc import RpcServer
 from turret.v1 import adapters_pb2_grpc, inference_pb2_grpc, training_pb2_grpc
 
 
 @dataclass
-class Harness:
+class Harness(Fakes):
     """A running server with its parts and a client channel."""
 
     rpc: RpcServer
-    gate: ServingGate
-    engine: FakeEngine
-    registry: Any
-    merger: FakeMerger
-    metrics: Metrics
-    backend: Backend
     channel: grpc.aio.Channel
-    services: Services
 
     @property
     def inference(self) -> Any:
@@ -59,46 +48,22 @@ async def harness(
     *,
     listen: ListenConfig | None = None,
     security: SecurityConfig | None = None,
-    tokens: TokenTable | None = None,
-    shares: Shares | None = None,
     serving: bool = True,
-    registry: Any = None,
-    merger: FakeMerger | None = None,
-    fuser: Any = None,
-    most_connections: int = MOST_CONNECTIONS,
-    training: Any = None,
-    training_dir: Path | None = None,
-    backend: Backend | None = None,
+    **parts: Any,
 ) -> AsyncIterator[Harness]:
-    """A server on a free port with fakes, or with parts that the caller passes and closes.
-
-    With ``backend``, the other parts are not served. It trains if ``training_dir`` is given.
-    """
-    services = Services(
-        gate=ServingGate(),
-        tokens=tokens,
-        shares=shares or Shares(),
-        most_connections=most_connections,
-        training=training_dir,
-    )
-    gate, metrics = services.gate, services.metrics
-    engine = FakeEngine()
-    registry = FakeRegistry() if registry is None else registry
-    merger = FakeMerger() if merger is None else merger
-    fuser = FakeFuser() if fuser is None else fuser
+    """A server on a free port with fakes; ``parts`` are the arguments of ``Fakes.make``."""
+    fakes = Fakes.make(**parts)
     listen = listen or ListenConfig(address="127.0.0.1:0")
-    rpc = RpcServer(listen, security or SecurityConfig(), services)
+    rpc = RpcServer(listen, security or SecurityConfig(), fakes.services)
     await rpc.start()
-    if backend is None:
-        backend = replace(fake_backend(engine, registry, merger, fuser), training=training)
     if serving:
-        gate.open(backend)
+        fakes.gate.open(fakes.backend)
         rpc.health.set_serving(True)
     try:
         async with grpc.aio.insecure_channel(rpc.address) as channel:
-            yield Harness(rpc, gate, engine, registry, merger, metrics, backend, channel, services)
+            yield Harness(*fakes.fields, rpc=rpc, channel=channel)
     finally:
-        services.adapters.close()
+        fakes.services.adapters.close()
         await rpc.stop(0)
 
 
@@ -159,6 +124,15 @@ async def soon(event: asyncio.Event, seconds: float = 5.0) -> float:
     started = time.monotonic()
     await asyncio.wait_for(event.wait(), seconds)
     return time.monotonic() - started
+
+
+async def eventually(is_so: Callable[[], Awaitable[bool]]) -> None:
+    """Wait for a state for which there is no event."""
+    for _ in range(2000):
+        if await is_so():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("the state was not reached")
 
 
 async def silent() -> AsyncIterator[bytes]:

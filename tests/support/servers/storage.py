@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from servers.probe import free_port
 
 needs_registry = pytest.mark.skipif(
     shutil.which("docker-registry") is None, reason="Debian's docker-registry is not installed"
@@ -22,7 +23,7 @@ needs_registry = pytest.mark.skipif(
 @contextlib.contextmanager
 def s3_server(folder: Path) -> Iterator[str]:
     """The address of moto's server."""
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with _running(command, port, folder / "moto.log"):
         yield f"http://127.0.0.1:{port}"
@@ -31,7 +32,7 @@ def s3_server(folder: Path) -> Iterator[str]:
 @contextlib.contextmanager
 def oci_registry(folder: Path) -> Iterator[str]:
     """HOST:PORT of Docker's registry."""
-    port = _free_port()
+    port = free_port()
     settings = {
         "version": 0.1,
         "storage": {"filesystem": {"rootdirectory": str(folder / "registry")}},
@@ -43,11 +44,6 @@ def oci_registry(folder: Path) -> Iterator[str]:
     command = ["docker-registry", "serve", str(config)]
     with _running(command, port, folder / "registry.log"):
         yield f"127.0.0.1:{port}"
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
 
 
 @contextlib.contextmanager

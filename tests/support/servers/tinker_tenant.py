@@ -68,17 +68,31 @@ class Tenant:
         is_json = answer.headers["content-type"] == "application/json"
         return answer.json() if is_json else answer.content
 
+    async def done(self, path: str, body: Any) -> Any:
+        """The result of a call that returns a promise."""
+        return await self.result(await self.ask(path, body))
+
+    async def save(self, model_id: str, number: int, name: Any, end: str = "", **more: Any) -> Any:
+        """The result of saving a checkpoint; ``end`` is the end of the endpoint's path."""
+        body = {"model_id": model_id, "seq_id": number, "path": name, **more}
+        return await self.done(f"/save_weights{end}", body)
+
+    async def sampler(self, number: int = 0, **source: str) -> str:
+        """The id of a new sampler of the base, or of another source."""
+        body = {"session_id": self.session, "sampling_session_seq_id": number}
+        asked = {**body, **(source or {"base_model": "base"})}
+        return (await self.ask("/create_sampling_session", asked))["sampling_session_id"]
+
     async def begin(self) -> None:
         self.session = (await self.ask("/create_session", {"tags": []}))["session_id"]
 
     async def model(self, number: int = 0, **changes: Any) -> str:
         body = {"session_id": self.session, "model_seq_id": number, "base_model": "base"}
-        promise = await self.ask("/create_model", {**body, "lora_config": LORA, **changes})
-        return (await self.result(promise))["model_id"]
+        made = await self.done("/create_model", {**body, "lora_config": LORA, **changes})
+        return made["model_id"]
 
     async def run(self, message: tinker_pb2.TinkerPass) -> Any:
-        promise = await self.ask("/forward_backward", message.SerializeToString())
-        return await self.result(promise)
+        return await self.done("/forward_backward", message.SerializeToString())
 
 
 def sample_of(sampler_id: str, tokens: Sequence[int] = TOKENS, **changes: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from builders.facts import facts_of
 
 from turret.server.adapters.adapter import Adapter, AdapterFacts, Source
-from turret.server.adapters.residency.loader import LoadedAdapter
+from turret.server.adapters.loader import LoadedAdapter
 from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, SequenceState, Step
 from turret.server.engine.speculation import Drafter

@@ -27,9 +27,9 @@ from simulation.parts import (
 
 from turret.server.adapters.adapter import Adapter, AdapterRef, Mix, Source
 from turret.server.adapters.base import ChangedBase
-from turret.server.adapters.registry.name_table import NameLocks, NameTable, Registration
-from turret.server.adapters.registry.registry import Unloads
-from turret.server.adapters.residency.leases import Leases
+from turret.server.adapters.leases import Leases
+from turret.server.adapters.name_table import NameLocks, NameTable, Registration
+from turret.server.adapters.registry import Unloads
 from turret.server.adapters.state_dir import NoStateDir
 from turret.server.engine.answer import Answer, AnswerText
 from turret.server.engine.loop import BaseChange, EngineLoop, Outbox

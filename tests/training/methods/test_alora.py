@@ -36,11 +36,6 @@ KEYS = ("method.name=alora", f"method.invocation={INVOCATION}", "method.rank=4")
 RUN = (*KEYS, "base.dtype=float32", "run.adapter_dtype=float32", "optimizer.learning_rate=0.02")
 
 
-@pytest.fixture
-def model(tiny_model: Any) -> Path:
-    return tiny_model("llama")
-
-
 def write_judged(path: Path) -> Path:
     """Prompts that contain the invocation, the invocation itself, and more text.
 
@@ -56,9 +51,9 @@ def write_judged(path: Path) -> Path:
     return write_jsonl(path, rows)
 
 
-async def test_training_engine_and_peft_agree(model: Path, tmp_path: Path) -> None:
+async def test_training_engine_and_peft_agree(tiny_llama: Path, tmp_path: Path) -> None:
     write_judged(tmp_path / "train.jsonl")
-    resolved = resolve_tiny(tmp_path, model, *RUN)
+    resolved = resolve_tiny(tmp_path, tiny_llama, *RUN)
     result = Trainer(resolved).run()
     tokens = tuple(resolved.base.tokenizer(INVOCATION, add_special_tokens=False)["input_ids"])
     config = json.loads((result.folder.adapter / "adapter_config.json").read_text())
@@ -86,7 +81,7 @@ async def test_training_engine_and_peft_agree(model: Path, tmp_path: Path) -> No
         return found.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0].tolist()
 
     root = result.folder.path
-    async with EngineHarness.start(model, root) as harness:
+    async with EngineHarness.start(tiny_llama, root) as harness:
         assert harness.registry.load("adapter", "adapter").facts.invocation == tokens
         answers = await harness.run_all(
             [make_request(prompt, *names, score=True) for names in (("adapter",), ())]
@@ -97,9 +92,9 @@ async def test_training_engine_and_peft_agree(model: Path, tmp_path: Path) -> No
     assert ours[1 : start + 1] == the_bases[1 : start + 1]
 
 
-def test_the_answer_is_not_searched_for_the_invocation(model: Path, tmp_path: Path) -> None:
+def test_the_answer_is_not_searched_for_the_invocation(tiny_llama: Path, tmp_path: Path) -> None:
     write_judged(tmp_path / "train.jsonl")
-    resolved = resolve_tiny(tmp_path, model, *RUN)
+    resolved = resolve_tiny(tmp_path, tiny_llama, *RUN)
     attached = attach(resolved).eval()
     for parameter in trainable(attached).values():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -127,20 +122,20 @@ def test_the_answer_is_not_searched_for_the_invocation(model: Path, tmp_path: Pa
         assert not torch.allclose(own, right, rtol=1e-3)
 
 
-def test_activations_may_be_recomputed(model: Path, tmp_path: Path) -> None:
+def test_activations_may_be_recomputed(tiny_llama: Path, tmp_path: Path) -> None:
     write_judged(tmp_path / "train.jsonl")
     written = []
     for value in ("false", "true"):
         changes = (f"run.gradient_checkpointing={value}", f"run.output=is-{value}", "run.steps=3")
-        folder = Trainer(resolve_tiny(tmp_path, model, *RUN, *changes)).run().folder.adapter
+        folder = Trainer(resolve_tiny(tmp_path, tiny_llama, *RUN, *changes)).run().folder.adapter
         written.append(load_file(folder / "adapter_model.safetensors"))
     for name, tensor in written[0].items():
         torch.testing.assert_close(written[1][name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_a_sample_is_answered_from_the_invocation_on(model: Path, tmp_path: Path) -> None:
+def test_a_sample_is_answered_from_the_invocation_on(tiny_llama: Path, tmp_path: Path) -> None:
     write_judged(tmp_path / "train.jsonl")
-    resolved = resolve_tiny(tmp_path, model, *RUN)
+    resolved = resolve_tiny(tmp_path, tiny_llama, *RUN)
     attached, tokenizer = attach(resolved).eval(), resolved.base.tokenizer
     for parameter in trainable(attached).values():
         torch.nn.init.normal_(parameter, std=0.3)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders.bases.tiny_models import save_tiny_model
 from builders.training import resolve_tiny, write_jsonl
 from rich.console import Console
 
@@ -78,20 +77,15 @@ def answers(text: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+def run(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A finished run with data that looks like markup."""
     folder = tmp_path_factory.mktemp("report")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        rows = [
-            {"prompt": f"<b>{n}</b>&", "completion": "<script>x"[: 9 - n % 3]} for n in range(24)
-        ]
-        write_jsonl(folder / "train.jsonl", rows)
-        model = save_tiny_model("llama", folder / "model")
-        resolved = resolve_tiny(
-            folder, model, "optimizer.learning_rate=0.03", "run.steps=12", "run.samples=2"
-        )
-        return Trainer(resolved).run().folder
+    rows = [{"prompt": f"<b>{n}</b>&", "completion": "<script>x"[: 9 - n % 3]} for n in range(24)]
+    write_jsonl(folder / "train.jsonl", rows)
+    resolved = resolve_tiny(
+        folder, tiny_llama, "optimizer.learning_rate=0.03", "run.steps=12", "run.samples=2"
+    )
+    return Trainer(resolved).run().folder
 
 
 def test_the_page_shows_the_run(run: RunFolder):
@@ -171,22 +165,18 @@ def test_the_command_writes_the_page(run: RunFolder, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("method", ["prefix_tuning", "prompt_tuning", "p_tuning", "dora", "ia3"])
-def test_every_method_can_be_sampled(method: str, tmp_path: Path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    model = save_tiny_model("llama", tmp_path / "model")
+def test_every_method_can_be_sampled(method: str, tiny_llama: Path, tmp_path: Path):
     overrides = (f"method.name={method}", "optimizer.learning_rate=0.05", "run.samples=1")
-    folder = Trainer(resolve_tiny(tmp_path, model, *overrides, "run.steps=3")).run().folder
+    folder = Trainer(resolve_tiny(tmp_path, tiny_llama, *overrides, "run.steps=3")).run().folder
     (sample,) = [json.loads(line) for line in folder.samples.read_text().splitlines()]
     assert sample["before"] != sample["after"]
     Page(render_report(folder))
 
 
 @pytest.mark.parametrize("method", ["prefix_tuning", "prompt_tuning", "lora"])
-def test_the_cache_does_not_change_answers(method: str, tmp_path: Path, monkeypatch):
+def test_the_cache_does_not_change_answers(method: str, tiny_llama: Path, tmp_path: Path):
     """Compared with a pass over the whole text for every token, as in training."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    model = save_tiny_model("llama", tmp_path / "model")
-    resolved = resolve_tiny(tmp_path, model, f"method.name={method}", "base.dtype=float32")
+    resolved = resolve_tiny(tmp_path, tiny_llama, f"method.name={method}", "base.dtype=float32")
     attached, tokenizer = attach(resolved).eval(), resolved.base.tokenizer
     for parameter in trainable(attached).values():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -205,10 +195,8 @@ def test_the_cache_does_not_change_answers(method: str, tmp_path: Path, monkeypa
     assert whole.startswith(sample["after"])
 
 
-def test_the_right_answer_is_the_first_of_several_turns(tmp_path: Path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    model = save_tiny_model("llama", tmp_path / "model")
-    resolved = resolve_tiny(tmp_path, model, "base.dtype=float32")
+def test_the_right_answer_is_the_first_of_several_turns(tiny_llama: Path, tmp_path: Path):
+    resolved = resolve_tiny(tmp_path, tiny_llama, "base.dtype=float32")
     attached, tokenizer = attach(resolved).eval(), resolved.base.tokenizer
     tokens = tuple(tokenizer("What is it? A duck. And that? A goose.")["input_ids"])
     answers = [range(3, 6), range(9, 11)]
@@ -275,10 +263,8 @@ def test_a_chat_is_shown_as_turns(run: RunFolder, tmp_path: Path):
     assert "overflow-wrap:anywhere" not in text
 
 
-def test_samples_are_optional(tmp_path: Path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    model = save_tiny_model("llama", tmp_path / "model")
-    resolved = resolve_tiny(tmp_path, model, "run.samples=0", "run.steps=1")
+def test_samples_are_optional(tiny_llama: Path, tmp_path: Path):
+    resolved = resolve_tiny(tmp_path, tiny_llama, "run.samples=0", "run.steps=1")
     folder = Trainer(resolved).run().folder
     assert folder.samples.read_text() == ""
     assert "Samples" not in render_report(folder)

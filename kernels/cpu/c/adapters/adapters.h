@@ -137,6 +137,37 @@ typedef struct {
     int64_t count; /* number of changed inputs: one, one per slice, or none */
 } Inputs;
 
+/* One adapter's update of the experts in one projection of a layer (experts.c). */
+typedef struct {
+    const bf16 *a; /* [experts, rank, in] */
+    const bf16 *b; /* [experts, rank, out] */
+    int64_t rank;  /* 0: no update */
+} ExpertUpdate;
+
+/* One adapter of a row's mix. */
+typedef struct {
+    const ExpertUpdate *updates; /* of one adapter, by layer and projection */
+    double weight;
+} ExpertMember;
+
+typedef struct {
+    const ExpertMember *members;
+    const int64_t *first; /* [rows + 1]: where the members of each row begin; later rows have none */
+    int64_t rows;
+    float *scratch; /* [threads, width]: the rank activations of a pair's members */
+    int64_t width;
+    int64_t threads;
+} ExpertStep;
+
+typedef struct {
+    const bf16 *x;
+    bf16 *y; /* [pairs, out] */
+    const int64_t *row, *expert;
+    const int64_t *input; /* the row of x that each pair reads, or null: the pair's own */
+    int64_t pairs, x_stride, in_features, out_features;
+    int64_t update; /* number of the projection among an adapter's updates */
+} ExpertPairs;
+
 /* Offsets of the operators' activations in the scratch memory, in this order. */
 INLINE int64_t hadamard_start(const Module *m) { return PADDED(m->rank); }
 

@@ -5,38 +5,7 @@
 #include "adapters.h"
 #include "team.h"
 
-/* One adapter in one projection of a layer. */
-typedef struct {
-    const bf16 *a; /* [experts, rank, in] */
-    const bf16 *b; /* [experts, rank, out] */
-    int64_t rank;  /* 0: no update */
-} Update;
-
-/* One adapter of a row's mix. */
-typedef struct {
-    const Update *updates; /* of one adapter, by layer and projection */
-    double weight;
-} Member;
-
-typedef struct {
-    const Member *members;
-    const int64_t *first; /* [rows + 1]: where the members of each row begin; later rows have none */
-    int64_t rows;
-    float *scratch; /* [threads, width]: the rank activations of a pair's members */
-    int64_t width;
-    int64_t threads;
-} ExpertStep;
-
-typedef struct {
-    const bf16 *x;
-    bf16 *y; /* [pairs, out] */
-    const int64_t *row, *expert;
-    const int64_t *input; /* the row of x that each pair reads, or null: the pair's own */
-    int64_t pairs, x_stride, in_features, out_features;
-    int64_t update; /* number of the projection among an adapter's updates */
-} Pairs;
-
-KERNEL static void adapt(const ExpertStep *step, const Pairs *p, int64_t pair, float *scratch) {
+KERNEL static void adapt(const ExpertStep *step, const ExpertPairs *p, int64_t pair, float *scratch) {
     int64_t row = p->row[pair], expert = p->expert[pair];
     int64_t first = step->first[row], last = step->first[row + 1];
     const bf16 *x = p->x + (p->input ? p->input[pair] : pair) * p->x_stride;
@@ -46,7 +15,7 @@ KERNEL static void adapt(const ExpertStep *step, const Pairs *p, int64_t pair, f
     int has_update = 0;
     low_rank_begin();
     for (int64_t k = first; k < last; k++) {
-        const Update *u = step->members[k].updates + p->update;
+        const ExpertUpdate *u = step->members[k].updates + p->update;
         Module m = {.a = u->a + expert * u->rank * p->in_features, .rank = u->rank};
         Rows rows = {.x = x, .v = v, .count = 1, .x_stride = p->x_stride};
         float w = (float)step->members[k].weight;
@@ -61,7 +30,7 @@ KERNEL static void adapt(const ExpertStep *step, const Pairs *p, int64_t pair, f
         for (int64_t o = 0; o < count; o++) acc[o] = to_f32(y[low + o]);
         v = scratch;
         for (int64_t k = first; k < last; k++) {
-            const Update *u = step->members[k].updates + p->update;
+            const ExpertUpdate *u = step->members[k].updates + p->update;
             Module m = {.b = u->b + expert * u->rank * p->out_features, .rank = u->rank};
             Rows rows = {.v = v, .acc = acc, .count = 1};
             if (u->rank) low_rank_expand(&m, &rows, &size, low, count);
@@ -74,7 +43,7 @@ KERNEL static void adapt(const ExpertStep *step, const Pairs *p, int64_t pair, f
 
 typedef struct {
     const ExpertStep *step;
-    const Pairs *pairs;
+    const ExpertPairs *pairs;
 } Job;
 
 static void adapt_pair(const void *job, int64_t thread, int64_t pair) {
@@ -83,7 +52,7 @@ static void adapt_pair(const void *job, int64_t thread, int64_t pair) {
         adapt(j->step, j->pairs, pair, j->step->scratch + thread * j->step->width);
 }
 
-EXPORT void turret_adapt_experts(const ExpertStep *step, const Pairs *p) {
+EXPORT void turret_adapt_experts(const ExpertStep *step, const ExpertPairs *p) {
     Job job = {step, p};
     int64_t threads = step->threads < MOST_THREADS ? step->threads : MOST_THREADS;
     in_pieces(adapt_pair, &job, p->pairs, threads);

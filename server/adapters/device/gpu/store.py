@@ -21,8 +21,14 @@ import torch
 from turret.kernels.gpu.low_rank import Shrink, segmented_expand
 from turret.kernels.gpu.nf4 import Epilogue
 from turret.kernels.gpu.tables import SegmentTable
-from turret.server.adapters.device.gpu.gates import GpuGates, GpuStepGates
-from turret.server.adapters.device.gpu.pack import PACKED, GpuPack, GpuPackedProjection, StepForm
+from turret.server.adapters.device.gpu.pack import (
+    PACKED,
+    GpuGates,
+    GpuPack,
+    GpuPackedProjection,
+    GpuStepGates,
+    StepForm,
+)
 from turret.server.adapters.device.gpu.slot_tables import (
     GpuSlotTables,
     GpuStepSlotTables,

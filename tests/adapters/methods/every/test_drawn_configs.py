@@ -21,8 +21,8 @@ from peft.tuners.lora.config import BdLoraConfig
 from transformers import LlamaForCausalLM
 
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.lowering.wavelets import WAVELETS
-from turret.server.adapters.methods.transforms import frod as frod_method
+from turret.server.adapters.methods import frod as frod_method
+from turret.server.adapters.methods.wavelets import WAVELETS
 from turret.server.adapters.operators.adapter_operators import ModuleOperators
 
 FEW = 8

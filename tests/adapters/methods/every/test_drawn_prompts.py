@@ -17,19 +17,23 @@ from typing import Any
 
 import pytest
 import torch
-from builders.adapters import base_of, linear_modules, lower_adapter, read_adapter, tiny_llama
+from builders.adapters import (
+    base_of,
+    linear_modules,
+    lower_adapter,
+    lower_with_components,
+    tiny_llama,
+)
 from builders.methods import ALL, drawing, load_adapter, make_config, quiet, save_adapter
 from builders.mixes.fusions import fusion_oracle, save_fusion
 from builders.mixes.gates import gated
-from builders.mixes.xloras import LORAS, lower_xlora, save_loras, save_xlora
+from builders.mixes.xloras import LORAS, save_loras, save_xlora
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.component import Component, ComponentRef
-from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.gate import Gate
 from turret.server.engine.step.batch import first_scalings, scalings
@@ -161,13 +165,7 @@ def check_fusion(root: Path, names: list[str], targets: list[str], d_k: int, see
     """Compare every module's change with the formula's; returns the largest change."""
     plain, base = model()
     save_fusion(plain, root, "fusion", names, targets, d_k=d_k, seed=seed)
-    by_digest = {read_adapter(root, name).digest: name for name in names}
-
-    def find(ref: ComponentRef) -> Component:
-        method, found = lower_checkpoint(read_adapter(root, by_digest[ref.digest]), base)
-        return Component(ref, method, found.operators, found.ranks, found.scalings)
-
-    _, fused = lower_checkpoint(read_adapter(root, "fusion"), base, None, find)
+    fused = lower_with_components(root, "fusion", base, names)
     oracle, _ = fusion_oracle(plain, root, "fusion")
     assert {path.rpartition(".")[2] for path in fused.operators.modules} == set(targets)
     largest = 0.0
@@ -279,7 +277,7 @@ def check_passes(loras: Path, keys: dict[str, Any]) -> float:
         root = Path(shutil.copytree(loras, Path(folder) / "root"))
         passes = Passes(save_xlora(plain, root, "drawn", **keys), paths)
         numbers = [str(number) for number in range(len(keys["loras"]))]
-        operators = lower_xlora(root, "drawn", base_of(plain), numbers).operators
+        operators = lower_with_components(root, "drawn", base_of(plain), numbers).operators
     router = operators.router
     assert router is not None
     first: Tensor | None = None

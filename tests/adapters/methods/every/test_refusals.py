@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from builders.adapters import (
+    assert_alike,
     base_of,
     edit_config,
     edit_tensors,
@@ -19,17 +20,17 @@ from builders.adapters import (
     lower_adapter,
     read_adapter,
     refusal_of,
+    refused_fields,
+    save_tiny,
     tiny_llama,
     with_operators,
 )
 from builders.methods import load_adapter, make_config, quiet, save_adapter
 from peft import PeftType
-from said import says
+from said import fields_of, says
 
-from turret.server.adapters.methods import METHODS, method_for
+from turret.server.adapters.methods import CONVERT, METHODS, UNSERVED, lokr, method_for
 from turret.server.adapters.methods.lower import lower_checkpoint
-from turret.server.adapters.methods.structured import lokr
-from turret.server.adapters.methods.unserved import CONVERT, UNSERVED
 from turret.server.adapters.peft_format.config_rules import Irrelevant, Rejected, Used
 from turret.server.cli import main
 from turret.server.errors import AdapterCheckpointError, AdapterMismatchError, BudgetExceededError
@@ -59,13 +60,7 @@ SMALL = {"loha": {"r": 3}, "poly": {"n_tasks": 1}, "multitask_prompt": {"num_tas
 
 
 def save(root: Path, method: str, **changes: Any) -> Path:
-    keys = {**SMALL.get(method, {}), **changes}
-    save_adapter(tiny_llama(), make_config(method, **keys), root / "a")
-    return root / "a"
-
-
-def named(error: AdapterCheckpointError | AdapterMismatchError) -> set[str]:
-    return {field for field, _ in error.violations}
+    return save_tiny(root, method, **{**SMALL.get(method, {}), **changes})
 
 
 @pytest.mark.parametrize("method", BUILT)
@@ -88,18 +83,7 @@ def test_irrelevant_keys_change_nothing(method: str, tmp_path: Path) -> None:
     keys = {key for key, rule in rules.items() if isinstance(rule, Irrelevant)}
     assert len(keys) > 4
     edit_config(directory, **dict.fromkeys(keys, 0.25))
-    after = lower_adapter(tmp_path, base)
-    assert before.operators.modules.keys() == after.operators.modules.keys()
-    for name, module in before.operators.modules.items():
-        for one, other in zip(
-            module.tensors(), after.operators.modules[name].tensors(), strict=True
-        ):
-            assert torch.equal(one, other)
-    soft = before.operators.soft_prompt
-    if soft is not None:
-        assert after.operators.soft_prompt is not None
-        for one, other in zip(soft.tensors(), after.operators.soft_prompt.tensors(), strict=True):
-            assert torch.equal(one, other)
+    assert_alike(lower_adapter(tmp_path, base), before)
 
 
 @pytest.mark.parametrize("method", NEW)
@@ -108,7 +92,7 @@ def test_unserved_values_and_unknown_keys_are_refused_by_name(method: str, tmp_p
     rejected = {key: "on" for key, rule in rules.items() if isinstance(rule, Rejected)}
     directory = save(tmp_path, method)
     edit_config(directory, **rejected, task_type="SEQ_CLS", a_key_from_the_future=1)
-    assert rejected.keys() | {"task_type", "a_key_from_the_future"} <= named(refusal_of(tmp_path))
+    assert rejected.keys() | {"task_type", "a_key_from_the_future"} <= refused_fields(tmp_path)
 
 
 @pytest.mark.parametrize("method", NEW)
@@ -116,7 +100,7 @@ def test_unused_tensors_are_refused(method: str, tmp_path: Path) -> None:
     directory = save(tmp_path, method)
     strays = {f"{KEY}.lora_diag": torch.ones(3), "lycoris_x.alpha": torch.ones(1)}
     edit_tensors(directory, lambda tensors: {**tensors, **strays})
-    assert {f"{Q}.lora_diag", "lycoris_x.alpha"} <= named(refusal_of(tmp_path))
+    assert {f"{Q}.lora_diag", "lycoris_x.alpha"} <= refused_fields(tmp_path)
 
 
 @pytest.mark.parametrize("method", NEW)
@@ -137,7 +121,7 @@ def test_missing_tensors_are_refused(method: str, tmp_path: Path) -> None:
                 if key.removeprefix("base_model.model.") != lost
             },
         )
-        fields = named(refusal_of(tmp_path))
+        fields = refused_fields(tmp_path)
         assert any(lost.startswith(field) or field.startswith(lost) for field in fields), lost
 
 
@@ -149,13 +133,13 @@ def _rename(old: str, new: str) -> Callable[[dict[str, torch.Tensor]], dict[str,
 def test_modules_that_only_one_side_names_are_refused(method: str, tmp_path: Path) -> None:
     directory = save(tmp_path, method, target_modules=["q_proj", "down_proj"])
     edit_config(directory, target_modules=["q_proj", "up_proj"])
-    fields = named(refusal_of(tmp_path))
+    fields = refused_fields(tmp_path)
     assert any(field.startswith("model.layers.0.mlp.down_proj.") for field in fields)
     assert any(field.startswith("model.layers.1.mlp.up_proj.") for field in fields)
     edit_config(directory, target_modules=["q_proj", "down_proj", "norm", "embed_tokens"])
-    assert "target_modules" in named(refusal_of(tmp_path))
+    assert "target_modules" in refused_fields(tmp_path)
     edit_config(directory, target_modules=["q_proj", "down_proj", "lm_head"])
-    assert any(field.startswith("lm_head.") for field in named(refusal_of(tmp_path)))
+    assert any(field.startswith("lm_head.") for field in refused_fields(tmp_path))
 
 
 @pytest.mark.parametrize("method", LINEAR)
@@ -164,7 +148,7 @@ def test_another_base_is_a_mismatch_that_names_the_modules(method: str, tmp_path
     edit_tensors(directory, _rename("layers.1.", "layers.7."))
     with pytest.raises(AdapterMismatchError) as caught:
         lower_adapter(tmp_path, base_of(tiny_llama()))
-    assert any("model.layers.7.mlp.up_proj" in field for field in named(caught.value))
+    assert any("model.layers.7.mlp.up_proj" in field for field in fields_of(caught.value))
 
 
 @pytest.mark.parametrize(
@@ -178,7 +162,7 @@ def test_prompts_of_another_size_are_mismatches(method: str, tmp_path: Path) -> 
     other = dataclasses.replace(base, hidden_size=128, head_dim=32)
     with pytest.raises(AdapterMismatchError) as caught:
         lower_adapter(tmp_path, other)
-    assert "token_dim" in named(caught.value)
+    assert "token_dim" in fields_of(caught.value)
     if method == "prefix_tuning":
         for changed in ({"num_layers": 3}, {"num_kv_heads": 4, "head_dim": 8}):
             with pytest.raises(AdapterMismatchError):
@@ -189,9 +173,9 @@ def test_prompts_of_another_size_are_mismatches(method: str, tmp_path: Path) -> 
 def test_a_prompt_must_have_the_shape_that_its_config_states(method: str, tmp_path: Path) -> None:
     directory = save(tmp_path, method)
     edit_config(directory, num_virtual_tokens=6)
-    assert "prompt_embeddings" in named(refusal_of(tmp_path))
+    assert "prompt_embeddings" in refused_fields(tmp_path)
     edit_config(directory, num_virtual_tokens=..., token_dim=0)
-    assert {"num_virtual_tokens", "token_dim"} <= named(refusal_of(tmp_path))
+    assert {"num_virtual_tokens", "token_dim"} <= refused_fields(tmp_path)
 
 
 def test_ranks_must_be_those_of_the_config(tmp_path: Path) -> None:
@@ -207,7 +191,7 @@ def test_ranks_must_be_those_of_the_config(tmp_path: Path) -> None:
         edit_config(directory, **changes)
         if method == "adalora":
             edit_config(directory, rank_pattern=None)
-        assert any(f.endswith(f".{field}") for f in named(refusal_of(root))), method
+        assert any(f.endswith(f".{field}") for f in refused_fields(root)), method
 
 
 def test_a_loha_rank_past_the_bound_is_refused(tmp_path: Path) -> None:
@@ -247,39 +231,39 @@ def test_an_adalora_leaves_modules_of_rank_zero_unchanged(tmp_path: Path) -> Non
     lowered = lower_adapter(tmp_path, base_of(tiny_llama()))
     assert module not in lowered.operators.modules
     edit_config(directory, rank_pattern={f"{Q}.lora_E": [True] * 3, "nowhere.lora_E": [True]})
-    assert "rank_pattern" in named(refusal_of(tmp_path))
+    assert "rank_pattern" in refused_fields(tmp_path)
     edit_config(directory, rank_pattern={f"{Q}.lora_E": [1, 0, 1, 1, 1]})
-    assert "rank_pattern" in named(refusal_of(tmp_path))
+    assert "rank_pattern" in refused_fields(tmp_path)
 
 
 @pytest.mark.parametrize("alpha", [0, -3])
 def test_adalora_alpha_that_peft_would_replace_is_refused(alpha: int, tmp_path: Path) -> None:
     edit_config(save(tmp_path, "adalora"), lora_alpha=alpha)
-    assert named(refusal_of(tmp_path)) == {"lora_alpha"}
+    assert refused_fields(tmp_path) == {"lora_alpha"}
 
 
 def test_ia3_vectors_must_be_on_the_side_that_the_config_states(tmp_path: Path) -> None:
     directory = save(tmp_path, "ia3")
     edit_config(directory, feedforward_modules=["up_proj"])
-    fields = named(refusal_of(tmp_path))
+    fields = refused_fields(tmp_path)
     assert "model.layers.1.mlp.up_proj.ia3_l" in fields
     assert "model.layers.1.mlp.down_proj.ia3_l" in fields
     edit_config(directory, feedforward_modules=...)
-    assert "feedforward_modules" in named(refusal_of(tmp_path))
+    assert "feedforward_modules" in refused_fields(tmp_path)
     edit_config(directory, feedforward_modules="(((")
-    assert "feedforward_modules" in named(refusal_of(tmp_path))
+    assert "feedforward_modules" in refused_fields(tmp_path)
 
 
 def test_vera_projections_must_be_saved_if_the_config_says_so(tmp_path: Path) -> None:
     edit_config(save(tmp_path, "vera"), save_projection=False)
-    assert {"base_model.vera_A", "base_model.vera_B"} <= named(refusal_of(tmp_path))
+    assert {"base_model.vera_A", "base_model.vera_B"} <= refused_fields(tmp_path)
     edit_config(save(tmp_path, "vera", save_projection=False), save_projection=True)
-    assert {"base_model.vera_A", "base_model.vera_B"} <= named(refusal_of(tmp_path))
+    assert {"base_model.vera_A", "base_model.vera_B"} <= refused_fields(tmp_path)
     directory = save(tmp_path, "vera", save_projection=False)
     warning = lower_adapter(tmp_path, base_of(tiny_llama())).warnings[-1]
     assert (warning.reason, warning.params["seed"]) == ("DRAWN_AGAIN", "projection_prng_key")
     edit_config(directory, projection_prng_key=...)
-    assert named(refusal_of(tmp_path)) == {"projection_prng_key"}
+    assert refused_fields(tmp_path) == {"projection_prng_key"}
 
 
 def test_lokr_factors_must_be_complete_and_unambiguous(
@@ -291,7 +275,7 @@ def test_lokr_factors_must_be_complete_and_unambiguous(
         return {**tensors, f"{KEY}.lokr_w2": torch.ones(8, 8)}
 
     edit_tensors(directory, double)
-    assert f"{Q}.lokr_w2" in named(refusal_of(tmp_path))
+    assert f"{Q}.lokr_w2" in refused_fields(tmp_path)
     directory = save(tmp_path, "lokr", target_modules=["q_proj"])
     edit_tensors(directory, lambda tensors: {**tensors, f"{KEY}.lokr_w1": torch.ones(8, 7)})
     with pytest.raises(AdapterMismatchError, check=says("WRONG_WIDTH", inputs=56, outputs=64)):
@@ -309,7 +293,7 @@ def test_lokr_factors_must_be_complete_and_unambiguous(
 
     edit_tensors(directory, swap)
     monkeypatch.setattr(lokr, "_MAX_WHOLE", 1000)
-    assert f"{Q}.lokr_w1_a" in named(refusal_of(tmp_path))
+    assert f"{Q}.lokr_w1_a" in refused_fields(tmp_path)
 
 
 @pytest.mark.parametrize("method", ["loha", "lokr"])
@@ -350,7 +334,7 @@ def test_every_peft_type_is_served_or_refused_by_name(kind: str, tmp_path: Path)
     if kind in UNSERVED:
         edit_config(save(tmp_path, "lora"), peft_type=kind)
         error = refusal_of(tmp_path)
-        assert named(error) == {"peft_type"}
+        assert fields_of(error) == ["peft_type"]
         assert says("UNSUPPORTED_VALUE", value=kind, why=UNSERVED[kind])(error)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from builders.adapters import (
     lower_adapter,
     read_adapter,
     refusal_of,
+    save_tiny,
     tiny_llama,
 )
 from builders.methods import load_adapter, make_config, save_adapter
@@ -25,20 +24,20 @@ from method_oracle import (
     MAX_TOKENS,
     check_close,
     check_score,
+    mixed_oracle,
     oracle_logprobs,
     prompt_of,
     quiet,
     serve,
     twin,
 )
-from said import says
+from said import fields_of, says
 from servers.engine_harness import make_request
-from torch import nn
 
 from turret.kernels.cpu import native
-from turret.server.adapters.adapter import AdapterRef, Source
+from turret.server.adapters.adapter import Source
 from turret.server.adapters.component import Component, ComponentRef
-from turret.server.adapters.lowering.components import check_fusable
+from turret.server.adapters.lowering import check_fusable
 from turret.server.adapters.state_dir import SavedRegistration
 from turret.server.engine.scheduling.request import SamplingParams
 from turret.server.engine.scheduling.scheduler import Scheduler
@@ -98,7 +97,7 @@ def start(root: Path, **options: Any) -> Any:
     return serve("qwen2", root, adapters=list(ADAPTERS), **options)
 
 
-def text_of(mix: Sequence[tuple[str, float]], number: int) -> list[int]:
+def text_of(number: int) -> list[int]:
     """Random text with both invocations, one of them twice."""
     first, rest = prompt_of((3, 11, 29, 70)[number % 4], number), prompt_of(9 + number, number + 50)
     return [*ONE, *first, *ONE, *rest[:5], *TWO, *rest[5:]]
@@ -178,68 +177,28 @@ def last_logits(model: Any, tokens: list[int], offsets: list[int] | None = None)
         return model(input_ids=torch.tensor([tokens]), **told).logits[0, -1]
 
 
-class _Windowed(nn.Module):
-    """``base(x) + Σ w (adapted(x) − base(x))``, with each member from its own position on."""
-
-    def __init__(self, base: nn.Module, parts: list[tuple[nn.Module, float, int | None]]) -> None:
-        super().__init__()
-        self._base, self._numbers = base, [(weight, start) for _, weight, start in parts]
-        self._parts = nn.ModuleList(part for part, _, _ in parts)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plain = self._base(x)
-        total = plain.clone()
-        for part, (weight, start) in zip(self._parts, self._numbers, strict=True):
-            length = x.shape[1]
-            if start is None:
-                continue
-            # PEFT's own module gets the number of tokens at the end on which it acts.
-            change = part(x, alora_offsets=[length - start]) if start else part(x) - plain
-            total += weight * (change - plain if start else change)
-        return total
-
-
-def start_of(name: str, prompt: list[int]) -> int | None:
-    """The position from which an adapter acts; 0 for one that acts everywhere."""
-    wanted = ADAPTERS[name][1].get("alora_invocation_tokens")
-    if wanted is None:
-        return 0
-    starts = [i for i in range(len(prompt)) if prompt[i : i + len(wanted)] == wanted]
-    return starts[-1] if starts else None
-
-
-def mixed_oracle(root: Path, mix: list[tuple[str, float]], prompt: list[int]) -> nn.Module:
-    model = copy.deepcopy(twin("qwen2").model)
-    loaded = [(load_adapter(model, root / n), weight, start_of(n, prompt)) for n, weight in mix]
-    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    for name in linear:
-        parent, _, leaf = name.rpartition(".")
-        parts = []
-        for peft_model, weight, begin in loaded:
-            module = peft_model.get_submodule(f"base_model.model.{name}")
-            if not isinstance(module, nn.Linear):
-                parts.append((module, weight, begin))
-        setattr(model.get_submodule(parent), leaf, _Windowed(model.get_submodule(name), parts))
-    return model.eval()
+def windows_of(prompt: list[int]) -> dict[str, dict[str, Any]]:
+    """By aLoRA, the number of tokens from its last invocation on."""
+    found = {}
+    for name, wanted in (("one", ONE), ("two", TWO)):
+        start = max(i for i in range(len(prompt)) if prompt[i : i + len(wanted)] == wanted)
+        found[name] = {"alora_offsets": [len(prompt) - start]}
+    return found
 
 
 async def test_each_member_of_a_mix_contributes_from_its_own_start(root: Path) -> None:
     async with start(root) as harness:
         for number, mix in enumerate(MIXES[:5]):
-            prompt = [3, *text_of(mix, number)]
-            refs = [AdapterRef(name=name, weight=weight) for name, weight in mix]
-            answer = await harness.run(make_request(prompt, *refs, score=True))
-            rows = oracle_logprobs(mixed_oracle(root, mix, prompt), prompt)
-            expected = [float(rows[i, token]) for i, token in enumerate(prompt[1:])]
-            found = [p for p in answer.prompt_logprobs[1:] if p is not None]
-            check_close(found, expected, f"{mix}")
+            prompt = [3, *text_of(number)]
+            oracle = mixed_oracle(twin("qwen2").model, root, mix, **windows_of(prompt))
+            answer = await harness.run(make_request(prompt, *mix, score=True))
+            check_score(answer, oracle, prompt, f"{mix}")
 
 
 def requests_of(max_tokens: int = 6) -> list[Any]:
     requests = []
     for number, mix in enumerate([*MIXES, *MIXES]):
-        refs = [AdapterRef(name=name, weight=weight) for name, weight in mix]
-        requests.append(make_request(text_of(mix, number), *refs, max_tokens=max_tokens))
+        requests.append(make_request(text_of(number), *mix, max_tokens=max_tokens))
     return requests
 
 
@@ -264,11 +223,8 @@ async def test_bits_do_not_depend_on_neighbours_chunks_preemption_cache_or_resum
             alone.append(await harness.run(request))
     scarce: dict[str, Any] = {"max_num_seqs": 16, "max_num_batched_tokens": 19}
     async with start(root, dtype=dtype, **scarce) as harness:
-        # Fewer blocks than --kv-cache-bytes can ask for: room for a few requests.
-        blocks = harness.engine._loop._scheduler.blocks
-        blocks.num_blocks = num_blocks
-        for block in list(blocks._free)[blocks.num_blocks - 1 :]:
-            del blocks._free[block]
+        # Room for a few requests.
+        harness.leave_blocks(num_blocks)
         together = await harness.run_all(requests)
         again = await harness.run_all(requests)
         rest = await harness.run_all(
@@ -279,11 +235,9 @@ async def test_bits_do_not_depend_on_neighbours_chunks_preemption_cache_or_resum
         )
     assert preempted
     for request, one, *others, last in zip(requests, alone, together, again, rest, strict=True):
-        names = [(ref.name, ref.weight) for ref in request.adapters]
-        for other in others:
-            assert other.bits == one.bits, names
-        assert last.token_ids == one.token_ids[3:], names
-        assert last.logprobs == one.logprobs[3:], names
+        assert [other.bits for other in others] == [one.bits] * 2, request.adapters
+        assert last.token_ids == one.token_ids[3:], request.adapters
+        assert last.logprobs == one.logprobs[3:], request.adapters
     assert len({answer.bits for answer in alone}) > len(alone) // 2
 
 
@@ -325,11 +279,6 @@ async def test_after_a_base_conversation_only_the_invocation_is_computed(
 # Files of an aLoRA: rejections, stored properties, and unsupported combinations.
 
 
-def save(folder: Path, **changes: Any) -> Path:
-    save_adapter(tiny_llama(), make_config("alora", **changes), folder / "a")
-    return folder / "a"
-
-
 def test_the_embedding_and_unknown_tokens_are_refused(tmp_path: Path) -> None:
     # PEFT does not create an aLoRA on the embedding.
     config = make_config("lora", target_modules=["q_proj", "embed_tokens"])
@@ -337,14 +286,14 @@ def test_the_embedding_and_unknown_tokens_are_refused(tmp_path: Path) -> None:
     edit_config(tmp_path / "a", alora_invocation_tokens=[7])
     (why,) = refusal_of(tmp_path).violations
     assert why[0] == "target_modules"
-    directory = save(tmp_path, target_modules=["q_proj"])
+    directory = save_tiny(tmp_path, "alora", target_modules=["q_proj"])
     size = base_of(tiny_llama()).vocabulary.size
     edit_config(directory, alora_invocation_tokens=[1, size])
     with pytest.raises(AdapterMismatchError) as caught:
         raise refusal_of(tmp_path)
-    assert [field for field, _ in caught.value.violations] == ["alora_invocation_tokens"]
+    assert fields_of(caught.value) == ["alora_invocation_tokens"]
     edit_tensors(directory, lambda tensors: {n: t for n, t in tensors.items() if "lora_A" in n})
-    fields = [field for field, _ in refusal_of(tmp_path).violations]
+    fields = fields_of(refusal_of(tmp_path))
     assert {field.rpartition(".lora_")[2] for field in fields} == {"B.weight"}
 
 
@@ -364,7 +313,7 @@ def test_an_alora_can_be_neither_fused_nor_a_component(tmp_path: Path) -> None:
 
 
 def test_the_window_of_an_alora_survives_a_restart(tmp_path: Path) -> None:
-    facts = lower_adapter(save(tmp_path).parent, base_of(tiny_llama())).facts(
+    facts = lower_adapter(save_tiny(tmp_path, "alora").parent, base_of(tiny_llama())).facts(
         read_adapter(tmp_path), "alora"
     )
     assert facts.invocation == (7,)

@@ -16,6 +16,7 @@ from builders.adapters import (
     edit_config,
     edit_tensors,
     linear_modules,
+    lower_with_components,
     read_adapter,
     tiny_llama,
 )
@@ -25,7 +26,7 @@ from builders.mixes.routers import arrow_model, save_router, write_router
 from builders.registries import tiny_base
 from hypothesis import given
 from hypothesis import strategies as st
-from method_oracle import check_oracles, check_rounding, twin
+from method_oracle import SumOfChanges, check_oracles, check_rounding, twin
 from peft import ArrowConfig, LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from said import says
@@ -33,12 +34,10 @@ from torch import nn
 
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.component import Component, ComponentRef
-from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.lowering import Lowered
 from turret.server.adapters.methods import METHODS
-from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.gate import Gate, PrototypeScore
-from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.registry import AdapterRegistry
 from turret.server.errors import (
     AdapterCheckpointError,
     AdapterComponentError,
@@ -77,24 +76,12 @@ def oracle_of(model: nn.Module, root: Path, name: str) -> nn.Module:
     return arrow_model(model, root, experts, general, **keys)
 
 
-class Weighted(nn.Module):
-    """The change of a PEFT module, times a weight."""
-
-    def __init__(self, module: nn.Module, base: nn.Module, weight: float) -> None:
-        super().__init__()
-        self.module, self.base, self.weight = module, base, weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        base = self.base(x)
-        return base + self.weight * (self.module(x) - base)
-
-
 def weighted(model: nn.Module, weight: float) -> nn.Module:
     """Change the router's weight, in place."""
     for path, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
             parent, _, leaf = path.rpartition(".")
-            whole = Weighted(model.get_submodule(path), module.get_base_layer(), weight)
+            whole = SumOfChanges(module.get_base_layer(), [(module, weight, {})])
             setattr(model.get_submodule(parent), leaf, whole)
     return model
 
@@ -158,15 +145,8 @@ def model() -> Any:
 
 
 def lower(root: Path, name: str, base: BaseModel) -> Lowered:
-    def find(ref: ComponentRef) -> Component:
-        checkpoints = (read_adapter(root, folder.name) for folder in sorted(root.iterdir()))
-        checkpoint = next(found for found in checkpoints if found.digest == ref.digest)
-        method, lowered = lower_checkpoint(checkpoint, base)
-        return Component(ref, method, lowered.operators, lowered.ranks, lowered.scalings)
-
-    method, lowered = lower_checkpoint(read_adapter(root, name), base, None, find)
-    assert method == "arrow"
-    return lowered
+    others = (folder.name for folder in root.iterdir() if folder.name != name)
+    return lower_with_components(root, name, base, others)
 
 
 def gate_of(lowered: Lowered, name: str) -> Gate:
@@ -242,105 +222,53 @@ def refusal(root: Path, kind: type[TurretError]) -> TurretError:
 
 
 TWO = ["wide-0", "wide-1"]
-# A change of the config (under ``arrow``, of its ``arrow_config``), the reported key, and a check
-# of the error.
-REFUSED: dict[str, tuple[dict[str, Any], str, Callable[[object], bool]]] = {
-    "no components": ({"components": ...}, "components", says("REQUIRED")),
-    "no experts": (
-        {"arrow": {"task_adapter_names": None}},
-        "arrow_config",
-        says("INVALID_ENTRY", entry="task_adapter_names"),
-    ),
-    "an expert twice": (
-        {"arrow": {"task_adapter_names": [*TWO, TWO[0]]}},
-        "arrow_config",
-        says("DUPLICATE", value=TWO[0]),
-    ),
-    "an expert too few": (
-        {"arrow": {"task_adapter_names": TWO[:1], "top_k": 1}},
+# Changes of ``arrow_config`` and of the other keys, the reported key, and what is said about it.
+ARROW = "arrow_config"
+REFUSED: list[tuple[dict[str, Any], dict[str, Any], str, Callable[[object], bool]]] = [
+    ({"task_adapter_names": None}, {}, ARROW, says("INVALID_ENTRY", entry="task_adapter_names")),
+    ({"task_adapter_names": [*TWO, TWO[0]]}, {}, ARROW, says("DUPLICATE", value=TWO[0])),
+    ({"task_adapter_names": [*TWO, "x"]}, {}, ARROW, says("COMPONENT_UNLISTED", component="x")),
+    (
+        {"task_adapter_names": TWO[:1], "top_k": 1},
+        {},
         "components",
         says("COMPONENT_UNLISTED", component=TWO[1]),
     ),
-    "a stranger": (
-        {"arrow": {"task_adapter_names": [*TWO, "x"]}},
-        "arrow_config",
-        says("COMPONENT_UNLISTED", component="x"),
-    ),
-    "none of them": (
-        {"arrow": {"top_k": 0}},
-        "arrow_config",
-        says("INVALID_ENTRY", entry="top_k"),
-    ),
-    "more than there are": (
-        {"arrow": {"top_k": 3}},
-        "arrow_config",
-        says("NOT_IN_RANGE", most=2, value=3),
-    ),
-    "no temperature": (
-        {"arrow": {"router_temperature": 0}},
-        "arrow_config",
-        says("INVALID_ENTRY", entry="router_temperature"),
-    ),
-    "a temperature of words": (
-        {"arrow": {"router_temperature": "1"}},
-        "arrow_config",
-        says("INVALID_ENTRY", entry="router_temperature"),
-    ),
-    "a seed of words": (
-        {"arrow": {"rng_seed": "1"}},
-        "arrow_config",
-        says("INVALID_ENTRY", entry="rng_seed"),
-    ),
-    "nothing to subtract": (
-        {"arrow": {"use_gks": True}},
-        "arrow_config",
-        says("INVALID_ENTRY", entry="use_gks"),
-    ),
-    "no subtraction": (
-        {"arrow": {"gks_adapter_names": ["x"]}},
-        "arrow_config",
-        says("INVALID_ENTRY", entry="use_gks"),
-    ),
-    "an expert of both kinds": (
-        {"arrow": {"gks_adapter_names": TWO[:1], "use_gks": True}},
-        "arrow_config",
+    ({"top_k": 0}, {}, ARROW, says("INVALID_ENTRY", entry="top_k")),
+    ({"top_k": 3}, {}, ARROW, says("NOT_IN_RANGE", most=2, value=3)),
+    ({"router_temperature": 0}, {}, ARROW, says("INVALID_ENTRY", entry="router_temperature")),
+    ({"router_temperature": "1"}, {}, ARROW, says("INVALID_ENTRY", entry="router_temperature")),
+    ({"rng_seed": "1"}, {}, ARROW, says("INVALID_ENTRY", entry="rng_seed")),
+    ({"use_gks": True}, {}, ARROW, says("INVALID_ENTRY", entry="use_gks")),
+    ({"gks_adapter_names": ["x"]}, {}, ARROW, says("INVALID_ENTRY", entry="use_gks")),
+    (
+        {"gks_adapter_names": TWO[:1], "use_gks": True},
+        {},
+        ARROW,
         says("DUPLICATE", value=TWO[0]),
     ),
-    "an unknown key": ({"arrow": {"jitter": 0.1}}, "arrow_config", says("INVALID_VALUE")),
-    "a bias": ({"bias": "all"}, "bias", says("UNSUPPORTED_VALUE")),
-    "a head": ({"modules_to_save": ["lm_head"]}, "modules_to_save", says("UNSUPPORTED_VALUE")),
-    "rows": (
-        {"trainable_token_indices": [3]},
-        "trainable_token_indices",
-        says("UNSUPPORTED_VALUE"),
-    ),
-    "another variant": (
-        {"use_dora": True},
-        "arrow_config",
-        says("CONFLICTS_WITH", other="use_dora"),
-    ),
-    "a start that moves the base": (
-        {"init_lora_weights": "pissa"},
-        "init_lora_weights",
-        says("UNSUPPORTED_VALUE", value="pissa"),
-    ),
-    "modules that are not there": (
-        {"target_modules": ["w"]},
-        "target_modules",
-        says("SELECTS_NOTHING"),
-    ),
-}
+    ({"jitter": 0.1}, {}, ARROW, says("INVALID_VALUE")),
+    ({}, {"components": ...}, "components", says("REQUIRED")),
+    ({}, {"bias": "all"}, "bias", says("UNSUPPORTED_VALUE")),
+    ({}, {"modules_to_save": ["lm_head"]}, "modules_to_save", says("UNSUPPORTED_VALUE")),
+    ({}, {"trainable_token_indices": [3]}, "trainable_token_indices", says("UNSUPPORTED_VALUE")),
+    ({}, {"use_dora": True}, ARROW, says("CONFLICTS_WITH", other="use_dora")),
+    ({}, {"init_lora_weights": "pissa"}, "init_lora_weights", says("UNSUPPORTED_VALUE")),
+    ({}, {"target_modules": ["w"]}, "target_modules", says("SELECTS_NOTHING")),
+]
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize(("arrow", "changes", "field", "check"), REFUSED)
 def test_each_key_that_does_not_fit_is_refused_by_name(
-    case: str, made: Path, tmp_path: Path
+    arrow: dict[str, Any],
+    changes: dict[str, Any],
+    field: str,
+    check: Callable[[object], bool],
+    made: Path,
+    tmp_path: Path,
 ) -> None:
-    changes, field, check = REFUSED[case]
     root = saved(made, tmp_path, *TWO)
-    arrow = changes.get("arrow", {})
-    directory = write_router(root, "router", TWO, ALL, **arrow)
-    edit_config(directory, **{key: value for key, value in changes.items() if key != "arrow"})
+    edit_config(write_router(root, "router", TWO, ALL, **arrow), **changes)
     error = refusal(root, AdapterCheckpointError)
     assert any(name == field and check(why) for name, why in error.violations), error
 

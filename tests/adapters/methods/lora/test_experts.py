@@ -12,10 +12,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from builders.adapters import edit_config, edit_tensors
+from builders.bases.published_models import EXPERTS
 from builders.methods import load_adapter, make_config, save_adapter
-from method_oracle import check_greedy, check_score, oracle_logprobs, prompt_of, serve, twin
-from safetensors.torch import load_file, save_file
-from said import says
+from method_oracle import check_oracles, found_scores, prompt_of, serve, twin
+from safetensors.torch import save_file
+from said import fields_of, says
 from servers.engine_harness import make_request
 
 from turret.server.adapters.adapter import AdapterRef
@@ -23,19 +25,13 @@ from turret.server.basics.work import Cancellation
 from turret.server.errors import BudgetExceededError, InvalidRequestError, TurretError
 
 PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-# Names of the modules of an expert and of the router in checkpoints before transformers 5.
-OLD = {
-    "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
-    "olmoe": ("mlp", "gate_proj", "up_proj", "down_proj"),
-    "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
-}
 PREFIX = "base_model.model.model.layers"
 
 
 def save_old(architecture: str, folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     """Save a LoRA on experts that are modules, each with its own factors."""
     config = twin(architecture).model.config
-    block, *leaves = OLD[architecture]
+    block, *leaves = EXPERTS[architecture]
     generator = torch.Generator().manual_seed(seed)
     hidden, rank = config.hidden_size, 4
     inner = getattr(config, "moe_intermediate_size", config.intermediate_size)
@@ -76,30 +72,14 @@ def save_new(architecture: str, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None], **config: Any) -> None:
-    file = folder / "adapter_model.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file)
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
-
-
 async def check(architecture: str, root: Path, name: str) -> None:
     """Compare scores and greedy answers, in fp32."""
     base = twin(architecture)
     oracle = load_adapter(base.model, root / name)
-    prompt = prompt_of(30)
-    plain = oracle_logprobs(base.model, prompt)
-    assert (oracle_logprobs(oracle, prompt) - plain).abs().max() > 0.05
-    async with serve(base, root, adapters=[name]) as harness:
-        scored = await harness.run(make_request(prompt, name, score=True))
-        check_score(scored, oracle, prompt, name)
-        answer = await harness.run(make_request(prompt, name, max_tokens=5))
-        check_greedy(answer, oracle, prompt, name)
+    await check_oracles(base, root, [name], [(name, oracle)], lengths=(30,))
 
 
-@pytest.mark.parametrize("architecture", OLD)
+@pytest.mark.parametrize("architecture", EXPERTS)
 async def test_experts_as_modules(architecture: str, tmp_path: Path) -> None:
     # There is no reference for rsLoRA: PEFT's conversion doubles rank and alpha, so its scaling is
     # √2 too large.
@@ -162,12 +142,12 @@ async def test_experts_as_modules_of_4bit_checkpoints(tmp_path: Path) -> None:
 
     names = [f"{module}.{e}" for module in modules.values() for e in range(count)]
     targets = {"target_modules": ["q_proj", *names], "target_parameters": None}
-    edit(tmp_path / "old", take_apart, **targets)
+    edit_tensors(tmp_path / "old", take_apart)
+    edit_config(tmp_path / "old", **targets)
     prompt = prompt_of(30)
     async with serve("gpt_oss", tmp_path, adapters=["new", "old"]) as harness:
-        new, old, plain = await harness.run_all(
-            [make_request(prompt, *names, score=True) for names in (["new"], ["old"], [])]
-        )
+        requests = [make_request(prompt, name, score=True) for name in ("new", "old", None)]
+        new, old, plain = await harness.run_all(requests)
     assert old.bits == new.bits
     assert old.bits != plain.bits
 
@@ -184,54 +164,58 @@ async def test_a_mix_is_the_sum_of_its_updates(tmp_path: Path) -> None:
     names = ["one", "two", "old"]
     async with serve(base, tmp_path, adapters=names) as harness:
         prompt = prompt_of(20)
-        twice = AdapterRef(name="one", weight=2.0)
-        mixes = (["two"], [twice], ["one", "old"], ["old", "one"], [])
+        mixes = (["two"], [("one", 2.0)], ["one", "old"], ["old", "one"], [])
         requests = [make_request(prompt, *mix, score=True) for mix in mixes]
-        answers = await harness.run_all(requests)
-        for request, answer in zip(requests, answers, strict=True):
-            assert (await harness.run(request)).bits == answer.bits
-        found = [torch.tensor(answer.prompt_logprobs[1:]) for answer in answers]
+        found = [*map(found_scores, await harness.run_together_and_alone(requests))]
         torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found[2], found[3], rtol=1e-4, atol=1e-4)
         assert (found[2] - found[0]).abs().max() > 0.05
 
 
-REFUSALS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], dict[str, Any], str]] = {
-    "missing": (
-        lambda t: t.pop(f"{PREFIX}.1.mlp.experts.lora_A.weight"),
-        {},
-        "model.layers.1.mlp.experts.lora_A.weight",
-    ),
+Tensors = dict[str, torch.Tensor]
+FIELD = "model.layers.1.mlp.experts."
+
+
+def unchanged(tensors: Tensors) -> None:
+    """Only the config is changed."""
+
+
+def lose(tensors: Tensors) -> None:
+    del tensors[f"{PREFIX}.1.mlp.experts.lora_A.weight"]
+
+
+def overflow(tensors: Tensors) -> None:
+    for name in [name for name in tensors if "experts.lora_B" in name]:
+        tensors[name] = torch.full_like(tensors[name], 3e38)
+
+
+def add_loha(tensors: Tensors) -> None:
+    tensors[f"{PREFIX}.1.mlp.experts.3.up_proj.hada_w1_a"] = torch.ones(2, 2)
+
+
+# An edit of the tensors, changes of the config, and the reported field.
+REFUSALS: dict[str, tuple[Callable[[Tensors], None], dict[str, Any], str]] = {
+    "missing": (lose, {}, f"{FIELD}lora_A.weight"),
     "not targeted": (
-        lambda t: None,
-        {"target_parameters": ["gate_up_proj"]},
-        "model.layers.1.mlp.experts.base_layer.lora_A.weight",
+        *(unchanged, {"target_parameters": ["gate_up_proj"]}),
+        f"{FIELD}base_layer.lora_A.weight",
     ),
-    "rank": (lambda t: None, {"r": 5}, "model.layers.1.mlp.experts.lora_B.weight"),
-    "dora": (lambda t: None, {"use_dora": True}, "use_dora"),
-    "infinite": (
-        lambda t: t.update(
-            {k: torch.full_like(v, 3e38) for k, v in t.items() if "experts.lora_B" in k}
-        ),
-        {},
-        "model.layers.1.mlp.experts.down_proj",
-    ),
-    "another method": (
-        lambda t: t.update({f"{PREFIX}.1.mlp.experts.3.up_proj.hada_w1_a": torch.ones(2, 2)}),
-        {"peft_type": "LOHA"},
-        "model.layers.1.mlp.experts.3.up_proj.hada_w1_a",
-    ),
+    "rank": (unchanged, {"r": 5}, f"{FIELD}lora_B.weight"),
+    "dora": (unchanged, {"use_dora": True}, "use_dora"),
+    "infinite": (overflow, {}, f"{FIELD}down_proj"),
+    "another method": (add_loha, {"peft_type": "LOHA"}, f"{FIELD}3.up_proj.hada_w1_a"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSALS)
 async def test_inconsistent_files_are_rejected(case: str, tmp_path: Path) -> None:
     change, config, field = REFUSALS[case]
-    edit(save_new("qwen3_moe", tmp_path / "a"), change, **config)
+    edit_config(save_new("qwen3_moe", tmp_path / "a"), **config)
+    edit_tensors(tmp_path / "a", change)
     async with serve("qwen3_moe", tmp_path, adapters=[]) as harness:
         with pytest.raises(TurretError) as refused:
             harness.registry.load("a", "a")
-    assert field in {name for name, _ in refused.value.violations}
+    assert field in fields_of(refused.value)
 
 
 async def test_a_rank_over_the_limit_is_refused_before_it_takes_memory(tmp_path: Path) -> None:
@@ -239,11 +223,11 @@ async def test_a_rank_over_the_limit_is_refused_before_it_takes_memory(tmp_path:
     save_new("qwen3_moe", tmp_path / "parameters")
     async with serve("qwen3_moe", tmp_path, adapters=[]) as harness:
         for name in ("modules", "parameters"):
-            edit(tmp_path / name, lambda t: None, r=1 << 40)
+            edit_config(tmp_path / name, r=1 << 40)
             with pytest.raises(BudgetExceededError, check=says("RANK_OVER_LIMIT", rank=1 << 40)):
                 harness.registry.load(name, name)
         # The pattern's rank is within the limit, but no tensor has this rank.
-        edit(tmp_path / "modules", lambda t: None, r=4, rank_pattern={"up_proj": 100})
+        edit_config(tmp_path / "modules", r=4, rank_pattern={"up_proj": 100})
         large = patch.object(torch, "zeros", side_effect=AssertionError("as the config says"))
         with pytest.raises(TurretError, check=says("WRONG_SHAPE")), large:
             harness.registry.load("modules", "modules")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
-import math
+import dataclasses
+import gc
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from builders.adapters import (
+    assert_alike,
     base_of,
     edit_config,
     edit_tensors,
@@ -16,31 +20,27 @@ from builders.adapters import (
     logits,
     lora_config,
     lower_adapter,
-    refusal_of,
+    read_adapter,
+    refused_fields,
     tiny_llama,
     with_operators,
 )
-from builders.methods import load_adapter, make_config, quiet, save_adapter
+from builders.methods import ALL, load_adapter, make_config, quiet, save_adapter
 from peft import PeftModel, get_peft_model
 
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
-from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
-from turret.server.adapters.checkpoint.reader import read_checkpoint
-from turret.server.adapters.lowering.lowered import Lowered
-from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.peft_format import reading
 
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+def save(root: Path, model: Any, **changes: Any) -> Path:
+    save_adapter(model, lora_config(**changes), root / "a")
+    return root / "a"
 
 
-def read(directory: Path) -> AdapterCheckpoint:
-    return read_checkpoint(AdapterRoot(directory.parent), directory.name, max_elements=1 << 24)
-
-
-def lower(directory: Path, base: BaseModel, max_rank: int | None = None) -> Lowered:
-    checkpoint = read(directory)
-    return lower_checkpoint(checkpoint, base, max_rank)[1]
+def served_logits(root: Path, model: Any, base: BaseModel | None = None) -> torch.Tensor:
+    """The logits with the operators of the adapter, lowered on a base, by default the model's."""
+    operators = lower_adapter(root, base or base_of(model)).operators
+    return logits(with_operators(model, [(operators, 1.0)]))
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -65,20 +65,17 @@ SWITCHES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_file_dtype_is_read_exactly(tmp_path: Path, switch: str, dtype: torch.dtype) -> None:
     model = tiny_llama(attention_bias=True)
-    directory = tmp_path / "adapter"
-    save_adapter(model, lora_config(**SWITCHES[switch]), directory)
+    directory = save(tmp_path, model, **SWITCHES[switch])
     edit_tensors(directory, lambda tensors: {k: v.to(dtype) for k, v in tensors.items()})
     expected = logits(load_adapter(model, directory))
-    found = logits(with_operators(model, [(lower(directory, base_of(model)).operators, 1.0)]))
-    assert relative_error(found, expected) < 1e-5
+    assert relative_error(served_logits(tmp_path, model), expected) < 1e-5
 
 
 def test_scale_is_rounded_once(tmp_path: Path) -> None:
     model = tiny_llama()
-    directory = tmp_path / "adapter"
-    save_adapter(model, lora_config(lora_alpha=7), directory)
-    tensors = read(directory).tensors
-    operators = lower(directory, base_of(model, dtype=torch.bfloat16)).operators
+    save(tmp_path, model, lora_alpha=7)
+    tensors = read_adapter(tmp_path).tensors
+    operators = lower_adapter(tmp_path, base_of(model, dtype=torch.bfloat16)).operators
     for name, module in operators.modules.items():
         assert module.low_rank is not None
         b = tensors[f"{name}.lora_B.weight"].double() * (7 / 4)
@@ -95,8 +92,7 @@ def test_scale_is_rounded_once(tmp_path: Path) -> None:
 )
 def test_magnitude_spellings(tmp_path: Path, spelling: str, shape: str) -> None:
     model = tiny_llama()
-    directory = tmp_path / "adapter"
-    save_adapter(model, lora_config(use_dora=True), directory)
+    directory = save(tmp_path, model, use_dora=True)
     expected = logits(load_adapter(model, directory))
 
     def respell(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -109,8 +105,7 @@ def test_magnitude_spellings(tmp_path: Path, spelling: str, shape: str) -> None:
         return result
 
     edit_tensors(directory, respell)
-    found = logits(with_operators(model, [(lower(directory, base_of(model)).operators, 1.0)]))
-    assert relative_error(found, expected) < 1e-5
+    assert relative_error(served_logits(tmp_path, model), expected) < 1e-5
 
 
 def test_dora_takes_its_norm_from_the_served_weight(tmp_path: Path) -> None:
@@ -118,13 +113,9 @@ def test_dora_takes_its_norm_from_the_served_weight(tmp_path: Path) -> None:
     with torch.no_grad():
         for linear in linear_modules(served).values():
             linear.weight.add_(0.02 * torch.randn_like(linear.weight))
-    directory = tmp_path / "adapter"
-    save_adapter(trained, lora_config(use_dora=True), directory)
-    expected = logits(load_adapter(served, directory))
-    found = logits(with_operators(served, [(lower(directory, base_of(served)).operators, 1.0)]))
-    other = logits(with_operators(served, [(lower(directory, base_of(trained)).operators, 1.0)]))
-    assert relative_error(found, expected) < 1e-5
-    assert relative_error(other, expected) > 1e-3
+    expected = logits(load_adapter(served, save(tmp_path, trained, use_dora=True)))
+    assert relative_error(served_logits(tmp_path, served), expected) < 1e-5
+    assert relative_error(served_logits(tmp_path, served, base_of(trained)), expected) > 1e-3
 
 
 @pytest.mark.parametrize("elements", [1, 300, 1 << 24])
@@ -146,13 +137,8 @@ def test_the_gain_does_not_depend_on_the_block(
 
 
 def test_dequantises_one_module_at_a_time(tmp_path: Path) -> None:
-    import dataclasses
-    import gc
-    import weakref
-
     model = tiny_llama()
-    directory = tmp_path / "adapter"
-    save_adapter(model, lora_config(use_dora=True, target_modules=ALL), directory)
+    save(tmp_path, model, use_dora=True, target_modules=ALL)
     alive: list[weakref.ref[torch.Tensor]] = []
 
     def counted(weight: torch.Tensor) -> torch.Tensor:
@@ -167,15 +153,14 @@ def test_dequantises_one_module_at_a_time(tmp_path: Path) -> None:
         name: dataclasses.replace(m, dequantize=lambda m=m: counted(m.dequantize()))
         for name, m in base.modules.items()
     }
-    lower(directory, dataclasses.replace(base, modules=modules))
+    lower_adapter(tmp_path, dataclasses.replace(base, modules=modules))
     assert len(alive) == 14
 
 
 def test_wrapper_prefixes_are_dropped(tmp_path: Path) -> None:
     model = tiny_llama()
-    directory = tmp_path / "adapter"
-    save_adapter(model, lora_config(use_dora=True), directory)
-    plain = lower(directory, base_of(model))
+    directory = save(tmp_path, model, use_dora=True)
+    plain = lower_adapter(tmp_path, base_of(model))
 
     def wrap(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         result = {}
@@ -189,57 +174,33 @@ def test_wrapper_prefixes_are_dropped(tmp_path: Path) -> None:
         return result
 
     edit_tensors(directory, wrap)
-    wrapped = lower(directory, base_of(model))
-    assert wrapped.operators.modules.keys() == plain.operators.modules.keys()
-    for name, module in plain.operators.modules.items():
-        other = wrapped.operators.modules[name]
-        assert module.gain is not None
-        assert other.gain is not None
-        assert torch.equal(module.gain, other.gain)
+    assert_alike(lower_adapter(tmp_path, base_of(model)), plain)
 
 
 def test_reports_ranks_targets_and_base_warnings(tmp_path: Path) -> None:
-    model = tiny_llama()
-    directory = tmp_path / "adapter"
-    save_adapter(model, lora_config(rank_pattern={"v_proj": 2}), directory)
+    base = base_of(tiny_llama())
+    directory = save(tmp_path, tiny_llama(), rank_pattern={"v_proj": 2})
     edit_config(directory, base_model_name_or_path="x/Other")
-    lowered = lower(directory, base_of(model))
+    lowered = lower_adapter(tmp_path, base)
     assert lowered.ranks == (2, 4)
     assert lowered.target_modules == ("q_proj", "v_proj")
     assert lowered.base_model == "x/Other"
     assert len(lowered.warnings) == 1
     assert lowered.warnings[0].params["trained"] == "x/Other"
     edit_config(directory, base_model_name_or_path="unsloth/Tiny-Llama-unsloth-bnb-4bit")
-    (stored,) = lower(directory, base_of(model)).warnings
+    (stored,) = lower_adapter(tmp_path, base).warnings
     assert stored.reason == "OTHER_QUANTIZATION"
     edit_config(directory, base_model_name_or_path="unsloth/Tiny-Llama")
-    assert lower(directory, base_of(model)).warnings == ()
+    assert lower_adapter(tmp_path, base).warnings == ()
 
 
 def test_ambiguous_patterns_follow_the_file_and_warn(tmp_path: Path) -> None:
     model = tiny_llama(dtype=torch.float64)
-    directory = tmp_path / "adapter"
-    config = lora_config(alpha_pattern={r".*\.q_proj": 3, r"self_attn\.q_proj": 40})
-    save_adapter(model, config, directory)
-    expected = logits(load_adapter(model, directory))
-    lowered = lower(directory, base_of(model))
-    found = logits(with_operators(model, [(lowered.operators, 1.0)]))
-    assert relative_error(found, expected) < 1e-6
-    assert lowered.warnings[0].params["field"] == "alpha_pattern"
-
-
-def test_rslora_scale_uses_each_modules_rank(tmp_path: Path) -> None:
-    model = tiny_llama()
-    directory = tmp_path / "adapter"
-    save_adapter(model, lora_config(use_rslora=True, rank_pattern={"v_proj": 16}), directory)
-    tensors = read(directory).tensors
-    operators = lower(directory, base_of(model)).operators
-    for leaf, rank in (("q_proj", 4), ("v_proj", 16)):
-        name = f"model.layers.0.self_attn.{leaf}"
-        low_rank = operators.modules[name].low_rank
-        assert low_rank is not None
-        expected = tensors[f"{name}.lora_B.weight"].T * (10 / math.sqrt(rank))
-        torch.testing.assert_close(low_rank.b, expected)
+    patterns = {r".*\.q_proj": 3, r"self_attn\.q_proj": 40}
+    expected = logits(load_adapter(model, save(tmp_path, model, alpha_pattern=patterns)))
+    assert relative_error(served_logits(tmp_path, model), expected) < 1e-6
+    warnings = lower_adapter(tmp_path, base_of(model)).warnings
+    assert warnings[0].params["field"] == "alpha_pattern"
 
 
 # PiSSA and OLoRA: PEFT converts them to plain LoRAs of the original base.
@@ -270,10 +231,8 @@ def test_a_converted_adapter_is_the_trained_model(init: str, tmp_path: Path) -> 
         peft_model.save_pretrained(
             str(tmp_path / "a"), path_initial_model_for_weight_conversion=str(tmp_path / "init")
         )
-    lowered = lower_adapter(tmp_path, base_of(model))
-    found = logits(with_operators(model, [(lowered.operators, 1.0)]))
-    assert lowered.ranks == (8,)
-    assert (expected - logits(model)).norm() > 0.05 * expected.norm()
-    assert (found - expected).norm() < 1e-4 * expected.norm()
+    assert lower_adapter(tmp_path, base_of(model)).ranks == (8,)
+    assert relative_error(logits(model), expected) > 0.05
+    assert relative_error(served_logits(tmp_path, model), expected) < 1e-4
     # Without the conversion, the adapter is for changed weights, which the server does not have.
-    assert "init_lora_weights" in {field for field, _ in refusal_of(tmp_path, "raw").violations}
+    assert "init_lora_weights" in refused_fields(tmp_path, "raw")

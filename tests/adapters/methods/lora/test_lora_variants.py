@@ -20,10 +20,11 @@ from builders.adapters import (
     lower_adapter,
     make_qalora,
     read_adapter,
-    refusal_of,
+    refused_fields,
+    save_tiny,
     tiny_llama,
 )
-from builders.methods import drawing, make_config, save_adapter
+from builders.methods import drawing
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.lora.variants import QALoraLinearVariant
@@ -38,18 +39,9 @@ Q = "model.layers.0.self_attn.q_proj"
 KEY = f"base_model.model.{Q}"
 
 
-def save(root: Path, method: str = "lora", **changes: Any) -> Path:
-    save_adapter(tiny_llama(), make_config(method, **changes), root / "a")
-    return root / "a"
-
-
-def named(root: Path) -> set[str]:
-    return {field for field, _ in refusal_of(root).violations}
-
-
 def save_qalora(root: Path, group: int, **changes: Any) -> Path:
     """Save a LoRA with first factors for pooled inputs, which PEFT creates only on GPTQ layers."""
-    directory = save(root, target_modules=["q_proj", "down_proj"], **changes)
+    directory = save_tiny(root, target_modules=["q_proj", "down_proj"], **changes)
     make_qalora(directory, group)
     return directory
 
@@ -98,7 +90,7 @@ def test_qalora_groups_must_divide_the_inputs(tmp_path: Path) -> None:
     with pytest.raises(AdapterMismatchError, check=says("NOT_DIVISIBLE", by=7)):
         lower_adapter(tmp_path, base_of(tiny_llama()))
     edit_config(directory, qalora_group_size=...)
-    assert named(tmp_path) == {"qalora_group_size"}
+    assert refused_fields(tmp_path) == {"qalora_group_size"}
 
 
 def test_tensors_used_only_in_training_are_dropped_and_need_their_key(tmp_path: Path) -> None:
@@ -108,7 +100,7 @@ def test_tensors_used_only_in_training_are_dropped_and_need_their_key(tmp_path: 
         ("monteclora", "monteclora_config", "lora_monteclora_sampler.std_prior"),
     ):
         # Use one module, because PEFT takes a while to create MonteCLoRA's sampler.
-        directory = save(tmp_path, method, target_modules=["layers.0.self_attn.q_proj"])
+        directory = save_tiny(tmp_path, method, target_modules=["layers.0.self_attn.q_proj"])
         checkpoint = read_adapter(tmp_path)
         assert f"{Q}.{part}" in checkpoint.tensors
         assert method_for(checkpoint).name == "lora"
@@ -118,12 +110,12 @@ def test_tensors_used_only_in_training_are_dropped_and_need_their_key(tmp_path: 
         assert torch.equal(low_rank.a, checkpoint.tensors[f"{Q}.lora_A.weight"])
         assert torch.equal(low_rank.b.T, checkpoint.tensors[f"{Q}.lora_B.weight"] * 1.5)
         edit_config(directory, **{key: None})
-        assert f"{Q}.{part}" in named(tmp_path)
+        assert f"{Q}.{part}" in refused_fields(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["use_qalora", "use_bdlora", "kasa_config", "velora_config"])
 def test_variants_cannot_be_combined(key: str, tmp_path: Path) -> None:
-    directory = save(tmp_path, "dora", target_modules=["q_proj"])
+    directory = save_tiny(tmp_path, "dora", target_modules=["q_proj"])
     values = {"use_qalora": True, "use_bdlora": {"nblocks": 1, "match_strict": False}}
     if key == "kasa_config":
         diagonals = {
@@ -133,16 +125,16 @@ def test_variants_cannot_be_combined(key: str, tmp_path: Path) -> None:
     edit_config(directory, **{key: values.get(key, {})})
     if key.endswith("_config"):
         edit_config(directory, **{key: {"beta": 1.0} if key[0] == "k" else {"scale": 1.0}})
-    assert key in named(tmp_path)
+    assert key in refused_fields(tmp_path)
 
 
 def test_kasa_needs_its_diagonal_and_a_rank_below_the_weights(tmp_path: Path) -> None:
-    directory = save(tmp_path, "kasa", target_modules=["k_proj"])
+    directory = save_tiny(tmp_path, "kasa", target_modules=["k_proj"])
     edit_tensors(directory, lambda t: {n: x for n, x in t.items() if "lora_diag" not in n})
-    assert named(tmp_path) == {
+    assert refused_fields(tmp_path) == {
         f"model.layers.{layer}.self_attn.k_proj.lora_diag" for layer in (0, 1)
     }
-    save(tmp_path, "lora", r=32, target_modules=["k_proj"])
+    save_tiny(tmp_path, "lora", r=32, target_modules=["k_proj"])
     edit_config(directory, kasa_config={"beta": 1e-4, "gamma": 1e-3})
 
     def add_diagonal(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -155,17 +147,17 @@ def test_kasa_needs_its_diagonal_and_a_rank_below_the_weights(tmp_path: Path) ->
 
 
 def test_block_diagonal_factors_must_fit_their_config(tmp_path: Path) -> None:
-    directory = save(tmp_path, "bd_lora")
+    directory = save_tiny(tmp_path, "bd_lora")
     lists = {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["q_proj"]}
     for value in ({"nblocks": 3}, {"nblocks": 2, **lists}, {"nblocks": 2, "match": 1}, True):
         edit_config(directory, use_bdlora=value)
         # Without a list of names, the factors are not blocked.
-        fields = named(tmp_path)
+        fields = refused_fields(tmp_path)
         assert "use_bdlora" in fields or f"{Q}.lora_B.weight" in fields
 
 
 def test_a_conv1d_flag_warns(tmp_path: Path) -> None:
-    directory = save(tmp_path)
+    directory = save_tiny(tmp_path)
     base = base_of(tiny_llama())
     assert lower_adapter(tmp_path, base).warnings == ()
     edit_config(directory, fan_in_fan_out=True)
@@ -192,7 +184,7 @@ def test_the_base_is_read_in_blocks_on_its_device_beside_the_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, most: int
 ) -> None:
     monkeypatch.setattr(dora_gain_module, "_ROWS_PER_BLOCK", 24)
-    save(tmp_path, kind)
+    save_tiny(tmp_path, kind)
     plain, beside = base_of(tiny_llama()), list[bool]()
 
     @contextlib.contextmanager
@@ -221,7 +213,7 @@ def test_the_base_is_read_in_blocks_on_its_device_beside_the_steps(
 def test_a_weight_is_decomposed_on_the_host_if_the_device_is_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save(tmp_path, "kasa")
+    save_tiny(tmp_path, "kasa")
     base, svd = base_of(tiny_llama()), torch.linalg.svd
     expected = lower_adapter(tmp_path, base).operators.modules[Q].low_rank
     refused = list[int]()

@@ -40,8 +40,7 @@ def write_gguf(
     """
     config = json.loads((folder / "config.json").read_text())
     converter = converter_of(config)
-    writer = gguf.GGUFWriter(file, converter.architecture)
-    writer.add_name("Tiny")
+    writer = gguf_writer(file, converter.architecture, name="Tiny")
     for key, value in {**converter.keys(config), **(more or {})}.items():
         if value is not None:
             add_key(writer, f"{converter.architecture}.{key}", value)
@@ -57,6 +56,19 @@ def write_gguf(
             continue
         own = experts if experts is not None and "_exps." in stored else kind
         _add_tensor(writer, stored, tensor.float().numpy(), own)
+    finish(writer)
+
+
+def gguf_writer(file: Path, architecture: str, **keys: Any) -> gguf.GGUFWriter:
+    """A writer to which these keys were added by its methods ``add_…``."""
+    writer = gguf.GGUFWriter(file, architecture)
+    for name, value in keys.items():
+        getattr(writer, f"add_{name}")(value)
+    return writer
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Write the file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -12,7 +12,13 @@ import bitsandbytes.functional as bnb_functional
 import torch
 from bitsandbytes.nn.modules import Linear4bit
 from builders.methods import quiet
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from turret.server.models.families import read_arch, transformers_config
+from turret.server.models.loader import CheckpointTensors
+from turret.server.models.model_source import ModelSource
+from turret.server.models.weights.nf4 import Nf4Weight
 
 # Modules in 16 bits, as in Unsloth's dynamic 4-bit checkpoints: whole modules of some layers.
 UNSLOTH = ("lm_head", "model.layers.1.mlp.down_proj", "model.layers.0.self_attn")
@@ -43,6 +49,21 @@ def save_4bit(plain: Path, folder: Path, skip: Sequence[str], **changes: Any) ->
         if "token" in file.name:
             shutil.copy(file, folder)
     return folder
+
+
+def tensors_4bit(source: ModelSource) -> dict[str, torch.Tensor]:
+    """The tensors of a model in the cache, as a bitsandbytes-4bit checkpoint has them."""
+    arch = read_arch(transformers_config(source.files))
+    stored = CheckpointTensors(source, arch.experts)
+    held = load_file(source.weights / "model.safetensors")
+    tensors = {name: tensor for name, tensor in held.items() if ":" not in name}
+    assert len(tensors) < len(held)
+    for modules in (each for n in range(arch.num_layers) for each in arch.projections(n)):
+        for path, out, inner in modules:
+            weight = stored.weight(f"{path}.weight", (out, inner))
+            if isinstance(weight, Nf4Weight):
+                tensors |= weight.to_tensors(f"{path}.weight")
+    return tensors
 
 
 def load_4bit(folder: Path) -> tuple[Any, Any]:

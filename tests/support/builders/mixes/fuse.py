@@ -21,10 +21,10 @@ from transformers import LlamaForCausalLM
 
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.adapters.base import Allowed
-from turret.server.adapters.fuse.combination import Combination, FuseResult
-from turret.server.adapters.fuse.fuser import Fuser
-from turret.server.adapters.fuse.module_fuser import FusedModule, ModuleFuser
-from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.combination import Combination, FuseResult
+from turret.server.adapters.fuser import Fuser
+from turret.server.adapters.module_fuser import FusedModule, ModuleFuser
+from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StateDir
 from turret.server.basics.work import Cancellation
 from turret.server.errors import TurretError
@@ -42,21 +42,29 @@ class Fusions:
     """A registry with its own adapters and a directory for fused ones."""
 
     def __init__(
-        self, directory: Path, *, max_rank: int = 64, max_upload_bytes: int = 1 << 24
+        self,
+        directory: Path,
+        *,
+        base: LlamaForCausalLM | None = None,
+        dtype: torch.dtype | None = None,
+        host_bytes: int = 1 << 28,
+        max_rank: int = 64,
+        max_upload_bytes: int | None = 1 << 24,
     ) -> None:
+        """Without ``max_upload_bytes``, there is no directory for fused adapters."""
         self.root = directory / "root"
         self.state = directory / "state"
+        self.base = base or model()
         self._numbers = itertools.count()
         self.registry = AdapterRegistry(
             self.root,
-            base_of(model()),
-            1 << 28,
+            base_of(self.base, dtype=dtype),
+            host_bytes,
             max_rank,
-            state=StateDir(self.state, max_upload_bytes),
+            state=None if max_upload_bytes is None else StateDir(self.state, max_upload_bytes),
             allowed=Allowed(dense=True),
         )
-
-        self.fuser = Fuser(self.registry, host_bytes=1 << 28, max_rank=max_rank)
+        self.fuser = Fuser(self.registry, host_bytes=host_bytes, max_rank=max_rank)
 
     def close(self) -> None:
         self.fuser.close()
@@ -64,7 +72,7 @@ class Fusions:
 
     def add(self, name: str, method: str = "lora", seed: int = 1, **changes: Any) -> str:
         """Create an adapter with PEFT and register it; returns its name."""
-        save_adapter(model(), make_config(method, **changes), self.root / name, seed=seed)
+        save_adapter(self.base, make_config(method, **changes), self.root / name, seed=seed)
         self.registry.load(name, name)
         return name
 

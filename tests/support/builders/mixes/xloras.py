@@ -11,15 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from builders.adapters import read_adapter
 from builders.methods import copy_of, make_config, quiet, save_adapter
 from peft import PeftModel, XLoraConfig, get_peft_model
 from torch import nn
 
-from turret.server.adapters.base import BaseModel
-from turret.server.adapters.component import Component, ComponentRef
-from turret.server.adapters.lowering.lowered import Lowered
-from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.cli import main
 
 LORAS: dict[str, dict[str, Any]] = {
@@ -87,14 +82,3 @@ def save_xlora(model: nn.Module, root: Path, name: str, **keys: Any) -> PeftMode
         if not target.exists():
             shutil.copytree(folder, target)
     return made
-
-
-def lower_xlora(root: Path, name: str, base: BaseModel, loras: Sequence[str]) -> Lowered:
-    """``root/name``, lowered with the registered ``loras``."""
-    by_digest = {read_adapter(root, lora).digest: lora for lora in loras}
-
-    def find(ref: ComponentRef) -> Component:
-        method, found = lower_checkpoint(read_adapter(root, by_digest[ref.digest]), base)
-        return Component(ref, method, found.operators, found.ranks, found.scalings)
-
-    return lower_checkpoint(read_adapter(root, name), base, None, find)[1]

@@ -1,1 +1,0 @@
-"""Evaluates adapters on a test set, through a running server."""

@@ -1,1 +1,0 @@
-"""Conversion of Python values to messages, and of messages to values."""

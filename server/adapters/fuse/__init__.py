@@ -1,1 +1,0 @@
-"""Combines several adapters into one LoRA."""

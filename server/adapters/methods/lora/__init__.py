@@ -1,1 +1,0 @@
-"""LoRA, and its variants that share a checkpoint's keys and factors."""

@@ -1,1 +1,0 @@
-"""Methods that learn something before the prompt: soft tokens, or keys and values."""

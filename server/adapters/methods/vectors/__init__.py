@@ -1,1 +1,0 @@
-"""Methods that learn vectors: scales of channels, biases, rows of the vocabulary."""

@@ -1,0 +1,54 @@
+"""WaveFT (arXiv 2505.12532): ``ΔW = s·W⁻¹(c)``, a few coefficients of a wavelet transform.
+
+The positions of the coefficients are drawn again from the seed, exactly as PEFT draws them. A
+coefficient is an outer product of two filters. The filters of ``db1`` have length 2, so the update
+is sparse. Without ``use_idwt``, the coefficients are the entries themselves.
+"""
+
+from __future__ import annotations
+
+from turret.server.adapters.methods.kit import *
+from turret.server.adapters.methods.wavelets import WAVELETS, inverse_entries
+
+_SPECTRUM = "waveft_spectrum"
+_COUNTED = "the tensors show how many coefficients there are"
+
+
+def _check(m: Module) -> None:
+    check_coefficients(m, _SPECTRUM)
+    check_places(m)
+
+
+def _operators(m: Module) -> Piece:
+
+    spectrum, shape = m.exact(_SPECTRUM), (m.outputs, m.inputs)
+    places = drawn_places(m, len(spectrum))
+    rows, columns = places // m.inputs, places % m.inputs
+    values = spectrum * m.config["scaling"]
+    if m.config["use_idwt"]:
+        family = m.config["wavelet_family"]
+        rows, columns, values = inverse_entries(family, rows, columns, values, shape)
+    return sparse(rows, columns, values, shape)
+
+
+METHOD = LinearMethod(
+    name="waveft",
+    peft_types={"WAVEFT"},
+    keys={
+        "scaling": is_number,
+        "wavelet_family": is_one_of(*WAVELETS),
+        "use_idwt": is_bool,
+        "random_loc_seed": is_seed,
+    },
+    ignored={
+        "n_frequency": _COUNTED,
+        "n_frequency_pattern": _COUNTED,
+        "proportional_parameters": _COUNTED,
+    },
+    bias=("waveft_only",),
+    rank=None,
+    required=("scaling", "wavelet_family", "use_idwt", "random_loc_seed"),
+    tensors={_SPECTRUM: (extent(_SPECTRUM, 0),)},
+    check=_check,
+    operators=_operators,
+)

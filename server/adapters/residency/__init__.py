@@ -1,1 +1,0 @@
-"""Adapters in host memory, and the requests that wait for them."""

@@ -1,1 +1,0 @@
-"""What every protocol for training shares: models, their commands, checkpoints, and limits."""

@@ -1,1 +1,0 @@
-"""The console: a page, and the data that it requests every second."""

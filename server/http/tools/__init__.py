@@ -1,1 +1,0 @@
-"""Splits an answer's text into reasoning, content and tool calls, as it grows."""

@@ -1,1 +1,0 @@
-"""gRPC: listeners, interceptor, servicers, status."""

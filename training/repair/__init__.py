@@ -1,1 +1,0 @@
-"""``turret model repair``: an adapter that approximates a model's quantisation error."""
