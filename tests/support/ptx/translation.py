@@ -158,6 +158,15 @@ class Translation:
             return f"np.bool_({int(text, 0) != 0})"
         return self._constant(int(text.rstrip("U"), 0), bits)
 
+    def _packed(self, text: str, bits: int) -> str:
+        """An operand that is packed together with others.
+
+        For irrelevant bytes, compilers pack registers that nothing writes.
+        """
+        if self._program.is_register(text) and text not in self._destinations:
+            return f"cta.never_written({bits})"
+        return self._operand(text, bits)
+
     def _constant(self, value: int, bits: int) -> str:
         """The name of a constant, which contains its value; see ``opcodes.constant``."""
         value &= (1 << bits) - 1
@@ -269,10 +278,7 @@ class Translation:
             widths[2] = 2 * bits
         texts = [self._operand(o, w) for o, w in zip(sources, widths, strict=True)]
         if name == "prmt":
-            # Compilers pack relevant bytes together with unwritten registers for irrelevant ones.
-            for i, source in enumerate(sources[:2]):
-                if self._program.is_register(source) and source not in self._destinations:
-                    texts[i] = "cta.never_written(32)"
+            texts[:2] = (self._packed(o, 32) for o in sources[:2])
         if name == "lop3":
             texts[3] = str(int(sources[3].rstrip("U"), 0))
         return self._assign(to, opcodes.expression(ins.opcode, texts), self._guard(ins))
@@ -292,7 +298,7 @@ class Translation:
             parts = self._vector(source)
             width = bits // len(parts)
             terms = [
-                f"({self._operand(p, width)}.astype(u{bits // 8}) << u{bits // 8}({i * width}))"
+                f"({self._packed(p, width)}.astype(u{bits // 8}) << u{bits // 8}({i * width}))"
                 for i, p in enumerate(parts)
             ]
             yield self._assign(to, " | ".join(terms), guard)
