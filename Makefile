@@ -81,7 +81,7 @@ conformance: setup
 	.conformance/bin/uv pip install -q --python .conformance/bin/python -r tests/conformance/requirements.txt
 	$(BIN)/python -m pytest --timeout 3000 -m long $(ARGS) tests/conformance
 	for version in 0.25.0 0.38.0; do test -d .conformance/tinker/$$version || \
-		.conformance/bin/pip install -q --target .conformance/tinker/$$version tinker==$$version || exit 1; done
+		.conformance/bin/uv pip install -q --python .conformance/bin/python --target .conformance/tinker/$$version tinker==$$version || exit 1; done
 	TINKER_CLIENTS=.conformance/tinker $(BIN)/python -m pytest --timeout 3000 -m "" \
 		tests/http/tinker/test_client.py tests/conformance/test_tinker_loops.py
 
