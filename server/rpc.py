@@ -64,7 +64,7 @@ from turret.v1 import (
 
 # Limit for all clients together.
 MOST_CALLS = 1 << 14
-# Limit for one connection, which gRPC enforces (``_OPTIONS`` in server.py). Clients learn this
+# Limit for one connection, which gRPC enforces (``_OPTIONS``). Clients learn this
 # limit and wait. At the limit, a call that arrives before an earlier one has ended on the server
 # fails with UNAVAILABLE, so the limit is high enough for a program that sends all of its prompts at
 # once.
@@ -277,7 +277,7 @@ COUNTED = frozenset(
 # Calls with many inputs. Their handlers count each input against the limits of the calling party.
 MANY = frozenset(f"/turret.v1.Inference/{name}" for name in ("Embed", "EmbedStream", "Classify"))
 
-# Every method that the server offers, at any of its addresses.
+# The methods of the services that every server has, at one of its addresses.
 _METHODS = frozenset(
     f"/{service.full_name}/{method.name}"
     for file in (inference_pb2.DESCRIPTOR, adapters_pb2.DESCRIPTOR)

@@ -62,7 +62,7 @@ from turret.server.errors import (
 )
 from turret.server.words import say
 
-# The method that reads these files.
+# The method of the result.
 METHOD = "lora"
 
 

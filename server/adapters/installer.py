@@ -160,7 +160,7 @@ class Installer:
             return self._enter(new, loaded, before, put)
 
     def publish(
-        self, name: str, loaded: LoadedAdapter, put: Callable[[Path], object]
+        self, name: str, source: Source, loaded: LoadedAdapter, put: Callable[[Path], object]
     ) -> Registration:
         """Registers an adapter that this server has made; see ``AdapterRegistry.publish``."""
         before = self.table.get(name)
@@ -168,7 +168,8 @@ class Installer:
             self.table.check_active(before)
             if before.current.facts.content == loaded.facts.content:
                 return before
-        new = NewWeights(name=name, source=Source("", is_upload=True, adapter=name))
+        self.loader.check_size(name, loaded.operators)
+        new = NewWeights(name=name, source=source)
         with nullcontext() if before is None else self.table.replacing(before):
             return self._enter(new, loaded, before, put)
 

@@ -255,14 +255,12 @@ class AdapterLoader:
         # Keep one base for the whole lowering, even if it is replaced meanwhile.
         base = self.base
         method, lowered = self._lowered(checkpoint, base, self._read_component)
-        if lowered.num_bytes > self._host_bytes:
-            raise over_host_memory(checkpoint.path, lowered.num_bytes, self._host_bytes)
         if not self._allowed.other_base:
             check_same_base(checkpoint, base)
         if self._allowed.strict_base and (difference := base_difference(checkpoint, base)):
             text = say("BASE_DIFFERS", path=checkpoint.path, problem=difference)
             raise AdapterMismatchError(text, violations=[("base_model_name_or_path", text)])
-        self._admit(lowered.operators)
+        self.check_size(checkpoint.path, lowered.operators)
         generation = base.generation if lowered.depends_on_base else None
         facts = lowered.facts(checkpoint, method)
         if checkpoint.tokenizer is not None:
@@ -271,6 +269,12 @@ class AdapterLoader:
         if checkpoint.tokenizer is not None or checkpoint.chat_template:
             self._check(checkpoint, facts)
         return LoadedAdapter(facts, lowered.operators, generation)
+
+    def check_size(self, shown: str, operators: AdapterOperators) -> None:
+        """Raises BudgetExceededError for operators that are too large to be served."""
+        if operators.num_bytes > self._host_bytes:
+            raise over_host_memory(shown, operators.num_bytes, self._host_bytes)
+        self._admit(operators)
 
     def _check(self, checkpoint: AdapterCheckpoint, facts: AdapterFacts) -> None:
         try:

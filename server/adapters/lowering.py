@@ -1,7 +1,7 @@
 """The form of a method, and what turns a checkpoint of it into checked operators. Needs no torch.
 
 A method is a declaration, and a function from tensors to operators, which are made in fp32 or
-wider. They are rounded once, to the serving dtype, when a module is assembled, moved to one block
+wider. They are rounded to the serving dtype when a module is assembled, moved to one block
 of memory, checked, and summarised. A method may also declare the start of its training.
 """
 

@@ -546,9 +546,7 @@ class AdapterRegistry:
                 )
             )
 
-    def publish(
-        self, name: str, loaded: LoadedAdapter, put: Callable[[Path], object]
-    ) -> AdapterInfo:
+    def publish(self, name: str, loaded: LoadedAdapter, staged: StagedUpload) -> AdapterInfo:
         """Registers an adapter that this server has made as a name or as its next generation.
 
         The same content does not make a new generation. A private name does not survive a restart.
@@ -556,14 +554,17 @@ class AdapterRegistry:
         Args:
             name: The name.
             loaded: The adapter.
-            put: Makes a directory with the files, which are read if the adapter was evicted.
+            staged: Its files, which are read if the adapter was evicted.
 
         Raises:
             AdapterInUseError: The adapter is being unloaded, or is a component of a fusion.
+            BudgetExceededError: The adapter is too large for the server's memory.
             StorageFullError: The files cannot be kept.
         """
+        source = self._state.staged_source(staged, name)
         with self._changing(name):
-            return self._record(self._installer.publish(name, loaded, put))
+            made = self._installer.publish(name, source, loaded, staged.directory.rename)
+            return self._record(made)
 
     def _put(self, new: NewWeights) -> AdapterInfo:
         return self._record(self._installer.install(new))

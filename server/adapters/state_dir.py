@@ -499,6 +499,11 @@ class StateDir(SharedStateDir):
         found, is_complete = _read_all(self._adapters, SavedRegistration.from_json)
         if not sweeps:
             return found
+        for saved in found:
+            if is_private(saved.name):
+                # Earlier versions saved the adapters of samplers, too.
+                self.remove(saved.name)
+        found = [saved for saved in found if not is_private(saved.name)]
         for path in self._incoming.iterdir():
             remove_directory(path)
         if is_complete:

@@ -55,6 +55,7 @@ class WatchedFiles(Generic[_T]):
         # Take the stamp before reading, so that the next look notices a change that happens
         # meanwhile.
         self._seen = self._stamp()
+        self._reported: _Stamp | None = None
         self.newest = read()
 
     def look(self) -> bool:
@@ -71,17 +72,22 @@ class WatchedFiles(Generic[_T]):
             self._seen = stamp
             self.newest = self._read()
         except (OSError, ValueError, MemoryError) as error:
-            _log.error(
-                f"cannot read the {self._what} again; keeping the old ones",
-                extra=log.fields(reason=str(error) or repr(error)),
-            )
+            if isinstance(error, MemoryError):
+                self._seen = None
+            # TLS looks at the files for each connection.
+            if stamp != self._reported:
+                self._reported = stamp
+                _log.error(
+                    f"cannot read the {self._what} again; keeping the old ones",
+                    extra=log.fields(reason=str(error) or repr(error)),
+                )
             return False
         _log.info(f"{self._what} reloaded")
         return True
 
     def forget(self) -> None:
         """Make the next look read the files even if they have not changed."""
-        self._seen = None
+        self._seen = self._reported = None
 
     def _stamp(self) -> _Stamp | None:
         """A stamp that changes when a file is written or replaced; None while a file is missing."""

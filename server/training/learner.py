@@ -157,7 +157,7 @@ class Learner:
         Raises:
             InvalidRequestError: The gradient is infinite or NaN; the tensors stay as they were.
             AdapterCheckpointError: The new tensors cannot be served, such as infinite ones; the
-                tensors stay as they were.
+                tensors stay as they were, but the optimizer's averages include the gradient.
         """
         if all(leaf.grad is None for leaf in self._leaves):
             return {"grad_norm": 0.0}
@@ -228,7 +228,7 @@ class Learner:
 
     def _state(self) -> dict[str, torch.Tensor]:
         parameters = list(self.parameters.values())
-        # The number of steps is one for all, and in the file one for each tensor.
+        # All tensors share one step count here, but the file has one for each tensor.
         of_all = {
             key: _split(value, parameters) if value.dim() else [value.view(1)] * len(parameters)
             for key, value in self._optimizer.state[self._weights].items()
@@ -243,7 +243,8 @@ class Learner:
         """Restore the tensors, and optionally the optimizer's state, that ``save`` wrote.
 
         Raises:
-            AdapterCheckpointError: The tensors cannot be served; everything stays as it was.
+            AdapterCheckpointError: The tensors cannot be served. The tensors and the optimizer stay
+                as they were, and the gradients are reset.
         """
         # A save may replace the directory meanwhile, so read both files from the same open
         # directory.
@@ -254,29 +255,27 @@ class Learner:
             saved = load_file(opened / OPTIMIZER_FILE) if with_optimizer else {}
         finally:
             os.close(directory)
-
-        def copy() -> None:
-            with torch.no_grad():
-                for name, p in self.parameters.items():
-                    p.copy_(tensors[_in_file(name)])
-
-        self._change(copy)
-        self._optimizer.state.clear()
+        # Convert everything first, so that an error changes nothing.
+        weights = torch.cat([tensors[_in_file(name)].view(-1) for name in self.parameters])
         found: defaultdict[str, dict[str, torch.Tensor]] = defaultdict(dict)
         for key, value in saved.items():
             name, _, field = key.rpartition("/")
             found[field][name] = value.view(-1)
+        state: dict[str, torch.Tensor] = {}
         for field, values in found.items():
             ordered = [values[name] for name in self.parameters]
-            vector = ordered[0].view(()) if field == "step" else torch.cat(ordered)
-            self._optimizer.state[self._weights][field] = vector
+            state[field] = ordered[0].view(()) if field == "step" else torch.cat(ordered)
+        self._change(lambda: self._weights.copy_(weights))
+        self._optimizer.state.clear()
+        if state:
+            self._optimizer.state[self._weights] = state
 
 
 class _Source(torch.autograd.Function):
     """A number whose backward pass begins with the gradients of leaves.
 
     One call with all of them takes less time than ``torch.autograd.backward`` with many tensors.
-    The graph does not keep the numbers of the tensors.
+    The graph does not keep the tensors' values.
     """
 
     @staticmethod

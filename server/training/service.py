@@ -434,10 +434,11 @@ class TrainingService:
     async def _renewing(self, adapter_id: int, change: Callable[[], T]) -> T:
         """Change an adapter's tensors, then drop the former ones from the store."""
         before = self._learners[adapter_id].served.key
-        result = await self._in_background(adapter_id, change)
-        # The caller need not wait until the engine has time for this.
-        self._engine.run_background(lambda between: self._store.drop(before))
-        return result
+        try:
+            return await self._in_background(adapter_id, change)
+        finally:
+            # The caller need not wait until the engine has time for this.
+            self._engine.run_background(lambda between: self._store.drop(before))
 
     async def save(self, adapter_id: int, folder: Path, *, with_optimizer: bool) -> None:
         """Write ``adapter_config.json`` and ``adapter_model.safetensors``, and the optimizer."""
@@ -458,12 +459,14 @@ class TrainingService:
         """Register the current tensors as a generation of an adapter name, for sampling."""
         learner = self._learners[adapter_id]
 
-        staged = await asyncio.to_thread(self._registry.stage, [])
+        num_bytes = sum(each.nbytes for each in learner.parameters.values())
+        announced = [UploadedFile(TENSORS_FILE, num_bytes)]
+        staged = await asyncio.to_thread(self._registry.stage, announced)
         folder = staged.directory
 
         def register(digest: str) -> Published:
             size = sum(path.stat().st_size for path in folder.iterdir())
-            info = self._registry.publish(name, learner.loaded(digest, size), folder.rename)
+            info = self._registry.publish(name, learner.loaded(digest, size), staged)
             return Published(info.generation, size)
 
         try:

@@ -140,9 +140,17 @@ class Operator(Tensors):
         return sum(part.numel() for part in self.tensors() if part.is_floating_point())
 
     def rounded(self, dtype: torch.dtype) -> Self:
-        """The operator as it is served, with numbers rounded once to ``dtype``."""
+        """The operator as it is served, in ``dtype``.
+
+        Numbers in fp64 are rounded to fp32 first, as in training, so that the bits are the same.
+        """
+        wide = torch.promote_types(dtype, torch.float32)
         return self.with_tensors(
-            (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+            (
+                tensor.to(wide if tensor.dtype == torch.float64 else tensor.dtype).to(dtype)
+                if tensor.is_floating_point()
+                else tensor
+            ).contiguous()
             for tensor in self.tensors()
         )
 

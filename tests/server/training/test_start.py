@@ -86,7 +86,7 @@ def test_steps_are_those_of_torch(method: str) -> None:
             own.grad = parameter.grad.clone()
         norm = torch.nn.utils.clip_grad_norm_(theirs, adam.grad_clip_norm)
         optimizer.step()
-        # The step collects the gradients itself.
+        # ``run`` has collected the gradients, and the step collects them again.
         for parameter in learner.parameters.values():
             assert parameter.grad is not None
             parameter.grad.zero_()

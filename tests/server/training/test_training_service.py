@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.adapters.adapter import TENSORS_FILE, AdapterRef
+from turret.server.adapters.leases import Leases
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.vocabulary import HEAD
 from turret.server.engine.scheduling.request import SamplingParams
@@ -376,7 +377,7 @@ async def test_weights_that_the_serving_dtype_does_not_have_change_nothing(tmp_p
         assert (await training.step(learner, ADAM))["grad_norm"] > 0.0
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "lokr", "ia3", "prompt_tuning"])
+@pytest.mark.parametrize("method", ["lora", "dora", "lokr", "ia3", "oft", "prompt_tuning"])
 async def test_published_operators_are_those_of_the_files(method: str, tmp_path: Path) -> None:
     """They stay the same in later steps, and are read again with the same bits."""
 
@@ -401,6 +402,7 @@ async def test_published_operators_are_those_of_the_files(method: str, tmp_path:
         adapter = registry.find(AdapterRef(name="new"))
         assert adapter is not None
         first = [tensor.clone() for tensor in bits(adapter.operators)]
+        assert first
         await training.pass_over(learner, data, "cross_entropy", {})
         await training.step(learner, ADAM)
         with registry.export("new") as export:
@@ -412,6 +414,35 @@ async def test_published_operators_are_those_of_the_files(method: str, tmp_path:
             assert all(map(torch.equal, found, first))
         assert adapter.facts.bytes_disk == published[-1].size
         assert adapter.facts.ranks == loaded.ranks
+
+
+async def test_publishing_that_fails_keeps_the_state_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise BudgetExceededError("no room")
+
+    async with started(tmp_path) as (harness, training):
+        learner = await training.create(LearnerConfig(rank=4, seed=1))
+        await training.publish(learner, "new")
+        await asyncio.to_thread(harness.backend.registry.pin, "new")
+        before = sorted((tmp_path / "state").rglob("*"))
+        await training.pass_over(learner, [learned(prompt_of(20))], "cross_entropy", {})
+        await training.step(learner, ADAM)
+        monkeypatch.setattr(Leases, "set_pinned", fail)
+        with pytest.raises(BudgetExceededError):
+            await training.publish(learner, "new")
+        assert sorted((tmp_path / "state").rglob("*")) == before
+        await harness.run(make_request(prompt_of(9), "new", max_tokens=1))
+
+
+async def test_an_adapter_that_is_too_large_is_not_published(tmp_path: Path) -> None:
+    async with started(tmp_path) as (harness, training):
+        learner = await training.create(LearnerConfig(rank=4, seed=1))
+        harness.backend.registry._loader._host_bytes = 1
+        with pytest.raises(BudgetExceededError):
+            await training.publish(learner, "new")
+        assert not harness.backend.registry.list()
 
 
 async def test_adapters_of_samplers_do_not_survive_a_restart(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def by_layers(found: Iterable[tuple[int, torch.Tensor]]) -> Iterator[tuple[slice
     """Join the tensors of an adapter's layers that are adjacent in memory.
 
     All tensors of an adapter are in one block, with equal shapes side by side
-    (``lowering/lowered.py``). There is usually only one piece, so a single copy moves it to the
+    (``lowering.py``). There is usually only one piece, so a single copy moves it to the
     device.
 
     Args:

@@ -178,7 +178,7 @@ def last_logits(model: Any, tokens: list[int], offsets: list[int] | None = None)
 
 
 def windows_of(prompt: list[int]) -> dict[str, dict[str, Any]]:
-    """By aLoRA, the number of tokens from its last invocation on."""
+    """For each aLoRA, the number of tokens from its last invocation on."""
     found = {}
     for name, wanted in (("one", ONE), ("two", TWO)):
         start = max(i for i in range(len(prompt)) if prompt[i : i + len(wanted)] == wanted)
