@@ -155,7 +155,7 @@ class ScreenCodes:
 
     Attributes:
         codes: ``[out, in]`` int8 in tiles; ``out`` is rounded up to whole tiles.
-        scales: ``[out]`` fp32.
+        scales: ``[out]`` fp32, rounded up in the same way.
         bounds: ``[2]`` fp64: the spread and the length.
     """
 

@@ -450,9 +450,10 @@ def _checked() -> Iterator[None]:
 class _HubKernels(ModuleType):
     """Takes the place of transformers' module for kernels from the hub while configs are imported.
 
-    The configs of Llama list transformers' activations, and each activation asks that module to let
-    a kernel from the hub replace it. The module imports torch's distributed tensors, which takes as
-    long as importing torch. If anything else in it is used, the module itself is imported.
+    Llama's config imports transformers' activations, which use a decorator of that module. With it,
+    a kernel from the hub can replace an activation. The module imports torch's distributed tensors,
+    which takes as long as importing torch. If anything else in it is used, the module itself is
+    imported.
     """
 
     def use_kernel_forward_from_hub(self, _: str) -> Callable[[type], type]:
@@ -461,7 +462,8 @@ class _HubKernels(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        sys.modules.pop(self.__name__, None)
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
         return getattr(importlib.import_module(self.__name__), name)
 
 

@@ -1,4 +1,4 @@
-"""Builds the decoder from a bitsandbytes-4bit checkpoint directory."""
+"""Builds the decoder from a bitsandbytes-4bit checkpoint or from the cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from turret.kernels.cpu import native
-from turret.kernels.likeliest import ScreenCodes
+from turret.kernels.likeliest import Screen, ScreenCodes
 from turret.kernels.rows.linear import linear_formulation, prepare_linear
 from turret.kernels.rows.trial import choices
 from turret.server.basics.work import OnProgress
@@ -156,7 +156,9 @@ class CheckpointTensors:
             return None
         self._read.update(*(self._beside[name] for name in names))
         packed, absmax = (self.get(name, is_kept=False) for name in PackedLinear.names(names))
-        return PackedLinear(packed, absmax, tuple(out for _, out, _ in modules))
+        linear = PackedLinear(packed, absmax, tuple(out for _, out, _ in modules))
+        _check_shape(names[0], linear.shape, (sum(linear.widths), modules[0][2]))
+        return linear
 
     def head_copy(self) -> ScreenCodes | None:
         """The int8 copy of the head, if the cache has one."""
@@ -259,7 +261,8 @@ def load_decoder(
         prepare_linear(head)
     decoder = _decoder_type(gpu)(arch, embedding=embedding, layers=layers, norm=norm, head=head)
     decoder.fidelity = source.fidelity or tensors.fidelity
-    decoder.head_copy = head_copy
+    # An unused copy would keep the whole file mapped.
+    decoder.head_copy = head_copy if Screen.serves(head) else None
     return decoder
 
 

@@ -1,4 +1,4 @@
-"""Turns any supported source into a bitsandbytes-4bit checkpoint directory, once.
+"""Turns any supported source into a directory of 4-bit weights, once.
 
 A plain Hugging Face directory or a GGUF file is quantised tensor by tensor (the bf16 model is never
 in memory as a whole) and written to the cache. Later starts read the cache. A directory that is
@@ -407,8 +407,8 @@ def _resolve(
 ) -> ModelSource:
     """Find or make the checkpoint of a model on this machine.
 
-    With ``is_plan``, nothing is created or hashed. The result then lacks a digest, and also the
-    checkpoint if it is not in the cache.
+    With ``is_plan``, nothing is created, and no weights are hashed. The result then lacks a digest,
+    and also the checkpoint if it is not in the cache.
     """
     if model is None:
         return _resolve_gguf(find_gguf(), MODEL_NAME, cache_dir, progress, skip, is_plan)
@@ -628,7 +628,7 @@ def _pack(
         if [weight.shape for weight in slices] == shapes and PackedLinear.packs(slices):
             linear = PackedLinear.pack(slices)
             out |= zip(PackedLinear.names(names), (linear.packed, linear.absmax), strict=True)
-            # Each is dropped now, so that little more memory is needed.
+            # Drop the unfused codes now, so that only one projection is in memory twice.
             for name in names:
                 del weights[name], out[name]
 
@@ -637,7 +637,8 @@ def _is_cached(target: Path) -> bool:
     """Whether the cache has a checkpoint, with a valid manifest and complete files."""
     if not target.exists():
         return False
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, SafetensorError):
+    damages = OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError
+    with contextlib.suppress(*damages):
         _read_cached(target, target)
         others = json.loads((target / _MANIFEST).read_text())["files"]
         with safe_open(target / WEIGHTS, framework="pt"):

@@ -327,8 +327,8 @@ def likeliest_draws(
     drawn: list[list[Draw]] = []
     row = 0
     for item in items:
-        run, mask, is_going = _Run(item, row), masks.get(item.sequence), True
-        while is_going:
+        run, mask = _Run(item, row), masks.get(item.sequence)
+        while not run.tokens or run.goes_on:
             token: int | None = tokens[row + len(run.tokens)]
             if not sampler.keeps(token, item.sequence, run.tokens):
                 return None
@@ -338,7 +338,6 @@ def likeliest_draws(
             if token is None:
                 return None
             run.add(Draw(token))
-            is_going = run.goes_on
         drawn.append(run.draws)
         row += 1 + len(item.draft)
     return drawn

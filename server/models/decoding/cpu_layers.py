@@ -151,7 +151,7 @@ class CpuLayers:
         bases = [each.base for layer in layers for _, each in _projections(layer)]
         dense = [base.in_features for base in bases if _dense(base) is not None]
         self._widest_dense = max(dense, default=0)
-        # The most outputs and inputs of a row, in all of its pairs together.
+        # The most outputs and inputs that a row needs. Those of its experts are added up.
         self._outputs = max(_width(base) for base in bases)
         self._inputs = max(arch.num_heads * arch.head_dim, arch.intermediate_size)
         if experts is not None:

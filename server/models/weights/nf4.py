@@ -478,7 +478,8 @@ def fuse_weights(
     Adjacent weights in the same format share a product.
 
     Args:
-        weights: Each is quantised, or a tensor ``[out, in]``. A ``PackedLinear`` is the only one.
+        weights: Each is quantised, or a tensor ``[out, in]``. If the first is a ``PackedLinear``,
+            it must be the only one.
         dtype: The dtype of activations.
         device: Where they are served.
         gpu: Whether the gpu path serves them.
