@@ -161,7 +161,7 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return rows
 
 
-# Of 24 greedy tokens of ``prompts(3)[2]`` without other settings.
+# Enough steps for tokens with and without a bias.
 _STEPS = 24
 
 
@@ -194,6 +194,10 @@ async def test_negative_biases_need_all_logits_only_for_their_tokens(
         request = make_request(prompt, max_tokens=_STEPS, sampling=sampling, constraint=constraint)
         expected = await harness.run(request)
         assert not asked, "logprobs are asked for"
+        alone = replace(request, request_id=f"{request.request_id}-alone", options=PLAIN)
+        await harness.run(alone)
+        assert asked["screen"], "a negative bias disables the screen"
+        asked.clear()
         whole.clear()
         answers = await harness.run_all(
             [
@@ -227,8 +231,12 @@ async def test_end_tokens_are_banned_until_min_tokens(
         stop = replace(stop, stop_token_ids=frozenset({unlikely}))
         whole.clear()
         plain = await harness.run(make_request(prompt, stop=stop, options=PLAIN))
-    assert plain.token_ids == free.token_ids
-    assert not whole
+        assert plain.token_ids == free.token_ids
+        assert not whole
+        stop = replace(stop, min_tokens=6, stop_token_ids=frozenset({banned}))
+        expected = await harness.run(make_request(prompt, stop=stop))
+        plain = await harness.run(make_request(prompt, stop=stop, options=PLAIN))
+        assert plain.token_ids == expected.token_ids
 
 
 @pytest.mark.parametrize(

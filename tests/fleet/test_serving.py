@@ -30,6 +30,7 @@ from servers import raw_grpc
 from servers.probe import is_serving
 
 from turret.clients.client import TurretClient, TurretRpcError
+from turret.clients.errors import UnavailableError
 from turret.clients.requests import AdapterWeight
 
 pytest.importorskip("ray")
@@ -179,7 +180,7 @@ def test_a_failed_stream_has_an_error_even_if_no_replica_answers_health_checks(
         finally:
             for each in replicas:
                 each.resume()
-        with pytest.raises(TurretRpcError):
+        with pytest.raises(UnavailableError):
             list(stream)
     fleet.wait_until_whole(2)
     # The ingress uses the replicas again a moment later.

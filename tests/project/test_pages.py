@@ -36,7 +36,7 @@ ADAPTERS, LIFECYCLE, OPERATIONS, SECURITY, TENANTS = (
     (ROOT / "docs" / f"{name}.md").read_text()
     for name in ("adapters", "lifecycle", "operations", "security", "tenants")
 )
-# It writes an adapter of every method.
+# Rendering this part takes minutes, because it writes an adapter of every method.
 LONG = ("docs/adapters.md", "costs")
 
 

@@ -184,7 +184,10 @@ async def check_mixes(
     harness: EngineHarness, model: Any, root: Path, mixes: Iterable[Sequence[tuple[str, float]]]
 ) -> None:
     for mix in mixes:
-        await check_request(harness, mixed_oracle(model, root, mix), prompt_of(31), *mix)
+        oracle = mixed_oracle(model, root, mix)
+        if any(weight for _, weight in mix):
+            check_effect(oracle, model, prompt_of(31), f"{mix}")
+        await check_request(harness, oracle, prompt_of(31), *mix)
 
 
 def check_within_peer(ours: list[torch.Tensor], theirs: list[torch.Tensor], what: str) -> None:

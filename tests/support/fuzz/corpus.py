@@ -16,8 +16,8 @@ from google.protobuf.message_factory import GetMessageClass
 from turret.v1 import tinker_pb2
 
 FOLDER = ROOT / "tests" / "fuzz"
-# Messages by method; bodies by path; recipes of large bodies, each with its path and its pieces, of
-# which some have the exponents of their counts; calls of training by session.
+# "message": by method. "http": a body by path. "training": the calls of each session.
+# "bodies": a path and pieces; a pair [piece, n] stands for many copies of the piece (``recipe``).
 VALID = json.loads((FOLDER / "valid.json").read_text(encoding="utf-8"))
 
 
