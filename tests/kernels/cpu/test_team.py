@@ -88,8 +88,8 @@ FAULTS = {
 HANGS = "two threads claim a piece"
 
 
-# Faults that need no race to show.
-CERTAIN_FAULTS = {
+# Faults that show where a worker is stopped.
+FAULTS_OF_STOPS = {
     "a worker goes on with a piece that was taken": ("    siglongjmp(own->before, 1);\n", ""),
     "no piece is taken": ("held >> PIECE_BITS != number ||", "held >> PIECE_BITS == number ||"),
 }
@@ -102,10 +102,15 @@ def with_fault(folder: Path, right: str, wrong: str) -> Path:
     return folder / "team.c"
 
 
-@pytest.mark.parametrize("fault", CERTAIN_FAULTS)
+@pytest.mark.parametrize("fault", FAULTS_OF_STOPS)
 def test_a_planted_fault_in_taking_over_is_found(fault: str, tmp_path: Path) -> None:
-    checks = build(tmp_path, "-O2", source=with_fault(tmp_path, *CERTAIN_FAULTS[fault]))
-    result = run(checks, "2")
+    checks = build(tmp_path, "-O2", source=with_fault(tmp_path, *FAULTS_OF_STOPS[fault]))
+    for _ in range(
+        10
+    ):  # a worker may be stopped between two pieces, where the faults change nothing
+        result = run(checks, "2")
+        if result.returncode != 0:
+            break
     assert result.returncode == 1
     assert "a stopped worker" in result.stdout
 
