@@ -279,14 +279,26 @@ static void copy_input(const void *job, int64_t thread, int64_t pair) {
     memcpy(p->narrow + pair * width, mixture->x + p->pair_rows[pair] * width, width * sizeof(bf16));
 }
 
+typedef struct {
+    const Pass *pass;
+    const ExpertLinear *linear;
+} ExpertBiases;
+
+static void add_expert_bias(const void *job, int64_t thread, int64_t pair) {
+    const ExpertBiases *b = job;
+    int64_t out = b->linear->out_features;
+    Sum sum = {b->pass->wide + pair * out, b->linear->bias + b->pass->pair_experts[pair] * out, out, 0};
+    add_row(&sum, thread, 0);
+}
+
 /* Projects the pairs' inputs in `narrow` to `wide`. */
 static void project_experts(const Model *m, const Pass *p, int64_t layer, int projection) {
     const ExpertLinear *w = &m->layers[layer].experts[projection];
     int64_t in = w->in_features, out = w->out_features, pairs = p->rows * m->per_token;
     (w->is_mxfp4 ? turret_mxfp4_experts : turret_nf4_experts)(
         p->narrow, in, p->ends, m->experts, w->weights, p->wide, out, in, p->threads);
-    for (int64_t i = 0; w->bias && i < pairs; i++)
-        add(p->wide + i * out, w->bias + p->pair_experts[i] * out, 1, out, 0, 1);
+    ExpertBiases biases = {p, w};
+    if (w->bias) in_pieces(add_expert_bias, &biases, pairs, pairs * out > SMALL ? p->threads : 1);
     if (p->expert_adapters) {
         ExpertPairs adapted = {p->narrow, p->wide, p->pair_rows, p->pair_experts, 0, pairs, in, in, out,
                          2 * layer + projection};
