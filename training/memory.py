@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 
 from turret.server.models.decoding.cpu_layers import CpuLayerOps
 from turret.server.models.memory import memory_of
-from turret.server.models.model_source import stored_weights
+from turret.server.models.model_source import HEAD_COPY, StoredTensors, stored_weights
 from turret.server.models.sources.model_directory import weight_files
 from turret.server.training.learner import BYTES_PER_PARAMETER
 from turret.server.training.service import CHUNK_TOKENS, PASS_TOKENS
@@ -242,7 +242,12 @@ def _step_bytes(resolved: Resolved, model: Any) -> int:
 
 def _base_bytes(resolved: Resolved, model: Any) -> int:
     if resolved.config.base.weights == "nf4":
-        return sum(path.stat().st_size for path in weight_files(resolved.base.source.weights))
+        stored = StoredTensors(weight_files(resolved.base.source.weights), None)
+        # Training does not read what the cache has only for the CPU's products.
+        unused = (":absmax", *HEAD_COPY)
+        return sum(
+            stored.get(name, is_kept=False).nbytes for name in stored if not name.endswith(unused)
+        )
     frozen = [p for p in model.parameters() if not p.requires_grad]
     return sum(parameter.nbytes for parameter in frozen)
 
