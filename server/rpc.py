@@ -564,6 +564,8 @@ def _behaviour(handler: Any) -> Callable[..., Any]:
     return handler.unary_stream if handler.response_streaming else handler.unary_unary
 
 
+# The server, with its options and credentials.
+
 INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 ADAPTERS_SERVICE = adapters_pb2.DESCRIPTOR.services_by_name["Adapters"].full_name
 TRAINING_SERVICE = training_pb2.DESCRIPTOR.services_by_name["Training"].full_name

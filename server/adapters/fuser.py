@@ -62,7 +62,9 @@ from turret.server.errors import (
 )
 from turret.server.words import say
 
-# The method of the result.
+# The files of a result or of a trained adapter, in PEFT's layout. They are written tensor by
+# tensor, because a library's single call would build the whole file in memory and hold the GIL
+# meanwhile. METHOD is the method of a fusion's result.
 METHOD = "lora"
 
 

@@ -267,6 +267,8 @@ def merge_state_message(state: MergeState) -> adapters_pb2.MergeState:
     )
 
 
+# Blocking calls.
+
 _T = TypeVar("_T")
 
 
@@ -327,6 +329,8 @@ class SlowCalls:
             opening.add_done_callback(close)
             raise
 
+
+# The service itself.
 
 DEFAULT_UNLOAD_SECONDS = 30.0
 MAX_UNLOAD_SECONDS = 3600.0

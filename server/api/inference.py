@@ -199,6 +199,8 @@ async def together(work: Sequence[Coroutine[Any, Any, _T]], at_a_time: int) -> l
             one.close()
 
 
+# Conversion of outputs from domain to proto.
+
 FINISH_REASONS = {
     FinishReason.STOP: inference_pb2.GenerateResponse.STOP,
     FinishReason.LENGTH: inference_pb2.GenerateResponse.LENGTH,
@@ -283,6 +285,8 @@ class JoinedChunks:
         self._response.text = "".join(self._texts)
         return self._response
 
+
+# Calls with several inputs.
 
 # Violations of these fields concern the whole call, not one of its inputs.
 _SHARED = ("adapters", "inputs")
@@ -580,6 +584,9 @@ async def embed(
 def _vector(output: Output) -> inference_pb2.Embedding:
     assert output.pooled is not None
     return inference_pb2.Embedding(values=output.pooled)
+
+
+# The service itself.
 
 
 class Inference:

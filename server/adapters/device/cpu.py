@@ -361,7 +361,17 @@ class _Found:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepInputs:
-    """A step's rows whose input changes, by projection; see the module docstring.
+    """A step's rows whose input changes, by projection.
+
+    With ``x' = x + Σ_k w_k (T_k x − x)``, the mix of a row determines which of three ways is used:
+
+    - ``common``: if every slice takes the same ``x'``, because there is only one slice or the
+      slices share a gain (LN tuning), the base multiplies ``x'`` instead of ``x``, in the product
+      with all other rows;
+    - ``own``: otherwise each slice of the base multiplies its own ``x'``, and the row is left out
+      of the common product: the weight is read twice in the step, and no row is multiplied twice;
+    - ``added``: if there is a gain, and a change of another member, which the gain must not scale,
+      the changes are separate products that are added last: ``Σ_k w_k g_k ⊙ W (T_k x − x)``.
 
     Attributes:
         layout: Shape of the base.
