@@ -200,7 +200,6 @@ def prepare() -> None:
     _limit_messages()
     _limit_arrivals()
     _limit_bodies()
-    _use_replicas_only()
     _keep_haproxy()
 
 
@@ -273,25 +272,6 @@ def _limit_bodies() -> None:
         self._queue = asyncio.Queue(1)
 
     patched.__init__ = begin_limited
-
-
-def _use_replicas_only() -> None:
-    """Keeps requests from Serve's fallback proxy, even if no replica answers health checks.
-
-    The proxy learns a call's status only with a message, so a stream that fails would end like a
-    complete answer without text. Without the proxy, HAProxy answers that no replica is available.
-    """
-    from ray.serve._private.haproxy import HAProxyApi
-
-    api: Any = HAProxyApi
-    set_all = api.set_backend_configs
-
-    def set_without_fallback(self: Any, configs: Any) -> None:
-        for each in configs.values():
-            each.fallback_server = None
-        set_all(self, configs)
-
-    api.set_backend_configs = set_without_fallback
 
 
 def _keep_haproxy() -> None:

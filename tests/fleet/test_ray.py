@@ -19,8 +19,7 @@ from turret.server.errors import UnavailableError
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray")
 
 # Checks the corrections of ``ingress.prepare`` in a worker's process: limits of bodies and
-# messages, checks before messages arrive, ports on loopback only, no requests for the fallback
-# proxy, and a new HAProxy if one dies.
+# messages, checks before messages arrive, ports on loopback only, and a new HAProxy if one dies.
 _PREPARED = """
 import asyncio, sys
 import grpc.aio
@@ -32,7 +31,6 @@ from ray.serve._private.haproxy import HAProxyApi
 from turret.fleet.serving import ingress
 from turret.fleet.serving.ingress import ingress_environment
 from pathlib import Path
-from types import SimpleNamespace
 
 hook = ingress_environment(Path("/"))[ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR]
 assert hook == f"{ingress.__name__}.{ingress.prepare.__name__}"
@@ -104,10 +102,6 @@ async def main():
         assert heard and {h[-13:-5] for h in heard} == {"0100007F"}, heard
 
     api = HAProxyApi.__new__(HAProxyApi)
-    api.cfg = SimpleNamespace(has_received_servers=True)
-    backend = SimpleNamespace(servers=[], fallback_server="proxy")
-    api.set_backend_configs({"turret": backend})
-    assert backend.fallback_server is None
     api._old_procs = []
     api._proc = await api._start_and_wait_for_haproxy()
     api._proc.kill()

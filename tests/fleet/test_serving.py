@@ -30,7 +30,6 @@ from servers import raw_grpc
 from servers.probe import is_serving
 
 from turret.clients.client import TurretClient, TurretRpcError
-from turret.clients.errors import UnavailableError
 from turret.clients.requests import AdapterWeight
 
 pytest.importorskip("ray")
@@ -163,29 +162,6 @@ def test_error_details_arrive_complete(fleet: ServingFleet) -> None:
         assert error.reason == "ADAPTER_NOT_FOUND"
         assert error.metadata == {"adapters": "nobody"}
     assert {each.field for each in invalid.value.violations} >= {"temperature"}
-
-
-def test_a_failed_stream_has_an_error_even_if_no_replica_answers_health_checks(
-    fleet: ServingFleet,
-) -> None:
-    """Serve's fallback proxy ended such a stream like an empty answer."""
-    replicas = fleet.replicas()
-    with TurretClient(fleet.address, max_retries=0, timeout=30.0) as client:
-        for each in replicas:
-            each.suspend()
-        try:
-            # The ingress checks each replica every second.
-            time.sleep(6.0)
-            stream = client.generate_stream("Once", adapters=["nobody"], max_tokens=1)
-        finally:
-            for each in replicas:
-                each.resume()
-        with pytest.raises(UnavailableError):
-            list(stream)
-    fleet.wait_until_whole(2)
-    # The ingress uses the replicas again a moment later.
-    with TurretClient(fleet.address, max_retries=20) as client:
-        assert client.generate("Once", max_tokens=1).text
 
 
 def test_large_messages_are_rejected_before_they_are_in_memory(fleet: ServingFleet) -> None:
