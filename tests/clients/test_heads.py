@@ -71,17 +71,21 @@ def test_the_command_compares_texts(run: Run, monkeypatch: pytest.MonkeyPatch) -
     # The cosine of (1, 0, 0.125) and (2, 1, 0.125).
     assert "0.893" in printed
     assert "[b] c" in printed
-    assert json.loads(run("embed", "a", "--json")[1])["vectors"][0][0] == 1
+    code, printed, _ = run("embed", "a", "--json")
+    assert (code, json.loads(printed)["vectors"][0][0]) == (0, 1)
     code, _, err = run("embed")
     assert (code, say("NO_TEXTS") in err) == (2, True)
 
 
 def test_each_pair_of_texts_has_its_cosine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["a " * n for n in range(1, 13)]
-    every = json.loads(run("embed", *texts, "--similarity", "--json")[1])
+    code, printed, _ = run("embed", *texts, "--similarity", "--json")
+    assert code == 0
+    every = json.loads(printed)
     assert [row[index] for index, row in enumerate(every)] == pytest.approx([1.0] * 12)
     monkeypatch.setenv("COLUMNS", "60")
-    printed = run("embed", *texts, "--similarity")[1]
+    code, printed, _ = run("embed", *texts, "--similarity")
+    assert code == 0
     expected = [f"{every[a][b]:.3f}" for a, b in itertools.combinations(range(12), 2)]
     assert re.findall(r"^│ +(\d\.\d{3}) │", printed, re.MULTILINE) == expected
 

@@ -1,15 +1,14 @@
 """All layers in one native call: the bits of the kernels called one by one, for every family.
 
-Faults planted in ``layers.c``, and how many of the 16 tests of families failed for each: the bias
-added twice to adapted rows (2), or not to base rows alongside adapted ones (2), the norm after
+Faults planted in ``layers.c``, and how many of the 16 tests of families without experts failed: the
+bias added twice to adapted rows (2), or not to base rows alongside adapted ones (2), the norm after
 attention left out (5), the residual scale left out (2), the norm of queries used for keys (4), the
-first layer's window (4) or frequencies (3) used in every layer. Of the four mixtures, all fail if
-updates of experts are left out, or those of the first layer are used in every layer. gpt-oss fails
-without sinks, biases of experts or its own activation, and Qwen3 if weights are always normalised.
-Only the test of equal scores fails if a product and a sum of experts' results are fused. The test
-of operators fails if
-``CpuStep.is_native`` ignores added changes, gates or products with the base, one at a time, or if
-every slice uses the first one's change.
+first layer's window (4) or frequencies (3) used in every layer. All four mixtures fail if updates
+of experts are left out, or those of the first layer are used in every layer. gpt-oss fails without
+sinks, biases of experts or its own activation, and Qwen3 if weights are always normalised. Only the
+test of equal scores fails if a product and a sum of experts' results are fused. The test of
+operators fails if ``CpuStep.is_native`` ignores added changes, gates or products with the base, one
+at a time, or if every slice uses the first one's change.
 """
 
 from __future__ import annotations

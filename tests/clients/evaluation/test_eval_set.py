@@ -115,6 +115,8 @@ def test_an_invalid_row_is_reported(
         read(path)
     assert raised.value.problem.reason == reason
     assert str(raised.value).startswith(f"{path}:2: {field}: " if field else f"{path}:2: ")
+    if isinstance(raised.value, RowError):
+        assert (raised.value.line, raised.value.field) == (2, field)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path):

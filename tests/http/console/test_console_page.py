@@ -191,9 +191,7 @@ async def test_hostile_text_is_shown_as_text(visit: Visit, http: HttpHarness) ->
     await visit(do)
 
 
-async def test_an_adapter_may_have_the_name_of_a_property(
-    visit: Callable[..., Awaitable[Any]], http: HttpHarness
-) -> None:
+async def test_an_adapter_may_have_the_name_of_a_property(visit: Visit, http: HttpHarness) -> None:
     http.registry.load("constructor", "a")
 
     def do(tab: Browser) -> None:

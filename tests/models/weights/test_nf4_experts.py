@@ -59,7 +59,6 @@ def test_a_pair_has_the_bits_of_its_expert(kind: str, rows: int, dtype: torch.dt
     x = torch.randn(rows, IN).to(dtype)
     found = experts(x, routing, routing.rows)
     pairs = experts(x[routing.rows], routing, None)
-
     assert torch.equal(found, pairs)
     for pair, (row, expert) in enumerate(zip(routing.rows, routing.experts, strict=True)):
         assert torch.equal(found[pair], linears[int(expert)](x[row : row + 1])[0])

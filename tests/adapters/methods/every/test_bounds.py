@@ -38,10 +38,19 @@ LORAS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {"r": 8, "lora_alpha": 12}),
     "qv": ("lora", {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj"]}),
     "bias": ("lora", {"lora_alpha": 10, "lora_bias": True}),
-    "patterns": ("lora", {"rank_pattern": {"q_proj": 7}, "alpha_pattern": {"v_proj": 20}}),
+    "patterns": (
+        "lora",
+        {
+            "rank_pattern": {"q_proj": 7, "layers.1.mlp.down_proj": 2},
+            "alpha_pattern": {"v_proj": 20, r".*\.0\.self_attn\.q_proj": 1},
+        },
+    ),
     "rslora": ("rslora", {"r": 8}),
     "dora": ("dora", {"r": 8, "lora_alpha": 12}),
-    "dora-rslora": ("dora", {"r": 5, "use_rslora": True, "target_modules": ["k_proj"]}),
+    "dora-rslora": (
+        "dora",
+        {"r": 5, "lora_alpha": 3, "use_rslora": True, "target_modules": ["k_proj", "down_proj"]},
+    ),
 }
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     **LORAS,

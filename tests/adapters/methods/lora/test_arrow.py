@@ -253,12 +253,21 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str, Callable[[object], bool
     ({}, {"modules_to_save": ["lm_head"]}, "modules_to_save", says("UNSUPPORTED_VALUE")),
     ({}, {"trainable_token_indices": [3]}, "trainable_token_indices", says("UNSUPPORTED_VALUE")),
     ({}, {"use_dora": True}, ARROW, says("CONFLICTS_WITH", other="use_dora")),
-    ({}, {"init_lora_weights": "pissa"}, "init_lora_weights", says("UNSUPPORTED_VALUE")),
+    (
+        {},
+        {"init_lora_weights": "pissa"},
+        "init_lora_weights",
+        says("UNSUPPORTED_VALUE", value="pissa"),
+    ),
     ({}, {"target_modules": ["w"]}, "target_modules", says("SELECTS_NOTHING")),
 ]
 
 
-@pytest.mark.parametrize(("arrow", "changes", "field", "check"), REFUSED)
+@pytest.mark.parametrize(
+    ("arrow", "changes", "field", "check"),
+    REFUSED,
+    ids=lambda value: str(value) if isinstance(value, str | dict) else "",
+)
 def test_each_key_that_does_not_fit_is_refused_by_name(
     arrow: dict[str, Any],
     changes: dict[str, Any],
