@@ -46,6 +46,7 @@ from turret.server.adapters.operators.adapter_operators import beyond_low_rank, 
 from turret.server.adapters.operators.vectors import Bias
 from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StagedUpload, UploadedFile
+from turret.server.basics.tensor_files import safetensors_parts
 from turret.server.basics.work import (
     Cancellation,
     is_out_of_memory,
@@ -62,9 +63,7 @@ from turret.server.errors import (
 )
 from turret.server.words import say
 
-# The files of a result or of a trained adapter, in PEFT's layout. They are written tensor by
-# tensor, because a library's single call would build the whole file in memory and hold the GIL
-# meanwhile. METHOD is the method of a fusion's result.
+# The method of a fusion's result.
 METHOD = "lora"
 
 
@@ -100,12 +99,11 @@ class AdapterFiles:
 
     def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         self._config = json.dumps(config, indent=2).encode()
-        self._tensors = tensors
-        self._header = _header(tensors)
+        self._parts = list(safetensors_parts(tensors))
 
     def announced(self) -> list[UploadedFile]:
         """Names and sizes, in the form in which an upload announces them."""
-        size = len(self._header) + sum(tensor.nbytes for tensor in self._tensors.values())
+        size = sum(map(len, self._parts))
         return [UploadedFile(CONFIG_FILE, len(self._config)), UploadedFile(TENSORS_FILE, size)]
 
     def write(self, staged: StagedUpload, check: Callable[[], None]) -> None:
@@ -115,10 +113,9 @@ class AdapterFiles:
             StorageFullError: The disk is full.
         """
         staged.write(CONFIG_FILE, self._config)
-        staged.write(TENSORS_FILE, self._header)
-        for tensor in self._tensors.values():
+        for part in self._parts:
             check()
-            staged.write(TENSORS_FILE, _bytes_of(tensor))
+            staged.write(TENSORS_FILE, part)
         staged.finish()
 
 
@@ -129,21 +126,15 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         OSError: The disk is full or broken; safetensors' own function raises another error.
     """
     with path.open("wb") as file:
-        file.write(_header(tensors))
-        file.writelines(map(_bytes_of, tensors.values()))
+        file.writelines(safetensors_parts(tensors))
 
 
 def digest_of(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
     """The digest of an adapter with this config, whose tensors ``save_tensors`` writes."""
     digest = begin_digest(config)
-    digest.update(_header(tensors))
-    for tensor in tensors.values():
-        digest.update(_bytes_of(tensor))
+    for part in safetensors_parts(tensors):
+        digest.update(part)
     return digest.hexdigest()
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def target_modules(names: list[str], base: BaseModel) -> list[str]:
@@ -188,23 +179,6 @@ def lora_config(
         "fan_in_fan_out": False,
         "init_lora_weights": True,
     }
-
-
-def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """A safetensors header: its length, then JSON, padded with spaces to 8 bytes."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in tensors.items():
-        end = offset + tensor.nbytes
-        entries[name] = {
-            "dtype": "F32",
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 # The members of a fusion: they are read again in fp32 and checked against the request.

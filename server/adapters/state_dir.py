@@ -9,8 +9,8 @@
 
 Only the registrations' files count. Other content of ``files/`` is left over from a crash, from a
 generation that was still in use at shutdown, or from a private adapter, which has no registration
-here. It is removed at startup. An operation writes files
-first and the registration last, so a crash leaves the state before it or the state after it.
+here. It is removed at startup. An operation writes files first and the registration last, so a
+crash leaves the state before it or the state after it.
 """
 
 from __future__ import annotations

@@ -91,8 +91,8 @@ def _product(base: BaseLinear) -> str:
 class CheckpointTensors:
     """Reads tensors and quantised weights, and records which were read.
 
-    In the cache, the codes of each fused projection are stored as a ``PackedLinear``. Only there,
-    because the kernels trust the sizes.
+    In the cache, a fused projection is stored as a ``PackedLinear`` if ``PackedLinear.packs``
+    supports it. Such names are ignored in other files, because the kernels trust the sizes.
 
     Args:
         source: The model.

@@ -1,8 +1,8 @@
 """Turns any supported source into a directory of 4-bit weights, once.
 
 A plain Hugging Face directory or a GGUF file is quantised tensor by tensor (the bf16 model is never
-in memory as a whole) and written to the cache. Later starts read the cache. A directory that is
-already bitsandbytes-4bit is used unchanged.
+in memory as a whole) and written to the cache, in the layout of the CPU's products. Later starts
+map it. A directory that is already bitsandbytes-4bit is used unchanged.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from turret.kernels.likeliest import Screen, ScreenCodes
 from turret.server import log
+from turret.server.basics.tensor_files import safetensors_parts
 from turret.server.basics.work import OnProgress
 from turret.server.errors import InvalidRequestError
 from turret.server.models.decoding.arch import Arch, Experts
@@ -172,7 +172,8 @@ class StoredTensors:
     def get(self, name: str, *, is_kept: bool = True) -> torch.Tensor:
         """Read a tensor into separate memory.
 
-        With ``is_kept=False``, the result may be a part of the mapped file; drop it soon.
+        With ``is_kept=False``, the result may be a part of the mapped file. Keep it only if the
+        file never changes, as in the cache.
 
         Raises:
             InvalidRequestError: There is no tensor with that name.
@@ -267,8 +268,8 @@ class ModelSource:
         name: The model id on the hub, the checkpoint's own name, or the directory's name.
         weights: Directory of a bitsandbytes-4bit checkpoint, or of a model in the cache.
         files: Directory with config.json and the tokenizer.
-        digest: Identifies the weights as served: SHA-256 of the weight files, and of
-            ``quantizes_all`` if that changes them.
+        digest: Identifies the weights as served: SHA-256 of the weights as a bitsandbytes-4bit
+            checkpoint, and of ``quantizes_all`` if that changes them.
         commit: The commit of a model from the hub.
         quantizes_all: Whether weights that a 4-bit checkpoint stores in 16 bits are quantised too.
         fidelity: How the weights differ from the model's files, if turret made the checkpoint.
@@ -501,39 +502,17 @@ def quantize(name: str, tensor: torch.Tensor, source: str, fidelity: Fidelity) -
 
 # The names of the head's ``ScreenCodes`` in the cache.
 HEAD_COPY = ("head:codes", "head:scales", "head:bounds")
-# Names of dtypes in safetensors files.
-_DTYPES = {
-    **{torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16"},
-    **{torch.int8: "I8", torch.uint8: "U8"},
-}
 # The size of a cache line: products read their weights fastest from multiples of it.
 _LINE = 64
 
 
-def _safetensors(tensors: Mapping[str, torch.Tensor], line: int = 1) -> Iterator[Any]:
-    """The parts of a safetensors file, as bytes or arrays.
-
-    Args:
-        tensors: The tensors.
-        line: Tensors whose size is a multiple of this number of bytes begin at such a multiple. By
-            default, the file is the one that ``save_file`` writes.
-    """
+def _ordered(tensors: Mapping[str, torch.Tensor], line: int = 1) -> dict[str, torch.Tensor]:
+    """The tensors in the order of ``save_file``, but first those that fill whole lines."""
 
     def place(name: str) -> tuple[bool, int, str]:
         return tensors[name].nbytes % line > 0, -tensors[name].itemsize, name
 
-    header, end = dict[str, Any](__metadata__={"format": "pt"}), 0
-    names = sorted(tensors, key=place)
-    for name in names:
-        tensor = tensors[name]
-        start, end = end, end + tensor.nbytes
-        shape, dtype = list(tensor.shape), _DTYPES[tensor.dtype]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % max(8, line))
-    yield len(text).to_bytes(8, "little") + text
-    for name in names:
-        yield tensors[name].reshape(-1).view(torch.uint8).numpy()
+    return {name: tensors[name] for name in sorted(tensors, key=place)}
 
 
 class _Quantizing:
@@ -572,7 +551,7 @@ class _Quantizing:
             out |= weight.to_tensors(key) if isinstance(weight, Nf4Weight) else {key: weight}
         # The digest is that of a bitsandbytes checkpoint with these weights.
         digest = hashlib.sha256()
-        for part in _safetensors(out):
+        for part in safetensors_parts(_ordered(out)):
             digest.update(part)
         _pack(weights, out, arch)
         head = out.get("lm_head.weight", out.get("model.embed_tokens.weight"))
@@ -581,7 +560,7 @@ class _Quantizing:
             out |= zip(HEAD_COPY, (copy.codes, copy.scales, copy.bounds), strict=True)
         try:
             with (build / WEIGHTS).open("wb") as file:
-                for part in _safetensors(out, _LINE):
+                for part in safetensors_parts(_ordered(out, _LINE), _LINE):
                     file.write(part)
         except OSError as error:
             said = say("CACHE_NOT_WRITABLE", folder=build.parent, problem=error)
