@@ -585,6 +585,11 @@ class AsyncGenerationStream(AsyncIterator[Chunk]):
                 return self._progress.take(chunk)
             except StreamClosedError:
                 raise StopAsyncIteration from None
+            except StopAsyncIteration:
+                if self._progress.is_whole:
+                    raise
+                # A proxy may end a stream without the server's status.
+                failure = AnswerCutError.of(None)
             except grpc.RpcError as error:
                 failure = self._settings.failure(error, self._progress.retries.seconds)
             except UnavailableError as error:

@@ -30,7 +30,7 @@ TEXTS = {
     "TLS_FAILED": "cannot make a secure connection to {place} ({why})",
     "CONNECTION_CLOSED": "the server at {place} closed the connection",
     "CLOSED_DURING_CALL": "the client was closed while the call was running",
-    "ANSWER_CUT": "the server is shutting down and ended the answer early",
+    "ANSWER_CUT": "the answer ended early; the server may be shutting down",
     # Clients and their addresses.
     "CLIENT_CLOSED": "the client is closed",
     "OTHER_EVENT_LOOP": "this AsyncTurretClient belongs to another event loop",

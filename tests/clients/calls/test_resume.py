@@ -266,10 +266,15 @@ _CANCELLED, _STOP = inference_pb2.GenerateResponse.CANCELLED, inference_pb2.Gene
 
 
 class Stopping(inference_pb2_grpc.InferenceServicer):
-    """Cuts a number of answers, then fails with ``then`` or answers."""
+    """Cuts a number of answers, then fails with ``then`` or answers.
+
+    Attributes:
+        reports: Whether the last chunk reports a cut, which a proxy may lose.
+    """
 
     def __init__(self) -> None:
         self.cuts = 0
+        self.reports = True
         self.then: grpc.StatusCode | None = None
 
     def _is_cut(self, context: grpc.ServicerContext) -> bool:
@@ -288,6 +293,8 @@ class Stopping(inference_pb2_grpc.InferenceServicer):
         is_cut = self._is_cut(context)
         for text in texts[:1] if is_cut else texts:
             yield inference_pb2.GenerateChunk(text=text, token_ids=[ord(text)])
+        if is_cut and not self.reports:
+            return
         # Text that was held back for a stop string; the next server sends it again.
         yield inference_pb2.GenerateChunk(
             text=texts[1:2] if is_cut else "", finish_reason=_CANCELLED if is_cut else _STOP
@@ -347,6 +354,21 @@ def test_a_stream_continues_or_raises_after_its_last_chunk(
     else:
         assert isinstance(error, errors.AnswerCutError)
         assert (error.message, chunks[-1].finish_reason) == (CUT, "CANCELLED")
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_stream_without_its_last_chunk_continues_or_raises(
+    cutting, is_async: bool, resume: bool
+) -> None:
+    """A fleet's proxy ends a stream like this if no replica is ready."""
+    stopping, address = cutting
+    stopping.cuts, stopping.reports = 2, False
+    chunks, error = _streamed(address, is_async, resume=resume)
+    assert "".join(chunk.text for chunk in chunks) == ("abcd" if resume else "a")
+    assert (error is None) == resume
+    if error is not None:
+        assert isinstance(error, errors.AnswerCutError)
 
 
 def test_a_broken_stream_waits_for_a_server_that_starts_again(

@@ -59,7 +59,8 @@ class Moody(inference_pb2_grpc.InferenceServicer, adapters_pb2_grpc.AdaptersServ
         for _ in range(self.chunks_first):
             yield inference_pb2.GenerateChunk(text="a")
         self._fail(context)
-        yield inference_pb2.GenerateChunk(text="yes")
+        stop = inference_pb2.GenerateResponse.STOP
+        yield inference_pb2.GenerateChunk(text="yes", finish_reason=stop)
 
     def MergeAdapters(self, request: Any, context: Any) -> adapters_pb2.MergeState:
         self._fail(context)
