@@ -156,7 +156,7 @@ class ScreenCodes:
     Attributes:
         codes: ``[out, in]`` int8 in tiles; ``out`` is rounded up to whole tiles.
         scales: ``[out]`` fp32, rounded up in the same way.
-        bounds: ``[2]`` fp64: the spread and the length.
+        bounds: ``[2]`` fp64: ``spread`` and ``length`` of the C code's ``Screen``.
     """
 
     codes: torch.Tensor

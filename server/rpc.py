@@ -172,7 +172,12 @@ async def one_message(
 async def open_messages(
     requests: AsyncIterator[Received], party: Party, arrivals: Arrivals
 ) -> AsyncIterator[Any]:
-    """The messages of a call that needs no token; arguments and errors as for ``one_message``."""
+    """The messages of a call that needs no token; arguments as for ``one_message``.
+
+    Raises:
+        InvalidRequestError: A message is malformed.
+        DeadlineExceededError: A message did not arrive within ``MESSAGE_SECONDS``.
+    """
     while each := await _next(requests, arrivals.place(party)):
         yield each.take()
 
@@ -277,7 +282,7 @@ COUNTED = frozenset(
 # Calls with many inputs. Their handlers count each input against the limits of the calling party.
 MANY = frozenset(f"/turret.v1.Inference/{name}" for name in ("Embed", "EmbedStream", "Classify"))
 
-# The methods of the services that every server has, at one of its addresses.
+# The methods of the services that every server offers on one of its addresses or the other.
 _METHODS = frozenset(
     f"/{service.full_name}/{method.name}"
     for file in (inference_pb2.DESCRIPTOR, adapters_pb2.DESCRIPTOR)
@@ -576,7 +581,7 @@ _UNLIMITED = -1
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", _UNLIMITED),
-    # With this option, a second server on the same port would silently take half of the calls.
+    # If this were enabled, a second server on the same port would silently take half of the calls.
     ("grpc.so_reuseport", 0),
     # Calls that the event loop has not accepted yet. By default, gRPC cancels some of them if there
     # are 1,000 or more. --max-queued-requests limits waiting requests instead, and rejected

@@ -143,7 +143,7 @@ class _Run:
         return self.is_served or is_shared(self.resolved)
 
     def train(self, divisor: int, listen: Observer, open_engine: OpenEngine) -> FinishedRun:
-        """Train up to the number of steps divided by ``divisor``, unless that is already done."""
+        """Train for the number of steps divided by ``divisor``, unless they are already done."""
         folder, num_steps = RunFolder(Path(self.name)), self.resolved.config.run.steps
         assert num_steps is not None
         if folder.is_finished:

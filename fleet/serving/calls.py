@@ -138,7 +138,7 @@ _interceptor = CallInterceptor(Services(gate=ServingGate()))
 
 
 def check_with(interceptor: CallInterceptor) -> None:
-    """Sets the interceptor that checks this process's calls: that of its replica."""
+    """Makes the replica's interceptor check the calls of this process."""
     global _interceptor
     _interceptor = interceptor
 

@@ -248,7 +248,7 @@ _address, _int, _double = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 PROJECTIONS = ("qkv", "o", "gate_up", "down", "router")
 EXPERT_PROJECTIONS = ("experts_gate_up", "experts_down")
-# ``Activation`` in layers.c.
+# The values of ``Activation`` in layers.c.
 SILU, GELU, CLAMPED_SWIGLU = range(3)
 
 
@@ -278,7 +278,8 @@ class NativeExperts(ctypes.Structure):
 class NativeLayer(ctypes.Structure):
     """A layer. Norms are fp32 or None. Keys and values are the layer's part of the cache.
 
-    A layer has ``gate_up`` and ``down``, or ``router`` and experts. The others are zeros.
+    A layer has ``gate_up`` and ``down``, or ``router`` and experts. The fields of the
+    other kind are zeros.
     """
 
     _fields_ = (

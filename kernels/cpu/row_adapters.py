@@ -81,7 +81,8 @@ class ExpertAdapters:
         width = max((sum(table.width for table, _ in row) for row in rows), default=0)
         threads = num_threads()
         self._scratch = torch.empty(threads * width)
-        # ``ExpertStep`` in ``adapters.h``, whose ``ExpertMember`` is a row of ``_members``.
+        # The fields of ``ExpertStep`` in ``adapters.h``. Each row of ``_members`` is one of its
+        # ``ExpertMember`` structures.
         self._step = (ctypes.c_int64 * 6)(
             self._members.data_ptr(),
             self._first.data_ptr(),
@@ -110,7 +111,7 @@ class ExpertAdapters:
             rows: The row of ``x`` that each pair reads, ``[pairs]`` int64; None if each pair has
                 its own.
         """
-        # ``ExpertPairs`` in ``adapters.h``.
+        # The fields of ``ExpertPairs`` in ``adapters.h``.
         pairs = (ctypes.c_int64 * 10)(
             x.data_ptr(),
             y.data_ptr(),

@@ -547,7 +547,7 @@ class AdapterRegistry:
             )
 
     def publish(self, name: str, loaded: LoadedAdapter, staged: StagedUpload) -> AdapterInfo:
-        """Registers an adapter that this server has made as a name or as its next generation.
+        """Registers an adapter that this server made, as a new name or a name's next generation.
 
         The same content does not make a new generation. A private name does not survive a restart.
 

@@ -579,7 +579,7 @@ def _change(path: Path, data: bytes | None) -> None:
     """Writes a whole file, or removes it.
 
     Raises:
-        StorageFullError, StorageFailedError: The disk failed; the file is as it was.
+        StorageFullError, StorageFailedError: The disk failed; the file is restored if possible.
     """
     with reporting_disk_faults():
         before = path.read_bytes() if path.exists() else None

@@ -67,14 +67,15 @@ class WatchedFiles(Generic[_T]):
             for path in self._paths:
                 # Reject a FIFO here: some readers would wait for its writer and block the reload.
                 read_regular(path)
-            # Try unreadable files again at the next look, because a shortage on the server may be
-            # the reason, and invalid ones after they have changed.
+            # The files are readable, so if they are invalid, try them again only after a change.
+            # Unreadable files are tried again at every look, because the server may only be short
+            # of memory or file descriptors.
             self._seen = stamp
             self.newest = self._read()
         except (OSError, ValueError, MemoryError) as error:
             if isinstance(error, MemoryError):
                 self._seen = None
-            # TLS looks at the files for each connection.
+            # TLS looks at the files for each connection, so log each problem only once.
             if stamp != self._reported:
                 self._reported = stamp
                 _log.error(
@@ -95,7 +96,7 @@ class WatchedFiles(Generic[_T]):
             stats = [path.stat() for path in self._paths]
         except OSError:
             return None
-        # A copy can keep the time of the content, but not the time of the last change of the file.
+        # A copy can preserve a file's mtime, but not its ctime.
         return tuple((s.st_ino, s.st_size, s.st_ctime_ns) for s in stats)
 
 

@@ -147,7 +147,7 @@ def make_page_token(last_name: str, filters: str) -> str:
 def read_page_token(token: str, filters: str, violations: Violations) -> str:
     """The name that the page starts after; empty for the first page.
 
-    Records a token that is not from this server, or is for other filters.
+    Records a violation if the token is malformed or is for other filters.
     """
     if not token:
         return ""

@@ -201,10 +201,10 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def reading(self, checkpoint: Checkpoint) -> Iterator[Path]:
-        """The directory of a checkpoint, which may be removed within the block.
+        """The directory of a checkpoint. Another task may remove it while the block runs.
 
         Raises:
-            TrainingNotFoundError: It was removed.
+            TrainingNotFoundError: The checkpoint was removed.
         """
         try:
             yield self.folder(checkpoint)

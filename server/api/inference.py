@@ -336,7 +336,7 @@ async def _vocabulary(
     chat: inference_pb2.Chat,
     call: Call,
 ) -> tuple[Vocabulary, InputLimits]:
-    """The vocabulary of a request for a call, and the limits that it sets."""
+    """The vocabulary that a request uses, and the limits that the vocabulary sets."""
     vocabulary = await backend.vocabularies.of(
         adapters, chat.chat_template, draw=call.draw, tenant=call.tenant
     )

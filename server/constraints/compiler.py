@@ -53,10 +53,10 @@ _SLICES = ["[a-z ]{1,16}", "[a-zA-Z ]{1,16}", *LLTokenizer.general_slices()]
 _LIMITS: dict[str, Any] = {
     # All answers under one constraint share the states of its lexer, which take at most 45 MB.
     "max_lexer_states": 1 << 15,
-    # Items of the parser in one of its steps, for which all running requests wait. If the grammar
-    # is ambiguous, the time of a step grows with the square of this number: 6 ms at this limit,
+    # Limits the items of one parser step, because all running requests wait for the step. If the
+    # grammar is ambiguous, its time grows with the square of this number: 6 ms at this limit,
     # 0.3 s at llguidance's own, which is five times as high. Ordinary grammars and most schemas
-    # need less than a fifth (49,152 tokens).
+    # need less than a fifth of this limit (49,152 tokens).
     "step_max_items": 10_000,
     "verbose_errors": False,
 }

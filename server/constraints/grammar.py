@@ -159,9 +159,9 @@ _ANY_OBJECT = '{"type":"object"}'
 _META = re.compile(r"([\\.+*?()|\[\]{}^$#&~/-])")
 # A second grammar in addition to the constraint's own. Its option applies to both.
 _UNFORCED = {"name": "unforced", "lark_grammar": '%llguidance {"no_forcing": true}\nstart: "x"'}
-# Matches a grammar that llguidance reads as Lark; it reads any other as GBNF. The leading blanks of
-# this expression and the next one are within one line: with ``\s*``, a search would look at all
-# later line breaks from each of them, in quadratic time, while no other thread runs.
+# Matches a grammar that llguidance reads as Lark; it reads any other as GBNF. This expression and
+# the next one match leading blanks on one line only. With ``\s*``, a search through many line
+# breaks would take quadratic time, and no other thread could run meanwhile.
 _LARK = re.compile(r"(?m)^[^\S\n]*(?:%llguidance\b|start\s*:)")
 # Matches a rule of a Lark grammar, on one line, whose body is a JSON schema.
 _SCHEMA_RULE = re.compile(r"(?m)^[^\S\n]*(\w+)\s*:\s*%json (\{.*\})\s*$")

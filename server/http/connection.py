@@ -84,8 +84,9 @@ class Connection(HttpToolsProtocol):
         self._running = cycle
         is_old = scope["http_version"] == "1.0"
         if not is_old:
-            # The cycle has the original scope. With a reference to the chunks in it, each request
-            # would keep the buffers of its connection until the next garbage collection.
+            # Copy the scope, because the cycle refers to the original one, and the chunks refer to
+            # the cycle. Otherwise, each request would keep the buffers of its connection until the
+            # next garbage collection.
             scope = {**scope, "extensions": {EXTENSION: Chunks(cycle)}}
 
         async def framed(message: Any) -> None:
@@ -315,10 +316,10 @@ class Listener(socket.socket):
 
 
 class NewestContext(ssl.SSLContext):
-    """Serves each connection by the newest certificates.
+    """Serves each connection with the newest certificates.
 
-    A context resumes its own sessions without checking a client's certificate again. So each
-    connection belongs to the context of its certificates, and sessions end with them.
+    A context resumes its own sessions without checking a client's certificate again. So every
+    change of the certificates makes a new context, which resumes no session of the former one.
 
     Attributes:
         files: The context for the certificates in the files.
@@ -327,7 +328,7 @@ class NewestContext(ssl.SSLContext):
     files: WatchedFiles[ssl.SSLContext]
 
     def wrap_bio(self, *args: Any, **settings: Any) -> ssl.SSLObject:
-        """Begin a connection, as asyncio does."""
+        """Begin a connection; asyncio calls this method for each one."""
         self.files.look()
         return self.files.newest.wrap_bio(*args, **settings)
 

@@ -208,8 +208,8 @@ def _tidied(
 ) -> dict[str, Any]:
     """The object without nulls, unknown fields and ignored fields.
 
-    Ignored fields could have any size, and limits on waiting commands do not count them. Records
-    the fields that must not be ignored.
+    Ignored fields are dropped, because they could have any size, and limits on waiting commands do
+    not count them. The fields that must not be ignored are added to ``found``.
     """
     fields = _fields_of(model)
     kept: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Splits an answer as its text grows: into reasoning, text and tool calls, in the model's format.
+"""Splits a growing answer into reasoning, text and tool calls, according to the model's format.
 
 Each parser is a generator. It takes text from the front of a :class:`Source`, yields the pieces
 that are certain, and yields None where it needs more text.

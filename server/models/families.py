@@ -450,10 +450,10 @@ def _checked() -> Iterator[None]:
 class _HubKernels(ModuleType):
     """Takes the place of transformers' module for kernels from the hub while configs are imported.
 
-    Llama's config imports transformers' activations, which use a decorator of that module. With it,
-    a kernel from the hub can replace an activation. The module imports torch's distributed tensors,
-    which takes as long as importing torch. If anything else in it is used, the module itself is
-    imported.
+    Llama's config imports transformers' activations, which use a decorator of that module. The
+    decorator lets a kernel from the hub replace an activation. Importing the real module would also
+    import torch's distributed tensors, which takes as long as importing torch. If anything else in
+    the module is used, this class imports the real one.
     """
 
     def use_kernel_forward_from_hub(self, _: str) -> Callable[[type], type]:

@@ -92,7 +92,8 @@ class CheckpointTensors:
     """Reads tensors and quantised weights, and records which were read.
 
     In the cache, a fused projection is stored as a ``PackedLinear`` if ``PackedLinear.packs``
-    supports it. Such names are ignored in other files, because the kernels trust the sizes.
+    supports it. In other files, tensors with the names of its parts
+    are not used, because the kernels trust the sizes.
 
     Args:
         source: The model.
@@ -115,7 +116,7 @@ class CheckpointTensors:
             module, found, _ = name.partition(".weight.")
             if found:
                 self._beside.setdefault(f"{module}.weight", []).append(name)
-        # Weight → the weights of the projection with which its codes are stored.
+        # Weight → all weights of the fused projection in which its codes are stored.
         self._fused: dict[str, tuple[str, ...]] = {}
         for name in self._stored:
             modules, _, kind = name.partition(":")
@@ -146,10 +147,10 @@ class CheckpointTensors:
         return weight
 
     def packed(self, modules: Sequence[Linear]) -> PackedLinear | None:
-        """A projection as a part of the mapped file; None if its codes are not stored as one.
+        """A fused projection as a part of the mapped file; None if it is stored in another form.
 
         Args:
-            modules: The modules that form it.
+            modules: The modules that form the projection.
         """
         names = tuple(f"{path}.weight" for path, _, _ in modules)
         if self._fused.get(names[0]) != names:

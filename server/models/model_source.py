@@ -304,7 +304,7 @@ def resolve_model(
 
     Raises:
         InvalidRequestError: ``model`` is none of these or has an unsupported format; a pattern
-            matches no module; or the model is already quantised.
+            matches no module; or ``skip_modules`` is set and the model is already quantised.
     """
     hub_id = None if model is None else hub_model_id(model)
     if hub_id is None:
@@ -391,7 +391,7 @@ def _stored_modules(weights: Path) -> dict[str, str]:
     for name in sizes:
         module, state, kind = name.partition(_QUANT_STATE)
         if state and module in found:
-            # Two codes share a byte. More maxima than these mean that the blocks are smaller.
+            # Two codes share a byte. More than ``most`` absmax values mean smaller blocks.
             most = -(-2 * sizes[f"{module}{_WEIGHT}"] // BLOCKSIZE)
             is_served = kind == "nf4" and sizes[f"{module}{_WEIGHT}.absmax"] <= most
             found[module] = "as-stored" if is_served else kind
@@ -460,7 +460,7 @@ def _resolve_gguf(
 
 def _read_plain(shards: Sequence[Path], arch: Arch, block: tuple[int, int] | None) -> StoredTensors:
     tensors = StoredTensors(shards, arch.experts, block)
-    # The names of the cache's own tensors have colons.
+    # Only the names of the cache's own tensors may have colons.
     if wrong := [*tensors.codes(), *(name for name in tensors if ":" in name)]:
         raise InvalidRequestError.of("model", say("TENSORS_UNEXPECTED", names=", ".join(wrong[:8])))
     return tensors
@@ -502,12 +502,12 @@ def quantize(name: str, tensor: torch.Tensor, source: str, fidelity: Fidelity) -
 
 # The names of the head's ``ScreenCodes`` in the cache.
 HEAD_COPY = ("head:codes", "head:scales", "head:bounds")
-# The size of a cache line: products read their weights fastest from multiples of it.
+# The size of a cache line. Products read weights fastest from addresses that are multiples of it.
 _LINE = 64
 
 
 def _ordered(tensors: Mapping[str, torch.Tensor], line: int = 1) -> dict[str, torch.Tensor]:
-    """The tensors in the order of ``save_file``, but first those that fill whole lines."""
+    """The tensors in the order of ``save_file``, but with those that fill whole lines first."""
 
     def place(name: str) -> tuple[bool, int, str]:
         return tensors[name].nbytes % line > 0, -tensors[name].itemsize, name
@@ -516,7 +516,7 @@ def _ordered(tensors: Mapping[str, torch.Tensor], line: int = 1) -> dict[str, to
 
 
 class _Quantizing:
-    """Quantises a model and writes it to the cache, with a report.
+    """Quantises a model and writes it to the cache, with a report of the errors.
 
     Args:
         formats: The quantised format of each tensor in the model's files, or empty.
@@ -577,7 +577,7 @@ class _Quantizing:
         (build / _MANIFEST).write_text(json.dumps(manifest))
 
     def planned(self) -> Fidelity:
-        """The states of the modules, without errors."""
+        """The states of the modules, without quantisation errors, which are not known yet."""
         found = Fidelity()
         for key, source in self._formats.items():
             if key.removesuffix(_WEIGHT) in self._skipped and is_quantized(key):
@@ -599,7 +599,7 @@ class _Quantizing:
 def _pack(
     weights: dict[str, Nf4Weight | torch.Tensor], out: dict[str, torch.Tensor], arch: Arch
 ) -> None:
-    """Replace the codes in ``out`` by those of fused projections, which the CPU's products read."""
+    """Replace the codes in ``out`` with those of fused projections, which products on CPUs read."""
     for modules in (each for layer in range(arch.num_layers) for each in arch.projections(layer)):
         names = [f"{path}.weight" for path, _, _ in modules]
         slices = [w for name in names if isinstance(w := weights.get(name), Nf4Weight)]
@@ -634,10 +634,10 @@ def _read_cached(weights: Path, files: Path) -> ModelSource:
     return ModelSource(named, weights, files, digest, fidelity=fidelity)
 
 
-# The key of a model in the cache includes the start of each of so many equal parts of its files.
+# The cache key of a model includes the first bytes of this many equal parts of each file.
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 _UNFINISHED = ".building-"
-# No model takes this long to quantise, so what is older was left behind by a killed process.
+# No model takes this long to quantise, so an older directory was left by a killed process.
 _ABANDONED_SECONDS = 86400.0
 
 
@@ -673,7 +673,7 @@ def _target(cache_dir: Path, files: Iterable[Path], skip: Sequence[str]) -> Path
     for path in files:
         size = path.stat().st_size
         key.update(f"\n{path.resolve()}:{size}:{path.stat().st_mtime_ns}".encode())
-        # An image's files can all have the same time, and a model trained again has the same sizes.
+        # All files of a container image can have the same time, and retraining keeps the sizes.
         with path.open("rb") as file:
             for part in range(_SAMPLES):
                 file.seek(part * size // _SAMPLES)

@@ -156,8 +156,9 @@ class Learner:
 
         Raises:
             InvalidRequestError: The gradient is infinite or NaN; the tensors stay as they were.
-            AdapterCheckpointError: The new tensors cannot be served, such as infinite ones; the
-                tensors stay as they were, but the optimizer's averages include the gradient.
+            AdapterCheckpointError: The new tensors cannot be served, for example because they are
+                infinite. The old tensors are kept, but the optimizer's averages include the
+                gradient.
         """
         if all(leaf.grad is None for leaf in self._leaves):
             return {"grad_norm": 0.0}

@@ -147,7 +147,7 @@ async def test_only_client_certificates_of_the_authority_are_accepted(
 def _resumed(
     address: str, start: Any, context: ssl.SSLContext, session: ssl.SSLSession | None = None
 ) -> tuple[bool, ssl.SSLSession] | None:
-    """Whether the server resumed a session, and the next one; None if it rejects the client."""
+    """Whether the server resumed the session, and the next session; None for a rejected client."""
     host, _, port = address.rpartition(":")
     try:
         with (

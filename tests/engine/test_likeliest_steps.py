@@ -213,7 +213,7 @@ async def test_negative_biases_need_all_logits_only_for_their_tokens(
 async def test_end_tokens_are_banned_until_min_tokens(
     root: Path, asked: Counter[str], whole: list[int]
 ) -> None:
-    """Only a step whose likeliest token is banned needs all logits, and the one after it."""
+    """Only a step whose likeliest token is banned, and the step after it, need all logits."""
     prompt = prompts(3)[2]
     async with EngineHarness.start(*served(root, "llama"), **OPTIONS) as harness:
         free = await harness.run(make_request(prompt, max_tokens=12))

@@ -58,7 +58,7 @@ async def test_small_writes_are_sent_without_delay(http: HttpHarness) -> None:
 async def test_an_ended_connection_leaves_nothing_for_timers_or_the_garbage_collector(
     is_reset: bool, http: HttpHarness
 ) -> None:
-    """Otherwise, it would keep 70 KB over TLS until a timer or the collector frees it."""
+    """Otherwise, a TLS connection would keep 70 KB until a timer or the collector frees them."""
     reader, writer = await http.opened()
     writer.write(ASK)
     await asyncio.wait_for(reader.readuntil(b"}"), 10)

@@ -88,7 +88,10 @@ def asked() -> list[tuple[str | None, list[int], bool]]:
 
 
 async def answered(base: Twin, root: Path, dtype: str) -> list[tuple[str | None, list[int], Any]]:
-    """Adapters, prompts, and the answers in one batch, which have the same bits alone."""
+    """Adapters, prompts, and answers in one batch.
+
+    Each request must have the same bits when it runs alone.
+    """
     requests = [
         make_request(prompt, name, score=score, max_tokens=MAX_TOKENS)
         for name, prompt, score in asked()

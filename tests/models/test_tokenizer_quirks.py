@@ -58,7 +58,7 @@ def open_with(protocol: Any, tokenizer: Tokenizer) -> None:
 
 @contextlib.asynccontextmanager
 async def protocols(tokenizer: Tokenizer) -> AsyncIterator[Any]:
-    """Send a chat or a prompt over both protocols; returns the engines' prompts."""
+    """Yields functions that send a chat or a prompt over both protocols and return the prompts."""
     async with harness(serving=False) as rpc, http_harness(serving=False) as http:
         for protocol in (rpc, http):
             open_with(protocol, tokenizer)

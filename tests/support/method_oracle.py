@@ -137,7 +137,7 @@ async def check_batch(
     asked: Sequence[tuple[str | None, list[int]]],
     max_tokens: int = 3,
 ) -> list[Answer]:
-    """Compare greedy answers in one batch with the reference, each with its adapter's."""
+    """Compare greedy answers in one batch, each with the reference for its adapter."""
     requests = [make_request(prompt, name, max_tokens=max_tokens) for name, prompt in asked]
     answers = await harness.run_all(requests)
     for (name, prompt), answer in zip(asked, answers, strict=True):
@@ -167,7 +167,7 @@ def mixed_oracle(
         model: transformers' model.
         root: The directory of the adapters.
         mix: The adapters and their weights.
-        told: By adapter, what its modules are told in each call.
+        told: The keyword arguments of each call of an adapter's modules, by adapter.
     """
     mixed = copy.deepcopy(model)
     loaded = [(load_adapter(model, root / name), w, told.get(name, {})) for name, w in mix]

@@ -59,8 +59,8 @@ typedef struct {
     bf16 *hidden;  /* [rows, hidden]: input, which is overwritten */
     bf16 *out;     /* [rows, hidden] */
     bf16 *normed;  /* [rows, hidden] */
-    bf16 *wide;    /* [rows, the most outputs]: results of qkv, gate_up and router; [pairs, outputs] of experts */
-    bf16 *narrow;  /* [rows, the most inputs]: inputs of o and down; [pairs, inputs] of experts */
+    bf16 *wide;    /* [rows, max outputs]: results of qkv, gate_up and router; for experts, [pairs, outputs] */
+    bf16 *narrow;  /* [rows, max inputs]: inputs of o and down; for experts, [pairs, inputs] */
     bf16 *delta;   /* [rows, hidden] */
     float *q;      /* [rows, heads, head_dim] */
     const int64_t *slots; /* [rows] */
@@ -70,8 +70,9 @@ typedef struct {
     const Place *places;      /* [layers, PROJECTIONS], with adapters */
     const Inputs *inputs;     /* [PROJECTIONS], or null */
     const ExpertStep *expert_adapters; /* or null */
-    /* The pairs of a row and an expert. [rows, per_token], by descending weight: a row's experts, and the places of
-     * these pairs among all pairs. By place: the row and the expert. By expert: where its pairs end. */
+    /* Pairs of a row and an expert, sorted by expert. chosen and pair_places are [rows, per_token], by descending
+     * weight: the experts of a row, and the places of their pairs. pair_rows and pair_experts are the row and the
+     * expert at each place. ends is where the pairs of each expert end. */
     int64_t *chosen, *pair_places, *pair_rows, *pair_experts, *ends;
     float *weights; /* [rows, per_token + experts]: the weights of `chosen`, then scratch memory */
     float *scratch;           /* see turret_dense_product; wide enough for every dense weight */
@@ -222,7 +223,7 @@ static float sum_by_halves(float *x, int64_t count) {
     return x[0];
 }
 
-/* Chooses the experts of a row, with the bits of kernels/expert_routing.py. NaN comes first, as in torch's sort.
+/* Chooses the experts of a row, bit for bit as kernels/expert_routing.py does. NaN is first, as in torch's sort.
  * weights: [per_token], then room for as many floats as there are experts. */
 EXPORT void turret_choose_experts(const bf16 *scores, int64_t experts, int64_t per_token, int64_t normalizes,
                                   int64_t *chosen, float *weights) {
@@ -307,7 +308,7 @@ static void project_experts(const Model *m, const Pass *p, int64_t layer, int pr
 }
 
 /* Sums the results of a row's experts in the order of their weights. The width is a multiple of LANES, because the
- * experts' inputs are. */
+ * number of an expert's inputs is one. */
 KERNEL static void combine_row(const void *job, int64_t thread, int64_t row) {
     const Model *m = ((const Mixture *)job)->model;
     const Pass *p = ((const Mixture *)job)->pass;

@@ -77,7 +77,7 @@ def _number(layer: int, projection: str) -> int:
 
 
 class CpuExpertUpdates(Part):
-    """The tables of the adapters in the store that change experts, by key."""
+    """The tables of those adapters in the store that change experts, by key."""
 
     def __init__(self, layout: ProjectionLayout) -> None:
         self._layout = layout
@@ -324,7 +324,8 @@ class InputRows:
 
     Attributes:
         rows: The rows' numbers, ``[n]`` int64.
-        members: First and last number of the members whose changes are summed, ``[n, 2]`` int64.
+        members: The range of the members whose changes are summed, ``[n, 2]`` int64: the first
+            number, and the one after the last.
         gained: Adapters whose gains apply to their own changes, with their positions among the
             rows.
     """
@@ -370,8 +371,9 @@ class StepInputs:
       with all other rows;
     - ``own``: otherwise each slice of the base multiplies its own ``x'``, and the row is left out
       of the common product: the weight is read twice in the step, and no row is multiplied twice;
-    - ``added``: if there is a gain, and a change of another member, which the gain must not scale,
-      the changes are separate products that are added last: ``Σ_k w_k g_k ⊙ W (T_k x − x)``.
+    - ``added``: if a member has a gain, unless that member alone changes the input, with weight 1,
+      the changes are separate products, so that a gain scales only its own member's change. They
+      are added last: ``Σ_k w_k g_k ⊙ W (T_k x − x)``.
 
     Attributes:
         layout: Shape of the base.

@@ -527,9 +527,9 @@ def _report(
 def takes_likeliest(sequence: Sequence) -> bool:
     """Whether the likeliest token usually is the next one, and nothing else is needed.
 
-    Bans, negative biases and constraints leave it the next one, unless they concern that token
-    (``Sampler.keeps``). Penalties concern so many of the likeliest tokens that all logits are
-    better.
+    A ban, a negative bias or a constraint changes the next token only if it concerns the likeliest
+    one; ``Sampler.keeps`` checks bans and biases. Penalties concern so many of the likeliest tokens
+    that it is better to compute all logits.
     """
     params = sequence.request.sampling
     raises = max(params.logit_bias.values(), default=0.0) > 0.0

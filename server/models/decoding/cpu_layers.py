@@ -151,7 +151,7 @@ class CpuLayers:
         bases = [each.base for layer in layers for _, each in _projections(layer)]
         dense = [base.in_features for base in bases if _dense(base) is not None]
         self._widest_dense = max(dense, default=0)
-        # The most outputs and inputs that a row needs. Those of its experts are added up.
+        # The largest numbers of outputs and inputs of a row; those of its experts are summed.
         self._outputs = max(_width(base) for base in bases)
         self._inputs = max(arch.num_heads * arch.head_dim, arch.intermediate_size)
         if experts is not None:

@@ -41,8 +41,8 @@ from turret.server.models.weights.nf4_cpu import (
 # bitsandbytes imports torch's compiler, which takes seconds of processor time and 70 MiB. At
 # import, it passes a few functions to ``torch.compile``. These are for devices without bitsandbytes
 # kernels, and also work uncompiled. Later, the first call of each operator would import the
-# compiler only to exclude the operator from compilation. A server that runs out of memory during
-# that import could not call the operator until it restarts. bitsandbytes also imports Triton, which
+# compiler only to exclude the operator from compilation. A server that ran out of memory during
+# that import could not call the operator until its restart. bitsandbytes also imports Triton, which
 # only its kernels for Intel's GPUs use.
 
 
@@ -323,7 +323,7 @@ class PackedLinear(BaseLinear):
 
     @staticmethod
     def packs(slices: Sequence[Nf4Weight]) -> bool:
-        """Whether ``pack`` supports weights."""
+        """Whether ``pack`` supports these weights."""
         return (
             len({weight.format for weight in slices}) == 1
             and len({weight.shape[1] for weight in slices}) == 1

@@ -135,7 +135,7 @@ K = "model.layers.0.self_attn.k_proj"
 @pytest.mark.parametrize(
     ("key", "value", "layers", "modules", "tensor"),
     [
-        # Untargeted tensors and targets without tensors are both named.
+        # Untargeted tensors and targets without tensors are both reported.
         ("target_modules", ["v_proj", "o_proj"], "01", "qo", "lora_A.weight"),
         ("rank_pattern", {r"layers\.1\..*": 8}, "1", "qv", "lora_A.weight"),
         ("use_dora", True, "01", "qv", "lora_magnitude_vector"),

@@ -105,7 +105,7 @@ def scheduler_after(lengths: SequenceOf[int]) -> Scheduler:
 def test_a_request_that_would_be_preempted_later_is_not_admitted(
     history: list[int], together: int
 ) -> None:
-    """Two prompts of 16 fit with answers of 12 tokens each, but not of 40."""
+    """Two prompts of 16 tokens fit with answers of 12 tokens each, but not with answers of 40."""
     scheduler = scheduler_after(history)
     first, second = (sequence_of(range(16), name, max_tokens=40) for name in "ab")
     scheduler.add(first)

@@ -39,7 +39,7 @@ from turret.v1 import tinker_pb2
 
 @dataclass
 class Served(Tenant):
-    """A client with the server that it uses, whose adapters are tables of logits."""
+    """A client and the server that it uses. The server's adapters are tables of logits."""
 
     server: HttpHarness = field(kw_only=True)
     tables: TableTraining = field(kw_only=True)
@@ -740,7 +740,7 @@ async def test_a_checkpoint_that_a_full_disk_keeps_is_removed_later(
     assert names_in(tmp_path, "*/weights/*") == ["a", "c"]
     assert sum(one.tenants.checkpoints.bytes_by_owner.values()) > 0
     monkeypatch.undo()
-    # A full disk has no room for a directory, and a removal needs none.
+    # A full disk has no room for a new directory, but a removal needs none.
     monkeypatch.setattr(os, "mkdir", lambda *_: full(tmp_path))
     assert len((await one.ask("/checkpoints", verb="GET"))["checkpoints"]) == 1
     await one.ask(url, verb="DELETE")

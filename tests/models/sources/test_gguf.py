@@ -274,7 +274,7 @@ def test_damaged_files_in_the_cache_are_written_again(
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "mixtral", "gpt_oss"])
 def test_the_cache_has_the_weights_as_products_read_them(architecture: str, tmp_path: Path) -> None:
-    """The oracle packs each module by itself, and writes bitsandbytes' format by safetensors."""
+    """The oracle packs each module by itself, and writes bitsandbytes' format with safetensors."""
     folder = save_tiny_model(architecture, tmp_path / "model")
     source = resolve_model(folder, tmp_path / "cache")
     tensors = tensors_4bit(source)

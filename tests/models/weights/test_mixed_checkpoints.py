@@ -301,7 +301,7 @@ def with_experts_in_16_bits(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_the_layout_of_the_cache_is_not_read_from_a_checkpoint(tmp_path: Path) -> None:
-    """The kernels trust its sizes, and a checkpoint may come from anybody."""
+    """The kernels trust the sizes in the cache, but a checkpoint may come from anybody."""
     plain = save_tiny_model("llama", tmp_path / "plain")
     packed = save_4bit(plain, tmp_path / "packed", ("lm_head",))
     path = "model.layers.0.self_attn.o_proj.weight"

@@ -71,7 +71,7 @@ def test_training_starts_as_in_peft(method: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_steps_are_those_of_torch(method: str) -> None:
-    """All tensors are changed at once, with the bits that torch computes one by one."""
+    """One call changes all tensors, with the same bits as torch's changes of one at a time."""
     base = Base("llama", torch.bfloat16)
     learner = started(base, method, rank=3)
     theirs = [p.detach().clone().requires_grad_() for p in learner.parameters.values()]
@@ -86,7 +86,7 @@ def test_steps_are_those_of_torch(method: str) -> None:
             own.grad = parameter.grad.clone()
         norm = torch.nn.utils.clip_grad_norm_(theirs, adam.grad_clip_norm)
         optimizer.step()
-        # ``run`` has collected the gradients, and the step collects them again.
+        # ``run`` has collected the gradients. The step collects them again, so reset them first.
         for parameter in learner.parameters.values():
             assert parameter.grad is not None
             parameter.grad.zero_()

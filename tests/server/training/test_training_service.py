@@ -315,7 +315,7 @@ async def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path) -> 
 
 
 async def test_weights_that_are_not_finite_change_nothing(tmp_path: Path) -> None:
-    """Whether a step would cause them, or a checkpoint contains them."""
+    """Neither a step that would cause such weights nor a checkpoint with them changes any."""
     data, folders = [learned(prompt_of(20))], (tmp_path / name for name in "abcdefgh")
     growing = AdamParams(learning_rate=1e4, weight_decay=1e4)
     async with started(tmp_path) as (_, training):
@@ -379,7 +379,7 @@ async def test_weights_that_the_serving_dtype_does_not_have_change_nothing(tmp_p
 
 @pytest.mark.parametrize("method", ["lora", "dora", "lokr", "ia3", "oft", "prompt_tuning"])
 async def test_published_operators_are_those_of_the_files(method: str, tmp_path: Path) -> None:
-    """They stay the same in later steps, and are read again with the same bits."""
+    """The operators stay the same in later steps, and are read again with the same bits."""
 
     def bits(operators: AdapterOperators | None) -> list[torch.Tensor]:
         assert operators is not None
@@ -406,7 +406,7 @@ async def test_published_operators_are_those_of_the_files(method: str, tmp_path:
         await training.pass_over(learner, data, "cross_entropy", {})
         await training.step(learner, ADAM)
         with registry.export("new") as export:
-            # This compares the digest.
+            # Reading all chunks also checks the digests of the files.
             assert sum(len(data) for _, data in export.chunks()) == published[-1].size
         loaded = registry.reread(adapter, registry.base)
         for found in (bits(adapter.operators), bits(loaded.operators)):

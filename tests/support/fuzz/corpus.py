@@ -24,7 +24,7 @@ VALID = json.loads((FOLDER / "valid.json").read_text(encoding="utf-8"))
 def seeds() -> Iterator[tuple[str, bytes]]:
     """Every input with the name of its target.
 
-    Committed ones are in ``corpus/<target>``: files, and inputs that once caused a failure.
+    The committed inputs are in ``corpus/<target>``: files, and inputs that once caused a failure.
     """
     for path in sorted(FOLDER.glob("corpus/*/*")):
         yield path.parent.name, path.read_bytes()

@@ -245,7 +245,7 @@ class EngineHarness:
             del blocks._free[block]
 
     async def run_together_and_alone(self, requests: Sequence[Request]) -> list[Answer]:
-        """Run requests concurrently, and check that each has the same bits alone."""
+        """Run requests concurrently, and check that each has the same bits when it runs alone."""
         together = await self.run_all(requests)
         for request, answer in zip(requests, together, strict=True):
             assert (await self.run(request)).bits == answer.bits, request.adapters

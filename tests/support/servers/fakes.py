@@ -469,7 +469,7 @@ class Fakes:
         backend: Backend | None = None,
         **settings: Any,
     ) -> Fakes:
-        """Fakes, or parts that the caller passes and closes; a backend has its own parts.
+        """Makes fakes for all parts that the caller does not pass; a given backend keeps its own.
 
         ``settings`` are those of ``Services``.
         """

@@ -223,7 +223,7 @@ async def test_bits_do_not_depend_on_neighbours_chunks_preemption_cache_or_resum
             alone.append(await harness.run(request))
     scarce: dict[str, Any] = {"max_num_seqs": 16, "max_num_batched_tokens": 19}
     async with start(root, dtype=dtype, **scarce) as harness:
-        # Room for a few requests.
+        # Leave room for only a few requests.
         harness.leave_blocks(num_blocks)
         together = await harness.run_all(requests)
         again = await harness.run_all(requests)

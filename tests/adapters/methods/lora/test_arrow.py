@@ -222,7 +222,7 @@ def refusal(root: Path, kind: type[TurretError]) -> TurretError:
 
 
 TWO = ["wide-0", "wide-1"]
-# Changes of ``arrow_config`` and of the other keys, the reported key, and what is said about it.
+# Changes of ``arrow_config`` and of the other keys, the reported key, and a check of the error.
 ARROW = "arrow_config"
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str, Callable[[object], bool]]] = [
     ({"task_adapter_names": None}, {}, ARROW, says("INVALID_ENTRY", entry="task_adapter_names")),

@@ -18,7 +18,7 @@ OUTS = {"q": 96, "k": 32, "v": 32}
 WIDTH = sum(OUTS.values())
 LAYOUT = ProjectionLayout(1, {"qkv": tuple(SliceShape(n, out, INNER) for n, out in OUTS.items())})
 # The components' ranks, by adapter and module: a to c are fusions, d and e are routers, and f takes
-# its gates from a first pass. The ranks of c are far above the others; a, b and f have empty parts.
+# its gates from a first pass. The ranks of c are far higher; a, b and f have empty parts.
 RANKS = {
     "a": {"q": (4, 8), "v": (4, 0)},
     "b": {"q": (16, 16, 1), "k": (16, 0, 1), "v": (16, 16, 1)},
