@@ -48,8 +48,11 @@ Leaves = Mapping[str, Sequence[torch.Tensor]]
 class Learner:
     """An adapter in training.
 
-    Its operators are lowered from the tensors like those of a loaded adapter. So training uses the
-    same formula as serving.
+    Its numbers exist in three stages. The parameters are the fp32 tensors of the adapter's file,
+    which the optimizer changes. The method lowers them to operators in the serving dtype, as it
+    does for a loaded adapter, so training uses the same formula as serving. The leaves are fp32
+    copies of the operators' tensors: a pass adds its gradients to them, and ``collect`` takes
+    these back through the lowering to the parameters.
 
     Args:
         config: The adapter's config, as PEFT writes it.
@@ -57,10 +60,10 @@ class Learner:
         base: The base model.
 
     Attributes:
-        parameters: The tensors, fp32. They and their gradients are views of two long vectors, which
-            the optimizer changes in one call.
-        served: The adapter as requests would use it. A step changes its tensors in place.
-        leaves: See ``Segment``.
+        parameters: The tensors by name. They and their gradients are views of two long vectors,
+            so that the optimizer changes them in one call.
+        served: The operators, as requests would use them. A step changes their tensors in place.
+        leaves: The copies with gradients, by module path.
     """
 
     def __init__(

@@ -55,29 +55,30 @@ typedef struct {
     int64_t module;
 } Place;
 
+/* One call's rows, and memory for their intermediate results. A pair is a row and one of its experts. */
 typedef struct {
-    bf16 *hidden;  /* [rows, hidden]: input, which is overwritten */
-    bf16 *out;     /* [rows, hidden] */
-    bf16 *normed;  /* [rows, hidden] */
-    bf16 *wide;    /* [rows, max outputs]: results of qkv, gate_up and router; for experts, [pairs, outputs] */
-    bf16 *narrow;  /* [rows, max inputs]: inputs of o and down; for experts, [pairs, inputs] */
-    bf16 *delta;   /* [rows, hidden] */
-    float *q;      /* [rows, heads, head_dim] */
+    bf16 *hidden;         /* [rows, hidden]: input, which is overwritten */
+    bf16 *out;            /* [rows, hidden] */
+    bf16 *normed;         /* [rows, hidden] */
+    bf16 *wide;           /* [rows, max outputs]: results of qkv, gate_up and router; for experts, [pairs, outputs] */
+    bf16 *narrow;         /* [rows, max inputs]: inputs of o and down; for experts, [pairs, inputs] */
+    bf16 *delta;          /* [rows, hidden] */
+    float *q;             /* [rows, heads, head_dim] */
     const int64_t *slots; /* [rows] */
     const Rope *ropes;
-    const Plan *const *plans; /* by window */
-    const Step *adapters;     /* or null */
-    const Place *places;      /* [layers, PROJECTIONS], with adapters */
-    const Inputs *inputs;     /* [PROJECTIONS], or null */
+    const Plan *const *plans;          /* by window */
+    const Step *adapters;              /* or null */
+    const Place *places;               /* [layers, PROJECTIONS], with adapters */
+    const Inputs *inputs;              /* [PROJECTIONS], or null */
     const ExpertStep *expert_adapters; /* or null */
-    /* Pairs of a row and an expert, sorted by expert. chosen and pair_places are [rows, per_token], by descending
-     * weight: the experts of a row, and the places of their pairs. pair_rows and pair_experts are the row and the
-     * expert at each place. ends is where the pairs of each expert end. */
-    int64_t *chosen, *pair_places, *pair_rows, *pair_experts, *ends;
-    float *weights; /* [rows, per_token + experts]: the weights of `chosen`, then scratch memory */
-    float *scratch;           /* see turret_dense_product; wide enough for every dense weight */
-    bf16 *changed;            /* [slices, rows, in]: inputs of a projection after adapters changed them */
-    int64_t updates;          /* bit mask of the projections that adapters change */
+    int64_t *chosen;                   /* [rows, per_token]: the experts of each row, by descending weight */
+    int64_t *pair_places;              /* [rows, per_token]: where each pair stands when they are sorted by expert */
+    int64_t *pair_rows, *pair_experts; /* [pairs]: the row and the expert of each sorted pair */
+    int64_t *ends;                     /* [experts]: where the sorted pairs of each expert end */
+    float *weights;     /* [rows, per_token + experts]: the weights of `chosen`, then scratch memory */
+    float *scratch;     /* see turret_dense_product; wide enough for every dense weight */
+    bf16 *changed;      /* [slices, rows, in]: inputs of a projection after adapters changed them */
+    int64_t updates;    /* bit mask of the projections that adapters change */
     int64_t base_low, base_high; /* range of the rows without adapters */
     int64_t rows, threads;
 } Pass;

@@ -364,16 +364,16 @@ class _Found:
 class StepInputs:
     """A step's rows whose input changes, by projection.
 
-    With ``x' = x + Σ_k w_k (T_k x − x)``, the mix of a row determines which of three ways is used:
+    Each member ``k`` of a mix can change the input of a slice of the base, such as the query's in
+    the fused projection: ``x' = x + Σ_k w_k (T_k x − x)``. A row is treated in one of three ways:
 
-    - ``common``: if every slice takes the same ``x'``, because there is only one slice or the
-      slices share a gain (LN tuning), the base multiplies ``x'`` instead of ``x``, in the product
-      with all other rows;
-    - ``own``: otherwise each slice of the base multiplies its own ``x'``, and the row is left out
-      of the common product: the weight is read twice in the step, and no row is multiplied twice;
-    - ``added``: if a member has a gain, unless that member alone changes the input, with weight 1,
-      the changes are separate products, so that a gain scales only its own member's change. They
-      are added last: ``Σ_k w_k g_k ⊙ W (T_k x − x)``.
+    - ``common``, if every slice takes the same ``x'``: because there is only one slice, or because
+      the slices share a gain (LN tuning). The product of all rows takes ``x'`` instead of ``x``.
+    - ``own``, if the slices take different ``x'``. Each slice of the base multiplies its own
+      ``x'``, and the product of all rows leaves the row out. The step reads the weight twice.
+    - ``added``, if a member has a gain of its result, which must scale only that member's change.
+      The product of all rows takes ``x``, and each member's ``w_k g_k ⊙ W (T_k x − x)`` is added
+      at the end. A lone member with weight 1 needs none of this: its gain scales everything.
 
     Attributes:
         layout: Shape of the base.
@@ -523,7 +523,6 @@ def _way(name: str, members: Sequence[tuple[AdapterTable, float]], num_slices: i
     """The way in which a projection treats rows of this mix: ``common``, ``own`` or ``added``."""
     scaling = [k for k, (table, _) in enumerate(members) if name in table.gains]
     changing = [k for k, (table, _) in enumerate(members) if name in table.input_changes]
-    # The gain of a lone adapter applies to its whole result.
     is_lone = scaling == changing and len(changing) == 1 and members[changing[0]][1] == 1.0
     if scaling and not is_lone:
         return "added"
