@@ -18,8 +18,7 @@ from turret.server.adapters.peft_format.lora_rules import (
 _N = extent("lora_E", 0)
 # PEFT adds this to the rank that it divides by.
 _EPSILON = 1e-5
-_UNREAD = "AdaLoRA's layers do not read it"
-_SCHEDULE = "schedule of the pruning"
+_UNREAD = "AdaLoRA does not read it"
 _TOGETHER = "it cannot be combined with AdaLoRA"
 
 
@@ -67,17 +66,17 @@ METHOD = LinearMethod(
     },
     ignored={
         **LORA_IGNORED,
-        "r": "AdaLoRA starts from init_r",
+        "r": _UNREAD,
         "use_rslora": _UNREAD,
         "alpha_pattern": _UNREAD,
-        "target_r": "target of the pruning; the tensors show the result",
-        "tinit": _SCHEDULE,
-        "tfinal": _SCHEDULE,
-        "deltaT": _SCHEDULE,
-        "total_step": _SCHEDULE,
-        "beta1": "smoothing of the pruning",
-        "beta2": "smoothing of the pruning",
-        "orth_reg_weight": "weight of a training loss",
+        "target_r": IN_TENSORS,
+        "tinit": TRAINING,
+        "tfinal": TRAINING,
+        "deltaT": TRAINING,
+        "total_step": TRAINING,
+        "beta1": TRAINING,
+        "beta2": TRAINING,
+        "orth_reg_weight": TRAINING,
     },
     refused={
         **LORA_REFUSED,

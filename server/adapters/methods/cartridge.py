@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from turret.server.adapters.methods.kit import *
 from turret.server.adapters.methods.prompt_kit import KeysAndValues
 
 METHOD = KeysAndValues(
     name="cartridge",
     peft_types={"CARTRIDGE"},
-    ignored={"num_frozen_tokens": "number of untrained tokens; the file contains all tokens"},
+    ignored={"num_frozen_tokens": IN_TENSORS},
 )

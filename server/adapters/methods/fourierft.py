@@ -9,7 +9,6 @@ from __future__ import annotations
 from turret.server.adapters.methods.kit import *
 
 _SPECTRUM = "fourierft_spectrum"
-_COUNTED = "the tensors show how many coefficients there are"
 
 
 def _operators(m: Module) -> Piece:
@@ -24,7 +23,7 @@ METHOD = LinearMethod(
     name="fourierft",
     peft_types={"FOURIERFT"},
     keys={"scaling": is_number, "random_loc_seed": is_seed},
-    ignored={"n_frequency": _COUNTED, "n_frequency_pattern": _COUNTED},
+    ignored={"n_frequency": IN_TENSORS, "n_frequency_pattern": IN_TENSORS},
     bias=("fourier_only",),
     rank=None,
     required=("scaling", "random_loc_seed"),

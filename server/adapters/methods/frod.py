@@ -13,7 +13,6 @@ from turret.server.adapters.methods.kit import *
 
 _L, _VALUES = "frod_lambda_l", "frod_lambda_s_values"
 _V, _PLACES, _SIZE = "frod_V", "frod_s_indices", "frod_s_size"
-_IN_FILE = "the file contains the result"
 # Relative error of normally distributed weights in NF4 with blocks of 64.
 _NF4_ERROR = 0.094
 # Highest accepted ratio of noise to trained update.
@@ -112,11 +111,11 @@ METHOD = LinearMethod(
     name="frod",
     peft_types={"FROD"},
     ignored={
-        "projection_prng_key": _IN_FILE,
-        "sparse_rate": _IN_FILE,
-        "regularization_alpha": _IN_FILE,
-        "progressbar": "shows a progress bar",
-        "runtime_offload_base_weight": "chooses where PEFT keeps weights",
+        "projection_prng_key": IN_TENSORS,
+        "sparse_rate": IN_TENSORS,
+        "regularization_alpha": IN_TENSORS,
+        "progressbar": PEFTS_WORK,
+        "runtime_offload_base_weight": PEFTS_WORK,
         "frod_dropout": DROPOUT,
     },
     refused={

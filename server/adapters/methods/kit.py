@@ -51,6 +51,11 @@ from turret.server.adapters.operators.modulated_base import ModulatedBase
 from turret.server.adapters.operators.pair_rotation import PairRotation
 from turret.server.adapters.operators.vectors import Bias, Gain, InputGain
 from turret.server.adapters.peft_format.config_rules import (
+    DROPOUT,
+    IN_TENSORS,
+    PEFTS_WORK,
+    START,
+    TRAINING,
     invalid,
     is_bool,
     is_count,
@@ -91,15 +96,11 @@ from turret.server.adapters.peft_format.targets import (
 )
 from turret.server.words import Text, say
 
-# Reasons for ignoring a key.
-DROPOUT = "dropout is off at inference"
-START = "sets the starting point of training"
 LYCORIS_IGNORED = {
     "rank_dropout": DROPOUT,
     "module_dropout": DROPOUT,
     "use_effective_conv2d": "read for convolutions; the models served have none",
 }
-IN_TENSORS = "the saved tensors already include its effect"
 
 
 def always(config: Mapping[str, Any]) -> bool:

@@ -96,9 +96,9 @@ METHOD = LinearMethod(
     peft_types={"LOKR"},
     ignored={
         **LYCORIS_IGNORED,
-        "rank_dropout_scale": "dropout is off at inference",
-        "decompose_both": "the tensors show which factors are decomposed",
-        "decompose_factor": "the tensors show the sizes of the factors",
+        "rank_dropout_scale": DROPOUT,
+        "decompose_both": IN_TENSORS,
+        "decompose_factor": IN_TENSORS,
     },
     alpha="alpha",
     has_patterns=True,

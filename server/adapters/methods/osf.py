@@ -9,7 +9,6 @@ from __future__ import annotations
 from turret.server.adapters.methods.kit import *
 
 _U, _S, _V = (f"osf_svd_params.{name}" for name in ("U_low", "S_low", "V_low"))
-_COUNTED = "the tensors show how many singular values are trained"
 # The number of trained singular values. PEFT never trains all of them.
 _N = extent(_S, 0)
 
@@ -34,8 +33,8 @@ METHOD = LinearMethod(
     name="osf",
     peft_types={"OSF"},
     ignored={
-        "effective_rank": _COUNTED,
-        "rank_pattern": _COUNTED,
+        "effective_rank": IN_TENSORS,
+        "rank_pattern": IN_TENSORS,
         "target_svd_config": "PEFT ignores it",
     },
     rank=None,

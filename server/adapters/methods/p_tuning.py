@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from turret.server.adapters.methods.kit import *
 from turret.server.adapters.methods.prompt_kit import SoftTokens
-
-_ENCODER = "the file contains the encoder's output"
 
 METHOD = SoftTokens(
     name="p_tuning",
     peft_types={"P_TUNING"},
     ignored={
-        "encoder_reparameterization_type": _ENCODER,
-        "encoder_hidden_size": _ENCODER,
-        "encoder_num_layers": _ENCODER,
-        "encoder_dropout": _ENCODER,
+        "encoder_reparameterization_type": IN_TENSORS,
+        "encoder_hidden_size": IN_TENSORS,
+        "encoder_num_layers": IN_TENSORS,
+        "encoder_dropout": IN_TENSORS,
     },
 )

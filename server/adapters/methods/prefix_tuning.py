@@ -5,10 +5,8 @@ from __future__ import annotations
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.methods.prompt_kit import KeysAndValues
 
-_PROJECTION = "the file contains the projection's output"
-
 METHOD = KeysAndValues(
     name="prefix_tuning",
     peft_types={"PREFIX_TUNING"},
-    ignored={"prefix_projection": _PROJECTION, "encoder_hidden_size": _PROJECTION},
+    ignored={"prefix_projection": IN_TENSORS, "encoder_hidden_size": IN_TENSORS},
 )

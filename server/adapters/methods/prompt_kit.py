@@ -16,6 +16,7 @@ from turret.server.adapters.checkpoint.adapter_checkpoint import PROMPT_EMBEDDIN
 from turret.server.adapters.lowering import Lowered, Start, finish
 from turret.server.adapters.operators.soft_prompt import PrefixKv, SoftPrompt
 from turret.server.adapters.peft_format.config_rules import (
+    START,
     Irrelevant,
     Rules,
     Used,
@@ -35,9 +36,8 @@ _SIZES: Rules = {
     "num_transformer_submodules": Used(is_one_of(1, None)),
 }
 # Keys that PEFT's configs have for a text from which training starts.
-WITH_TEXT = dict.fromkeys(
-    ("tokenizer_name_or_path", "tokenizer_kwargs"), "read with prompt_tuning_init_text"
-)
+WITH_TEXT = dict.fromkeys(("tokenizer_name_or_path", "tokenizer_kwargs"), START)
+_INDEPENDENT = "soft tokens do not depend on it"
 # Computes the shapes of tensors other than the prompt from the config.
 Shapes = Callable[[Mapping[str, Any]], Mapping[str, tuple[int, ...]]]
 
@@ -70,8 +70,8 @@ class SoftTokens(FileFormat):
         return {
             **_SIZES,
             "modules_to_save": Used(is_head_to_save),
-            "num_attention_heads": Irrelevant("only keys and values have heads"),
-            "num_layers": Irrelevant("soft tokens enter before the first layer"),
+            "num_attention_heads": Irrelevant(_INDEPENDENT),
+            "num_layers": Irrelevant(_INDEPENDENT),
         }
 
     @property

@@ -5,7 +5,6 @@ from __future__ import annotations
 from turret.server.adapters.methods.kit import *
 
 _VALUES, _PLACES = "shira_weight", "shira_indices"
-_DRAWN = "the file contains the positions that were drawn"
 
 
 def _operators(m: Module) -> Pieces:
@@ -24,7 +23,7 @@ def _operators(m: Module) -> Pieces:
 METHOD = LinearMethod(
     name="shira",
     peft_types={"SHIRA"},
-    ignored={"mask_type": _DRAWN, "random_seed": _DRAWN},
+    ignored={"mask_type": IN_TENSORS, "random_seed": IN_TENSORS},
     # r only determines how many entries change; the update can have any rank.
     rank_of=lambda m: 0,
     tensors={

@@ -12,7 +12,6 @@ from turret.server.adapters.methods.kit import *
 _VALUES, _PLACES = "supertuning_values", "supertuning_indices"
 _A, _B = "supertuning_lora_A.weight", "supertuning_lora_B.weight"
 _COUNT, _RANK = extent(_VALUES, 0), key("r")
-_CHOSEN = "the file contains the positions that were chosen"
 
 
 def _operators(m: Module) -> Iterator[Piece]:
@@ -34,7 +33,7 @@ METHOD = LinearMethod(
     name="supertuning",
     peft_types={"SUPERTUNING"},
     keys={"r": optional(is_rank), "lora_alpha": optional(is_number)},
-    ignored={"lora_dropout": DROPOUT, "sparsity": _CHOSEN, "select_top": _CHOSEN},
+    ignored={"lora_dropout": DROPOUT, "sparsity": IN_TENSORS, "select_top": IN_TENSORS},
     refused={
         "save_precomputed_indices": (
             (True,),

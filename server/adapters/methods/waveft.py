@@ -11,7 +11,6 @@ from turret.server.adapters.methods.kit import *
 from turret.server.adapters.methods.wavelets import WAVELETS, inverse_entries
 
 _SPECTRUM = "waveft_spectrum"
-_COUNTED = "the tensors show how many coefficients there are"
 
 
 def _check(m: Module) -> None:
@@ -41,9 +40,9 @@ METHOD = LinearMethod(
         "random_loc_seed": is_seed,
     },
     ignored={
-        "n_frequency": _COUNTED,
-        "n_frequency_pattern": _COUNTED,
-        "proportional_parameters": _COUNTED,
+        "n_frequency": IN_TENSORS,
+        "n_frequency_pattern": IN_TENSORS,
+        "proportional_parameters": IN_TENSORS,
     },
     bias=("waveft_only",),
     rank=None,

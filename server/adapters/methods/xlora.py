@@ -175,7 +175,7 @@ METHOD = Method(
     },
     ignored={
         "adapters": "the digests in components identify the adapters",
-        "use_trainable_adapters": "the components contain the trained weights",
+        "use_trainable_adapters": IN_TENSORS,
     },
     required=(
         "hidden_size",

@@ -113,18 +113,24 @@ def _is_task(value: Any) -> Text | None:
     return invalid(value, "CAUSAL_LM, SEQ_CLS, FEATURE_EXTRACTION or null")
 
 
+# Reasons for ignoring a key.
+DROPOUT = "dropout is off at inference"
+START = "sets the starting point of training"
+TRAINING = "matters only in training"
+IN_TENSORS = "the tensors already contain its effect"
+PEFTS_WORK = "controls how PEFT loads or trains a model"
 COMMON_RULES: Rules = {
     "peft_type": Used(is_text),
     # Models with a head and without one are accepted; ``take_classifier`` handles SEQ_CLS earlier.
     "task_type": Used(_is_task),
     "base_model_name_or_path": Used(optional(is_text)),
     "revision": Irrelevant("commit of the base; turret compares the base's name and shapes"),
-    "auto_mapping": Irrelevant("helps PEFT to find the base's class"),
-    "inference_mode": Irrelevant("freezes parameters, which matters only in training"),
+    "auto_mapping": Irrelevant(PEFTS_WORK),
+    "inference_mode": Irrelevant(TRAINING),
     "peft_version": Irrelevant("provenance"),
     # Most methods have this key. A method that reads it declares it again.
-    "init_weights": Irrelevant("sets the starting point of training"),
-    "runtime_config": Irrelevant("PEFT drops it on save and ignores it on load"),
+    "init_weights": Irrelevant(START),
+    "runtime_config": Irrelevant(PEFTS_WORK),
 }
 
 

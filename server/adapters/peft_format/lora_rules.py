@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from turret.server.adapters.peft_format.config_rules import (
+    DROPOUT,
+    PEFTS_WORK,
+    START,
     Check,
     invalid,
     is_bool,
@@ -138,18 +141,16 @@ def well_formed(config: Mapping[str, Any], *keys: str) -> dict[str, Any] | None:
     return None if any(LORA_KEYS[key](value) for key, value in chosen.items()) else chosen
 
 
-_START = "read only by the initialisation that init_lora_weights selects"
-_MEGATRON = "chooses the layer class in Megatron training"
 LORA_IGNORED: Mapping[str, str] = {
-    "lora_dropout": "dropout is off at inference",
+    "lora_dropout": DROPOUT,
     "qalora_group_size": "read only with use_qalora",
-    "loftq_config": _START,
-    "eva_config": _START,
-    "corda_config": _START,
-    "lora_ga_config": _START,
-    "megatron_config": _MEGATRON,
-    "megatron_core": _MEGATRON,
-    "merge_weights": "merging behaviour of early PEFT versions in training",
+    "loftq_config": START,
+    "eva_config": START,
+    "corda_config": START,
+    "lora_ga_config": START,
+    "megatron_config": PEFTS_WORK,
+    "megatron_core": PEFTS_WORK,
+    "merge_weights": PEFTS_WORK,
 }
 LORA_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "layer_replication": (

@@ -101,37 +101,29 @@ def module_costs(names: Iterable[str]) -> dict[str, Cost]:
     return found
 
 
-def cost_rows(names: Iterable[str]) -> dict[str, str]:
-    """A row of the page's table for each cost."""
+def cost_cells(names: Iterable[str]) -> dict[str, str]:
+    """The cells of the page's table for each method: its size, and two multiples of a LoRA's."""
     costs = module_costs(names)
     unit = costs.pop("")
-    return {name: _row(f"`{name}`", cost, unit) for name, cost in costs.items()}
+    return {name: _cells(cost, unit) for name, cost in costs.items()}
 
 
 def render_costs() -> str:
-    """The page's table: LoRA at rank 16, the base itself, and every method, fewest bytes first."""
+    """The page's table: the base and all methods by their bytes; equal methods share a row."""
     costs = module_costs(sorted(METHODS.keys() - ELSEWHERE))
     unit = costs.pop("")
     entries = INNER * OUT
-    base = Cost("", round(_NF4_BYTES * entries), entries)
-    ordered = sorted(costs.items(), key=lambda item: (item[1].num_bytes, item[0]))
-    lines = [
-        "| method | PEFT's default | bytes | relative to LoRA | products | relative to LoRA |",
-        "|---|---|---|---|---|---|",
-        _row("LoRA", unit, unit),
-        _row("the base, NF4", base, unit),
-        *(_row(f"`{name}`", cost, unit) for name, cost in ordered),
-    ]
-    return "\n".join(lines)
+    rows = {_cells(Cost("", round(_NF4_BYTES * entries), entries), unit): ["the base, NF4"]}
+    for name, cost in sorted(costs.items(), key=lambda item: (item[1].num_bytes, item[0])):
+        rows.setdefault(_cells(cost, unit), []).append(f"`{name}`")
+    lines = ["| method | size | bytes | products |", "|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {', '.join(names)} {cells}" for cells, names in rows.items())])
 
 
-def _row(name: str, cost: Cost, unit: Cost) -> str:
+def _cells(cost: Cost, unit: Cost) -> str:
     shares = (cost.num_bytes / unit.num_bytes, cost.multiply_adds / unit.multiply_adds)
-    read, needed = (f"{share:.2g} ×" if share < 100 else f"{share:.0f} ×" for share in shares)
-    return (
-        f"| {name} | {cost.size} | {cost.num_bytes:,} | {read} | {cost.multiply_adds:,} "
-        f"| {needed} |"
-    )
+    read, needed = (f"{share:.2g}" if share < 100 else f"{share:.0f}" for share in shares)
+    return f"| {cost.size} | {read} | {needed} |"
 
 
 def _one_layer() -> LlamaForCausalLM:

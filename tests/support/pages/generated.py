@@ -14,7 +14,6 @@ PAGES: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "README.md": {"rates": rates.render_rates},
     "docs/adapters.md": {
         "keys": adapters.render_keys,
-        "reasons": adapters.render_reasons,
         "types": adapters.render_types,
         "costs": render_costs,
     },
