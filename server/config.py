@@ -110,7 +110,7 @@ class ModelConfig:
     )
     device: Annotated[str, AfterValidator(_device)] = setting(
         "auto",
-        "device of the model: auto, cpu, cuda, or cuda:N (visible device N, from 0)",
+        "device of the model: auto, cpu, cuda, or cuda:N",
         shown="DEVICE",
     )
     dtype: Literal["bfloat16", "float16", "float32"] = setting(
@@ -119,8 +119,7 @@ class ModelConfig:
     skip_modules: Names = setting(
         (),
         "module that stays in 16 bits when a model is quantised: a name such as q_proj or"
-        " layers.0.mlp.down_proj, or a regular expression for whole paths, matched like"
-        " bitsandbytes' llm_int8_skip_modules; repeatable",
+        " layers.0.mlp.down_proj, or a regular expression for whole paths; repeatable",
         shown="MODULE",
     )
     quantize_all: Switch = setting(
@@ -131,14 +130,14 @@ class ModelConfig:
 
     threads: Whole | None = setting(
         None,
-        "number of threads that compute on a CPU (default: OMP_NUM_THREADS, else the processors"
-        " that affinity and the container's quota allow)",
+        "number of threads that compute on a CPU (default: OMP_NUM_THREADS, else the available"
+        " processors)",
         ge=1,
     )
     head_screen: Switch = setting(
         True,
-        "on a CPU, keep an int8 copy of the output head, half the size of the head: greedy steps"
-        " are faster and choose the same tokens (default: keep it)",
+        "on a CPU, keep an int8 copy of the output head: greedy steps are faster and choose the"
+        " same tokens (default: keep it)",
     )
 
 
@@ -165,15 +164,13 @@ class SchedulerConfig(Checked):
     )
     max_queued_requests: Whole = setting(
         1024,
-        "maximum number of waiting requests, of which one bearer token may have three quarters;"
-        " further requests get RESOURCE_EXHAUSTED",
+        "maximum number of waiting requests; further ones get RESOURCE_EXHAUSTED",
         ge=1,
     )
     max_queued_bytes: Bytes = setting(
         512 * MIB,
-        "maximum memory of waiting and running requests, with their messages and unsent answers,"
-        " of which a bearer token may take half, and three quarters while its answers grow; further"
-        " requests get RESOURCE_EXHAUSTED",
+        "maximum memory of waiting and running requests with their answers, and of messages;"
+        " further requests get RESOURCE_EXHAUSTED",
         ge=MIB,
     )
     preempt_after_seconds: Seconds = setting(
@@ -257,8 +254,7 @@ class AdapterConfig(Checked):
     )
     strict_base: Switch = setting(
         False,
-        "reject adapters that were trained on weights other than the served base's,"
-        " according to provenance.json or the base's name (default: warn)",
+        "reject adapters that were trained on other weights of the base (default: warn)",
     )
     allow_dense_adapters: Switch = setting(
         False, "serve adapters whose updates are as large as the weights they change"
@@ -271,8 +267,7 @@ class AdapterConfig(Checked):
     )
     training_bytes: Bytes = setting(
         4 * GIB,
-        "memory for adapters in training, of which one bearer token may take half; an adapter"
-        " takes about 32 bytes per parameter",
+        "memory for adapters in training, about 32 bytes per parameter",
         ge=1,
     )
     preload: Preloads = setting(
@@ -345,8 +340,8 @@ class ListenConfig(Checked):
     )
     http_allowed_host: Names = setting(
         (),
-        "host name by which clients may call the HTTP server, besides localhost and IP addresses,"
-        " or '*'; without tokens, other names are rejected; repeatable",
+        "host name by which clients may call an HTTP server without tokens, besides localhost and"
+        " IP addresses, or '*'; repeatable",
         shown="NAME",
     )
 
@@ -391,8 +386,8 @@ class SecurityConfig(Checked):
     insecure: Switch = setting(False, "serve other machines without TLS or tokens")
     share_prefixes: Switch = setting(
         False,
-        "let requests with different bearer tokens share the prefix cache and drafts: faster, but"
-        " response times then reveal what others asked (default: each bearer token has its own)",
+        "treat all bearer tokens as one client, which has one prefix cache: faster, but response"
+        " times then reveal what others asked",
     )
 
     def faults(self) -> Iterator[Violation]:
@@ -438,8 +433,7 @@ class TelemetryConfig:
     )
     otel: Switch = setting(
         False,
-        "export metrics and a trace of each inference request by OTLP, configured by"
-        " OpenTelemetry's standard variables; needs turret[otel]",
+        "export metrics and a trace of each inference request by OTLP; needs turret[otel]",
     )
 
 

@@ -74,26 +74,23 @@ class Metrics:
 
         self._requests = counter(
             "turret_requests_total",
-            "Finished calls that run the model, over both protocols, including rejected ones whose"
-            " adapters could be read; a mix counts once for each member.",
+            "Finished calls that run the model; a mix counts once for each member.",
             ["adapter", "code"],
         )
         self._alias_requests = counter(
             "turret_alias_requests_total",
-            "Finished calls that named an alias, by the generation that they used. When an alias"
-            " moves, the series of its former targets are removed.",
+            "Finished calls that named an alias. When it moves, the series of its former targets"
+            " are removed.",
             ["alias", "adapter", "generation", "code"],
         )
         self.calls = counter(
             "turret_calls_total",
-            "Finished calls that run the model, each counted once, by protocol (grpc or http); one"
-            " call may ask for several answers.",
+            "Finished calls that run the model, over grpc or http.",
             ["protocol", "code"],
         )
         self.duration = histogram(
             "turret_request_duration_seconds",
-            "Duration of calls that run the model, from receipt to the end of the answer, by method"
-            " and code.",
+            "Duration of calls that run the model, from receipt to the end of the answer.",
             ["method", "code"],
             buckets=_DURATION,
         )
@@ -116,13 +113,13 @@ class Metrics:
         )
         self._adapter_first_token = histogram(
             "turret_adapter_time_to_first_token_seconds",
-            "Time from receipt to the first token, by adapter; a mix counts once for each member.",
+            "Time from receipt to the first token; a mix counts once for each member.",
             ["adapter"],
             buckets=_LATENCY,
         )
         self._adapter_inter_token = _Gaps(
             "turret_adapter_inter_token_seconds",
-            "Time between two tokens, by adapter; a mix counts once for each member.",
+            "Time between two tokens; a mix counts once for each member.",
             ["adapter"],
             buckets=_TOKEN_GAP,
             registry=registry,
@@ -156,7 +153,7 @@ class Metrics:
         )
         self.cuda_graphs_off = gauge(
             "turret_cuda_graphs_off",
-            "1 if failed captures made decode steps on a GPU run uncaptured, which is slower.",
+            "1 if decode steps on a GPU run uncaptured, and slower, after failed captures.",
         )
         self._adapters_info = gauge(
             "turret_adapters_info",
@@ -170,7 +167,7 @@ class Metrics:
         )
         self.accepted_tokens = counter(
             "turret_spec_decode_num_accepted_tokens_total",
-            "Draft tokens that were right: generated without a step of their own.",
+            "Draft tokens that were accepted.",
         )
         self.prefix_tokens = counter(
             "turret_prefix_cache_tokens_total", "Prompt tokens looked up in the cache.", ["result"]
@@ -202,8 +199,8 @@ class Metrics:
         self.training_adapters = gauge("turret_training_adapters", "Adapters in training.")
         self.training_bytes = gauge(
             "turret_training_bytes",
-            "Memory that training adds to serving: adapters with their gradients and optimizers, as"
-            " --training-bytes limits it, and the activations of the current pass.",
+            "Memory of adapters in training, with their gradients and optimizers, and of the"
+            " current pass.",
             ["kind"],
         )
         self.training_queued_tokens = gauge(
