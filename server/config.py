@@ -118,8 +118,8 @@ class ModelConfig:
     )
     skip_modules: Names = setting(
         (),
-        "module that stays in 16 bits when a model is quantised: a name such as q_proj or"
-        " layers.0.mlp.down_proj, or a regular expression for whole paths; repeatable",
+        "module that stays in 16 bits when a model is quantised, such as q_proj or"
+        " layers.0.mlp.down_proj; repeatable",
         shown="MODULE",
     )
     quantize_all: Switch = setting(
@@ -136,8 +136,8 @@ class ModelConfig:
     )
     head_screen: Switch = setting(
         True,
-        "on a CPU, keep an int8 copy of the output head: greedy steps are faster and choose the"
-        " same tokens (default: keep it)",
+        "on a CPU, keep an int8 copy of the output head, which makes greedy steps faster (default:"
+        " keep it)",
     )
 
 
@@ -175,15 +175,14 @@ class SchedulerConfig(Checked):
     )
     preempt_after_seconds: Seconds = setting(
         5.0,
-        "time that a request waits for a place, or for memory for its adapters, before it may"
-        " preempt another request; 0: never",
+        "time that a request waits for a place or for memory before it may preempt another one; 0:"
+        " never",
         ge=0,
     )
     speculation: Literal["auto", "prompt", "off"] = setting(
         "auto",
-        "on a CPU, guess tokens and verify several in one step if that is faster; answers stay the"
-        " same. auto guesses from the request and its adapters' earlier answers, prompt from the"
-        " request alone",
+        "on a CPU, draft tokens and verify several in one step; answers stay the same. prompt"
+        " drafts from the request alone, auto also from earlier answers",
     )
     max_requests_per_token: Whole = setting(
         0, "maximum number of waiting and running requests per bearer token; 0: no limit", ge=0
@@ -221,19 +220,18 @@ class AdapterConfig(Checked):
     )
     state_dir: Place | None = setting(
         None,
-        "directory that keeps registrations, uploaded adapters and fused adapters across restarts;"
-        " for one server and one base model (default: nothing is kept)",
+        "directory that keeps registrations, uploads and fused adapters across restarts (default:"
+        " nothing is kept)",
     )
     adapter_hub: Names = setting(
         (),
-        "organisation or user of the Hugging Face hub whose adapters may be loaded as"
-        " hub:org/name[@revision], or '*' for all; repeatable",
+        "organisation or user of the Hugging Face hub whose adapters may be loaded, or '*' for all;"
+        " repeatable",
         shown="ORG",
     )
     adapter_remote: Names = setting(
         (),
-        "s3:// or oci:// prefix below which adapters may be loaded, such as s3://bucket/adapters;"
-        " needs --state-dir; repeatable",
+        "s3:// or oci:// prefix below which adapters may be loaded; needs --state-dir; repeatable",
         shown="PREFIX",
     )
     max_upload_bytes: Bytes = setting(

@@ -74,13 +74,12 @@ class Metrics:
 
         self._requests = counter(
             "turret_requests_total",
-            "Finished calls that run the model; a mix counts once for each member.",
+            "Finished calls that run the model.",
             ["adapter", "code"],
         )
         self._alias_requests = counter(
             "turret_alias_requests_total",
-            "Finished calls that named an alias. When it moves, the series of its former targets"
-            " are removed.",
+            "Finished calls that named an alias, for its current targets.",
             ["alias", "adapter", "generation", "code"],
         )
         self.calls = counter(
@@ -90,7 +89,7 @@ class Metrics:
         )
         self.duration = histogram(
             "turret_request_duration_seconds",
-            "Duration of calls that run the model, from receipt to the end of the answer.",
+            "Duration of calls that run the model.",
             ["method", "code"],
             buckets=_DURATION,
         )
@@ -113,13 +112,13 @@ class Metrics:
         )
         self._adapter_first_token = histogram(
             "turret_adapter_time_to_first_token_seconds",
-            "Time from receipt to the first token; a mix counts once for each member.",
+            "Time from receipt to the first token.",
             ["adapter"],
             buckets=_LATENCY,
         )
         self._adapter_inter_token = _Gaps(
             "turret_adapter_inter_token_seconds",
-            "Time between two tokens; a mix counts once for each member.",
+            "Time between two tokens of one request.",
             ["adapter"],
             buckets=_TOKEN_GAP,
             registry=registry,
@@ -153,12 +152,11 @@ class Metrics:
         )
         self.cuda_graphs_off = gauge(
             "turret_cuda_graphs_off",
-            "1 if decode steps on a GPU run uncaptured, and slower, after failed captures.",
+            "1 if decode steps on a GPU run uncaptured after failed captures.",
         )
         self._adapters_info = gauge(
             "turret_adapters_info",
-            "Adapters of running and waiting requests, for routers; the value is the time"
-            " of the update.",
+            "Adapters of running and waiting requests; the value is the time of the update.",
             ["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
         )
         self.preemptions = counter("turret_preemptions_total", "Preempted sequences.")
@@ -199,8 +197,7 @@ class Metrics:
         self.training_adapters = gauge("turret_training_adapters", "Adapters in training.")
         self.training_bytes = gauge(
             "turret_training_bytes",
-            "Memory of adapters in training, with their gradients and optimizers, and of the"
-            " current pass.",
+            "Memory of adapters in training, and of the current pass.",
             ["kind"],
         )
         self.training_queued_tokens = gauge(
