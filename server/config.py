@@ -270,8 +270,8 @@ class AdapterConfig(Checked):
     )
     preload: Preloads = setting(
         (),
-        "adapter to load at startup: its path relative to --adapter-root, hub:org/name[@revision],"
-        " s3://… or oci://…; repeatable",
+        "adapter to load at startup, NAME=PATH: a path relative to --adapter-root,"
+        " hub:org/name[@revision], s3://… or oci://…; repeatable",
         shown="NAME=PATH",
     )
 

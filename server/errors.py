@@ -143,7 +143,7 @@ class AdapterPinnedError(AdapterInUseError):
 
 
 class AdapterBusyError(AdapterInUseError):
-    """Requests still used it when the wait ended."""
+    """Requests still used the adapter when the timeout passed."""
 
 
 class AdapterMergedError(AdapterInUseError):

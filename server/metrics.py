@@ -79,7 +79,7 @@ class Metrics:
         )
         self._alias_requests = counter(
             "turret_alias_requests_total",
-            "Finished calls that named an alias, for its current targets.",
+            "Finished calls that named an alias. Only its current targets have series.",
             ["alias", "adapter", "generation", "code"],
         )
         self.calls = counter(

@@ -207,7 +207,7 @@ class MethodConfig:
     components: Names | None = _key(
         "learned fusion: the adapters to fuse, each a directory or NAME=DIRECTORY",
         None,
-        chosen="required there",
+        chosen="required for learned_fusion",
         sample=("json=adapters/json", "sql=adapters/sql"),
     )
     d_k: Whole | None = _key(
