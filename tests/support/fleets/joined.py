@@ -1,4 +1,4 @@
-"""Ray on several machines, and a ``turret cluster serve --address auto`` that joins it."""
+"""Ray on several machines, and a ``turret cluster serve --ray-address auto`` that joins it."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ class JoinedFleet:
             flags: Flags in addition to the addresses.
         """
         command = [sys.executable, "-m", "turret.server.cli", "cluster", "serve"]
-        command += ["--address", "auto", "--state-dir", str(self.state_dir), *flags]
-        # With --address auto, the variables set the addresses to listen on.
+        command += ["--ray-address", "auto", "--state-dir", str(self.state_dir), *flags]
+        # The addresses to listen on come from the environment, as documented in docs/fleet.md.
         environment = {
             **self._environment,
             "TURRET_ADDRESS": f"0.0.0.0:{GRPC_PORT}",
