@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -144,6 +145,8 @@ class Checkpoints:
             else:
                 move_directory(replaced, name)
         self._all: dict[str, Checkpoint] = {}
+        # Changes of the same path happen one after the other.
+        self._changing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         for file in sorted(folder.glob(f"*/*/*/{_FACTS}")):
             try:
                 found = _CHECKPOINT.validate_json(read_regular(file))
@@ -243,46 +246,65 @@ class Checkpoints:
             raise InvalidRequestError.of("path", text)
         if before is not None and not is_taken:
             # Otherwise ``sweep`` might remove the new one instead.
-            await self.remove(before)
+            await self.remove(before, only_expired=True)
         with reporting_disk_faults():
             incoming = Path(tempfile.mkdtemp(dir=self._folder / _INCOMING))
             try:
                 await write(incoming)
-                saved = await asyncio.to_thread(self._complete, checkpoint, incoming)
+                async with self._alone(checkpoint.path):
+                    saved = await asyncio.to_thread(self._complete, checkpoint, incoming)
+                    self._all[saved.path] = saved
             finally:
                 await asyncio.to_thread(remove_directory, incoming)
-        self._all[saved.path] = saved
         return saved
 
-    async def remove(self, checkpoint: Checkpoint) -> None:
-        """Remove a checkpoint with its files."""
-        self._all.pop(checkpoint.path, None)
-        with reporting_disk_faults():
-            try:
-                await asyncio.to_thread(self._discard, self.folder(checkpoint))
-            except OSError:
-                # The checkpoint still takes space. Its owner or ``sweep`` can try again.
-                self._all.setdefault(checkpoint.path, checkpoint)
-                raise
+    async def remove(self, checkpoint: Checkpoint, *, only_expired: bool = False) -> None:
+        """Remove a checkpoint with its files.
+
+        Args:
+            checkpoint: The checkpoint; its owner may have replaced it by another one.
+            only_expired: Whether to keep what is there if it has not expired.
+        """
+        async with self._alone(checkpoint.path):
+            current = self._all.get(checkpoint.path)
+            if current is None or (only_expired and not current.is_expired):
+                return
+            del self._all[current.path]
+            with reporting_disk_faults():
+                try:
+                    await asyncio.to_thread(self._discard, self.folder(current))
+                except OSError:
+                    # The checkpoint still takes space. Its owner or ``sweep`` can try again.
+                    self._all[current.path] = current
+                    raise
 
     async def expire_at(self, checkpoint: Checkpoint, expires: float | None) -> None:
-        """Change the time at which a checkpoint is removed."""
-        changed = dataclasses.replace(checkpoint, expires=expires)
-        with reporting_disk_faults():
-            file = self.folder(checkpoint) / _FACTS
-            await asyncio.to_thread(replace_file, file, _CHECKPOINT.dump_json(changed))
-        # The checkpoint may have been removed meanwhile.
-        if self._all.get(checkpoint.path) is checkpoint:
-            self._all[checkpoint.path] = changed
+        """Change the time at which a checkpoint, or the one that has replaced it, is removed.
+
+        Raises:
+            TrainingNotFoundError: The checkpoint was removed.
+            StorageFullError, StorageFailedError: The disk failed.
+        """
+        async with self._alone(checkpoint.path):
+            current = self._all.get(checkpoint.path)
+            if current is None:
+                raise not_found(checkpoint.path)
+            changed = dataclasses.replace(current, expires=expires)
+            with reporting_disk_faults():
+                file = self.folder(current) / _FACTS
+                await asyncio.to_thread(replace_file, file, _CHECKPOINT.dump_json(changed))
+            self._all[current.path] = changed
 
     async def sweep(self) -> None:
         """Remove expired checkpoints."""
         for checkpoint in [each for each in self._all.values() if each.is_expired]:
-            # Meanwhile, its owner may have saved another one with the same path.
-            if self._all.get(checkpoint.path) is checkpoint:
-                # A failure delays only its own checkpoint, which the next sweep tries again.
-                with contextlib.suppress(StorageFullError, StorageFailedError):
-                    await self.remove(checkpoint)
+            # A failure delays only its own checkpoint, which the next sweep tries again.
+            with contextlib.suppress(StorageFullError, StorageFailedError):
+                await self.remove(checkpoint, only_expired=True)
+
+    def _alone(self, path: str) -> asyncio.Lock:
+        """The lock to hold while the files of a checkpoint change."""
+        return self._changing.setdefault(path, asyncio.Lock())
 
     def _complete(self, checkpoint: Checkpoint, incoming: Path) -> Checkpoint:
         """Move a written directory to its place, where it replaces an older checkpoint."""

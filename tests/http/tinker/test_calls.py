@@ -812,6 +812,42 @@ async def test_a_crash_while_a_checkpoint_is_replaced_loses_none(
     assert names_in(tmp_path, "*/weights/*") == ["a"]
 
 
+@pytest.mark.parametrize("change", ["ttl", "delete"])
+async def test_a_checkpoint_that_is_saved_during_another_change_is_kept(
+    one: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    model_id = await one.model()
+    path = (await one.save(model_id, 1, "a", user_metadata={"is": "old"}))["path"]
+    is_changing, may_change = asyncio.Event(), threading.Event()
+    loop, number_of_changes = asyncio.get_running_loop(), [0]
+    where, name = (checkpoints, "replace_file")
+    if change == "delete":
+        where, name = (one.tenants.checkpoints, "_discard")
+    real = getattr(where, name)
+
+    def slow(*given: Any) -> Any:
+        number_of_changes[0] += 1
+        if number_of_changes[0] == 1:
+            loop.call_soon_threadsafe(is_changing.set)
+            may_change.wait(60)
+        return real(*given)
+
+    monkeypatch.setattr(where, name, slow)
+    url = f"/training_runs/{path.split('/')[2]}/checkpoints/weights/a"
+    verb, body = ("PUT", {"ttl_seconds": 60}) if change == "ttl" else ("DELETE", None)
+    url += "/ttl" if change == "ttl" else ""
+    changing = asyncio.ensure_future(one.ask(url, body, verb=verb))
+    await is_changing.wait()
+    new = {"is": "new"}
+    saving = asyncio.ensure_future(one.save(model_id, 2, "a", overwrite=True, user_metadata=new))
+    # Without a lock, the new checkpoint is in its place before the other change continues.
+    await asyncio.wait([saving], timeout=0.5)
+    may_change.set()
+    await asyncio.gather(changing, saving)
+    for found in (one.tenants.checkpoints, Checkpoints(tmp_path)):
+        assert (found.find("", path).metadata, found.find("", path).expires) == (new, None)
+
+
 async def test_links_cannot_be_changed_and_end_with_their_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
