@@ -126,8 +126,9 @@ class Trainer:
             self._listen({"kind": "note", "text": f"resuming from step {step}"})
         else:
             self._folder.path.mkdir(parents=True, exist_ok=True)
-            self._folder.config.write_text(render_config(self._config), encoding="utf-8")
+            # Write the facts first, so that a run stopped here can be resumed or overwritten.
             self._folder.write_facts(facts)
+            self._folder.config.write_text(render_config(self._config), encoding="utf-8")
         log = MetricsLog(
             self._folder.metrics,
             keep_up_to_step=step if step else -1,

@@ -148,8 +148,9 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove the files of a run; other runs below the directory and users' files stay."""
-        own = (self.config, self.facts, self.metrics, self.samples, self.report)
-        for path in (*own, self.tensorboard, self.checkpoints, self.adapter):
+        own = (self.config, self.metrics, self.samples, self.report)
+        # Remove the facts last: with them, an interrupted removal can be repeated.
+        for path in (*own, self.tensorboard, self.checkpoints, self.adapter, self.facts):
             for each in (path, path.with_name(f"{path.name}{PARTIAL_SUFFIX}")):
                 if each.is_dir() and not each.is_symlink():
                     shutil.rmtree(each)

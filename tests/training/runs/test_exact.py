@@ -310,3 +310,24 @@ def test_only_the_files_of_a_run_are_overwritten(tmp_path: Path):
     RunFolder(tmp_path / "run").clear()
     assert [path.name for path in there.iterdir()] == ["notes.txt"]
     assert (elsewhere / "step-00000001.pt").exists()
+
+
+def test_an_interrupted_removal_of_a_run_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = RunFolder(tmp_path)
+    run.write_facts({})
+    run.report.touch()
+    for path in (run.checkpoints, run.adapter):
+        path.mkdir()
+
+    def stop(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run.clear()
+    monkeypatch.undo()
+    run.check(resume=False, overwrite=True)
+    run.clear()
+    assert not any(tmp_path.iterdir())
