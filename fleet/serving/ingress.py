@@ -197,6 +197,7 @@ def prepare() -> None:
 
     if ray.util.get_node_ip_address() == LOOPBACK:
         _listen_locally()
+    _share_no_port()
     _limit_messages()
     _limit_arrivals()
     _limit_bodies()
@@ -220,6 +221,24 @@ def _listen_locally() -> None:
         return port
 
     server.add_insecure_port = add_local
+
+
+def _share_no_port() -> None:
+    """Lets a replica's gRPC server start only on a port that no other process has.
+
+    Serve asks for this with a text where gRPC expects a number, which gRPC ignores. Replicas of two
+    fleets on one machine would then get the same ports, and answer each other's calls.
+    """
+    from ray.serve._private.grpc_util import gRPCGenericServer
+
+    server: Any = gRPCGenericServer
+    begin = server.__init__
+
+    def begin_alone(self: Any, factory: Any, *, extra_options: Any = None) -> None:
+        options = [(name, int(value)) for name, value in extra_options or ()]
+        begin(self, factory, extra_options=options)
+
+    server.__init__ = begin_alone
 
 
 def _limit_messages() -> None:

@@ -19,7 +19,8 @@ from turret.server.errors import UnavailableError
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray")
 
 # Checks the corrections of ``ingress.prepare`` in a worker's process: limits of bodies and
-# messages, checks before messages arrive, ports on loopback only, and a new HAProxy if one dies.
+# messages, checks before messages arrive, ports on loopback only that no other process has, and a
+# new HAProxy if one dies.
 _PREPARED = """
 import asyncio, sys
 import grpc.aio
@@ -28,6 +29,7 @@ from ray._private import ray_constants
 from ray.serve._private import grpc_util
 from ray.serve._private.direct_ingress_http_util import ASGIDIReceiveProxy
 from ray.serve._private.haproxy import HAProxyApi
+from ray.serve.config import gRPCOptions
 from turret.fleet.serving import ingress
 from turret.fleet.serving.ingress import ingress_environment
 from pathlib import Path
@@ -100,6 +102,16 @@ async def main():
         listening = Path("/proc/net/tcp6").read_text() + Path("/proc/net/tcp").read_text()
         heard = [l.split()[1] for l in listening.splitlines() if f":{port:04X} 0" in l]
         assert heard and {h[-13:-5] for h in heard} == {"0100007F"}, heard
+
+    # A replica cannot take a port of another fleet.
+    replica = {"event_loop": asyncio.get_running_loop(), "enable_so_reuseport": False}
+    taken = gRPCOptions(port=port)
+    try:
+        await grpc_util.start_grpc_server(lambda **_: None, taken, **replica)
+    except RuntimeError:
+        pass
+    else:
+        raise AssertionError("two servers share a port")
 
     api = HAProxyApi.__new__(HAProxyApi)
     api._old_procs = []
