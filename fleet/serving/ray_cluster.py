@@ -30,7 +30,12 @@ from turret.server.errors import UnavailableError
 
 CLUSTER_FILE = "cluster.json"
 # Serve's ports that two fleets on one machine must not share.
-_PORTS = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC")
+_PORTS = (
+    *("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC"),
+    # The lowest ports of replicas. If all fleets used the same, an ingress could send calls for a
+    # dead replica to the new one of another fleet.
+    *("DIRECT_INGRESS_MIN_HTTP", "DIRECT_INGRESS_MIN_GRPC"),
+)
 # Signals that end a fleet. ``serve.py`` defers them while Ray starts.
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 # Range from which the ports of ``_PORTS`` are chosen. Ports that the kernel gives to connections or
