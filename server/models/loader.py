@@ -238,6 +238,7 @@ def load_decoder(
     def dense(name: str) -> torch.Tensor:
         # Files in the cache never change, so the mapped file itself can be the tensor's memory.
         stored = tensors.get(name, is_kept=source.fidelity is None)
+        _check_shape(name, tuple(stored.shape), (arch.vocab_size, arch.hidden_size))
         return stored.to(dtype=dtype, device=device)
 
     embedding = dense("model.embed_tokens.weight")
@@ -245,7 +246,7 @@ def load_decoder(
     for number in range(arch.num_layers):
         progress("Loading layers", number, arch.num_layers)
         layers.append(_load_layer(tensors, arch, number, dtype, device, gpu))
-    norm = _norm(tensors, arch, "model.norm", device)
+    norm = _norm(tensors, arch, "model.norm", arch.hidden_size, device)
     head = embedding
     if tensors.has("lm_head.weight"):
         own = dense("lm_head.weight")
@@ -291,8 +292,12 @@ def _load_layer(
             return torch.zeros(out, dtype=dtype, device=device)
         return tensors.of_shape(f"{prefix}.{path}.bias", out).to(dtype=dtype, device=device)
 
-    def norm(name: str | None) -> torch.Tensor | None:
-        return None if name is None else _norm(tensors, arch, f"{prefix}.{name}", device)
+    def norm(name: str | None, size: int = arch.hidden_size) -> torch.Tensor | None:
+        return None if name is None else _norm(tensors, arch, f"{prefix}.{name}", size, device)
+
+    def head_norm(name: str, num_heads: int) -> torch.Tensor | None:
+        normalised = num_heads if arch.qk_norm == "projection" else 1
+        return norm(name if arch.qk_norm else None, normalised * arch.head_dim)
 
     projections = {}
     for name, slices in arch.linears().items():
@@ -313,8 +318,8 @@ def _load_layer(
         norm_after_attention=norm(arch.norms.after_attention),
         norm_before_mlp=norm(arch.norms.before_mlp),
         norm_after_mlp=norm(arch.norms.after_mlp),
-        q_norm=norm("self_attn.q_norm" if arch.qk_norm else None),
-        k_norm=norm("self_attn.k_norm" if arch.qk_norm else None),
+        q_norm=head_norm("self_attn.q_norm", arch.num_heads),
+        k_norm=head_norm("self_attn.k_norm", arch.num_kv_heads),
         sinks=tensors.of_shape(f"{prefix}.self_attn.sinks", arch.num_heads).float().to(device)
         if arch.has_sinks
         else None,
@@ -380,9 +385,12 @@ def _load_router(
     return AdaptedLinear(number, ROUTER, DenseLinear(weight, (experts.count,)), bias)
 
 
-def _norm(tensors: CheckpointTensors, arch: Arch, name: str, device: torch.device) -> torch.Tensor:
+def _norm(
+    tensors: CheckpointTensors, arch: Arch, name: str, size: int, device: torch.device
+) -> torch.Tensor:
     """A norm's weight: fp32, because ``1 + w`` does not fit into 16 bits."""
-    return tensors.get(f"{name}.weight").float().add_(arch.norm_offset).to(device)
+    weight = tensors.of_shape(f"{name}.weight", size)
+    return weight.float().add_(arch.norm_offset).to(device)
 
 
 def eos_token_ids(files: Path) -> frozenset[int]:
