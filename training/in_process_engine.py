@@ -29,8 +29,7 @@ from turret.server.engine.scheduling.request import (
 )
 from turret.server.metrics import Metrics
 from turret.server.models.decoding.layer_ops import KvCache
-from turret.server.training.losses import TARGETS
-from turret.server.training.trainer import MAX_SEQUENCE_TOKENS, AdamParams, Datum
+from turret.server.training import MAX_SEQUENCE_TOKENS, TARGETS, AdamParams, Datum
 from turret.training.base_model import DTYPES, keep_freed_memory
 from turret.training.engine import Engine, PeftEngine
 from turret.training.run.folder import FOLDER_SUFFIX, checkpoint_path, step_of

@@ -19,7 +19,7 @@ from gpu_path import FakeCapture
 from turret.kernels.gpu.tables import SPLIT, AttentionTable
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 from turret.kernels.paged_attention import SequenceSpan
-from turret.server.adapters.device.gpu.store import GpuStore
+from turret.server.adapters.device.gpu_store import GpuStore
 from turret.server.adapters.device.store import ProjectionLayout, SliceShape
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.hadamard import Hadamard
@@ -27,8 +27,8 @@ from turret.server.adapters.operators.kronecker import Kronecker
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
-from turret.server.engine.step.gpu import executor
-from turret.server.engine.step.gpu.executor import (
+from turret.server.engine.step import gpu_executor as executor
+from turret.server.engine.step.gpu_executor import (
     Capture,
     GpuExecutor,
     Outputs,

@@ -58,7 +58,7 @@ def gelu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def clamped_swiglu(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
-    """``(up + 1) · gate · σ(alpha · gate)``, clamped; see ``kernels/between.py``.
+    """``(up + 1) · gate · σ(alpha · gate)``, clamped; see ``kernels/rows.py``.
 
     Args:
         gate_up: ``[rows, 2·width]`` bf16 or fp32, contiguous; gates and ups alternate.

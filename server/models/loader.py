@@ -11,8 +11,7 @@ import torch
 
 from turret.kernels.cpu import native
 from turret.kernels.likeliest import Screen, ScreenCodes
-from turret.kernels.rows.linear import linear_formulation, prepare_linear
-from turret.kernels.rows.trial import choices
+from turret.kernels.rows import choices, linear_formulation, prepare_linear
 from turret.server.basics.work import OnProgress
 from turret.server.errors import InvalidRequestError
 from turret.server.models.decoding.adapted_linear import (
@@ -33,7 +32,7 @@ from turret.server.models.model_source import (
     quantize,
 )
 from turret.server.models.sources.model_directory import read_object, unsupported, weight_files
-from turret.server.models.weights.base_linear import BaseLinear
+from turret.server.models.weights import BaseLinear
 from turret.server.models.weights.nf4 import (
     DenseLinear,
     Nf4Weight,

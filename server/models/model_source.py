@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from turret.kernels.likeliest import Screen, ScreenCodes
 from turret.server import log
-from turret.server.basics.tensor_files import safetensors_parts
+from turret.server.basics.files import safetensors_parts
 from turret.server.basics.work import OnProgress
 from turret.server.errors import InvalidRequestError
 from turret.server.models.decoding.arch import Arch, Experts

@@ -32,8 +32,7 @@ from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.vocabulary import HEAD
 from turret.server.errors import AdapterCheckpointError, InvalidRequestError
-from turret.server.training.methods import served_method
-from turret.server.training.trainer import AdamParams, LearnerConfig
+from turret.server.training import AdamParams, LearnerConfig, served_method
 from turret.server.training.training_pass import PassAdapter
 from turret.server.words import say
 

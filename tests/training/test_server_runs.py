@@ -26,7 +26,7 @@ from servers.server_under_test import ServerUnderTest, start_server
 from turret.clients.client import TurretClient
 from turret.clients.errors import TurretRpcError
 from turret.server.api.tenants import MAX_MODELS
-from turret.server.training.methods import METHODS
+from turret.server.training import METHODS
 from turret.training import in_process_engine
 from turret.training.base_model import load_model, without_peft_warnings
 from turret.training.batches import make_batch

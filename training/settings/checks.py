@@ -16,8 +16,7 @@ from turret.server.command.preflight import without_cuda
 from turret.server.config import AdapterConfig
 from turret.server.models.decoding.arch import ROUTER, Projections
 from turret.server.models.sources.check import check_model
-from turret.server.training.methods import METHODS
-from turret.server.training.trainer import MAX_SEQUENCE_TOKENS
+from turret.server.training import MAX_SEQUENCE_TOKENS, METHODS
 from turret.training.errors import ConfigError
 from turret.training.settings.config import (
     DECLARED,

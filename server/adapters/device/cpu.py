@@ -30,7 +30,7 @@ from turret.kernels.cpu.row_adapters import (
     RowSegment,
     blocks_bytes,
 )
-from turret.kernels.rows.linear import COLUMNS, padded
+from turret.kernels.rows import COLUMNS, padded
 from turret.server.adapters.device.reference import Reference, StepReference
 from turret.server.adapters.device.store import (
     KERNELS,
@@ -44,6 +44,7 @@ from turret.server.adapters.device.store import (
     StepStore,
     has_kernel,
 )
+from turret.server.adapters.operators import Operator
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.circulant import Circulant
 from turret.server.adapters.operators.dense import Dense
@@ -51,7 +52,6 @@ from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.input_blocks import InputBlocks
 from turret.server.adapters.operators.kronecker import Kronecker
 from turret.server.adapters.operators.low_rank import LowRank, piece_sums
-from turret.server.adapters.operators.operator import Operator
 from turret.server.adapters.operators.pair_rotation import PairRotation
 from turret.server.adapters.operators.sparse import Sparse
 from turret.server.adapters.operators.vectors import Bias, Gain, InputGain

@@ -14,6 +14,7 @@ from turret.kernels.cpu.row_adapters import Ahead
 from turret.kernels.expert_routing import Routing
 from turret.kernels.fusion_gate import MAX_COMPONENTS
 from turret.server.adapters.device.vocabulary import VocabularyChange, vocabulary_change
+from turret.server.adapters.operators import Operator
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.circulant import Circulant
 from turret.server.adapters.operators.dense import Dense
@@ -22,7 +23,6 @@ from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.input_blocks import InputBlocks
 from turret.server.adapters.operators.kronecker import Kronecker
 from turret.server.adapters.operators.low_rank import ExpertLowRank, LowRank
-from turret.server.adapters.operators.operator import Operator
 from turret.server.adapters.operators.pair_rotation import PairRotation
 from turret.server.adapters.operators.sparse import Sparse
 from turret.server.adapters.operators.token_router import TokenRouter

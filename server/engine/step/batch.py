@@ -12,7 +12,7 @@ import torch
 from turret.kernels.fusion_gate import given_gate_reference
 from turret.kernels.gpu.tables import upload
 from turret.kernels.paged_attention import SequenceSpan
-from turret.kernels.rows.linear import row_linear
+from turret.kernels.rows import row_linear
 from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.device.store import (
     AdapterStep,

@@ -49,7 +49,7 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class ClampedSwiglu:
-    """An activation of gates and ups that alternate; see ``kernels/between.py``."""
+    """An activation of gates and ups that alternate; see ``kernels/rows.py``."""
 
     alpha: float
     limit: float

@@ -46,7 +46,7 @@ from turret.server.models.decoding.layer_ops import Angles, KvCache, LayerOps, n
 
 if TYPE_CHECKING:
     from turret.server.models.decoding.decoder import DecoderLayer
-    from turret.server.models.weights.base_linear import BaseLinear
+    from turret.server.models.weights import BaseLinear
 
 
 # Layer operations of the cpu path: the compiled kernels (bf16 and fp32).

@@ -14,8 +14,8 @@ from builders.facts import Resident, resident
 from builders.operators import Make
 from gpu_path import CountedWrites, OneStepTables
 
-from turret.server.adapters.device.gpu import slot_tables
-from turret.server.adapters.device.gpu.store import GpuStore
+from turret.server.adapters.device import gpu_slot_tables as slot_tables
+from turret.server.adapters.device.gpu_store import GpuStore
 from turret.server.adapters.device.store import (
     AdapterMemoryError,
     ExpertShape,

@@ -23,9 +23,9 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from turret.server.adapters.adapter import Mix
-from turret.server.adapters.device.gpu.pack import StepForm
-from turret.server.adapters.device.gpu.store import GpuAdapterStep, GpuStore
-from turret.server.adapters.device.gpu.uploads import empty_cache
+from turret.server.adapters.device.gpu_pack import StepForm
+from turret.server.adapters.device.gpu_store import GpuAdapterStep, GpuStore
+from turret.server.adapters.device.gpu_uploads import empty_cache
 from turret.server.adapters.device.store import Resident
 from turret.server.adapters.device.vocabulary import VocabularyGroup
 from turret.server.adapters.operators.gate import Gate
@@ -47,8 +47,8 @@ from turret.server.engine.step.batch import (
     scalings_of,
     scalings_of_rows,
 )
-from turret.server.engine.step.gpu.sampler import GpuSampler
-from turret.server.engine.step.gpu.tables import (
+from turret.server.engine.step.gpu_sampler import GpuSampler
+from turret.server.engine.step.gpu_tables import (
     AttentionWords,
     BlockTables,
     BlockUpdates,

@@ -21,7 +21,7 @@ import torch
 from turret.kernels.gpu.low_rank import Shrink, segmented_expand
 from turret.kernels.gpu.nf4 import Epilogue
 from turret.kernels.gpu.tables import SegmentTable
-from turret.server.adapters.device.gpu.pack import (
+from turret.server.adapters.device.gpu_pack import (
     PACKED,
     GpuGates,
     GpuPack,
@@ -29,12 +29,12 @@ from turret.server.adapters.device.gpu.pack import (
     GpuStepGates,
     StepForm,
 )
-from turret.server.adapters.device.gpu.slot_tables import (
+from turret.server.adapters.device.gpu_slot_tables import (
     GpuSlotTables,
     GpuStepSlotTables,
     GpuTables,
 )
-from turret.server.adapters.device.gpu.uploads import Uploads, beside_steps, empty_cache
+from turret.server.adapters.device.gpu_uploads import Uploads, beside_steps, empty_cache
 from turret.server.adapters.device.reference import Reference, StepReference
 from turret.server.adapters.device.store import (
     AdapterMemoryError,
