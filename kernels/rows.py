@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Hashable
 from typing import TypeAlias
 
-from turret.kernels.cpu.native import functions, has_kernels, num_threads
+from turret.kernels.cpu import functions, has_kernels, num_threads
 from turret.kernels.cpu.products import (
     add_column_products_,
     column_products,

@@ -13,13 +13,13 @@ from typing import Any, Protocol
 
 import torch
 
-from turret.kernels.cpu.native import has_native, use_own_threads
+from turret.kernels.cpu import has_native, use_own_threads
 from turret.server import log
 from turret.server.adapters.base import Allowed, BaseModel, Precision
+from turret.server.adapters.device import AdapterStore, StepStore
 from turret.server.adapters.device.cpu import CpuStore
 from turret.server.adapters.device.gpu_uploads import StepStream
 from turret.server.adapters.device.reference import ReferenceStore
-from turret.server.adapters.device.store import AdapterStore, StepStore
 from turret.server.adapters.fuser import Fuser
 from turret.server.adapters.merger import ChangeBase, Edit, Merger
 from turret.server.adapters.methods import METHODS

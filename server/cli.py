@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 import turret
-from turret.server.command.interrupts import EXIT_INTERRUPTED
+from turret.server.command.entry import EXIT_INTERRUPTED
 from turret.server.command.parser import EXIT_USAGE, CommandParser
 
 EXIT_FAILED = 1

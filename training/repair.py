@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from turret.server.adapters.adapter import PROVENANCE_FILE
-from turret.server.adapters.checkpoint.adapter_checkpoint import PEFT_PREFIX
+from turret.server.adapters.checkpoint import PEFT_PREFIX
 from turret.server.adapters.fuser import lora_config
 from turret.server.models.model_source import StoredTensors
 from turret.server.models.sources.check import find_gguf

@@ -25,7 +25,7 @@ from turret.training.base_model import DTYPES, empty_model, peak_memory_bytes
 from turret.training.batches import BatchRow
 from turret.training.engine import attach_to, trainable
 from turret.training.examples import Encoded
-from turret.training.run.folder import SERVER_SUFFIX, checkpoint_path
+from turret.training.run import SERVER_SUFFIX, checkpoint_path
 from turret.training.run.samples import Progress, draw_samples
 from turret.training.settings.resolve import Resolved
 

@@ -21,7 +21,7 @@ from turret.training.engine import Engine
 from turret.training.errors import RunError
 from turret.training.in_process_engine import is_shared
 from turret.training.report import write_report
-from turret.training.run.folder import RunFolder, what_next
+from turret.training.run import RunFolder, what_next
 from turret.training.serving_cost import serving_cost
 from turret.training.settings.checks import base_place, check_method
 from turret.training.settings.resolve import Resolved, resolve

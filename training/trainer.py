@@ -1,4 +1,4 @@
-"""The training loop. ``run/folder.py`` describes the files that it writes."""
+"""The training loop. ``run/__init__.py`` describes the files that it writes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from turret.training.engine import Engine, PeftEngine
 from turret.training.errors import RunError
 from turret.training.fusion import adapter_digest
 from turret.training.loss import learning_rate
-from turret.training.run.folder import (
+from turret.training.run import (
     MetricsLog,
     RunFolder,
     checkpoints_in,

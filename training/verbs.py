@@ -114,7 +114,7 @@ def with_errors(
         from turret.clients.errors import TurretRpcError
         from turret.clients.fields import ArgumentError
         from turret.clients.verbs.command import print_error
-        from turret.server.command.interrupts import exit_code, raising_terminated
+        from turret.server.command.entry import exit_code, raising_terminated
         from turret.server.command.parser import EXIT_USAGE
         from turret.server.errors import TurretError
         from turret.training.errors import ConfigFileError, TrainingError
@@ -241,7 +241,7 @@ def _check(args: argparse.Namespace, configs: Sequence[Any], *, compares: bool =
 
 def _load(args: argparse.Namespace, module: str) -> None:
     """Import a module that loads torch, which takes seconds; Ctrl-C ends it without a traceback."""
-    from turret.server.command.interrupts import ending_at_interrupts
+    from turret.server.command.entry import ending_at_interrupts
 
     with ending_at_interrupts(f"stopped{_how_to_go_on(args)}"):
         importlib.import_module(module)
@@ -355,7 +355,7 @@ def _sweep(args: argparse.Namespace) -> None:
     with announce("sweep") as listen:
         listen({"kind": "phase", "text": "reading the base model"})
         _load(args, "turret.training.sweep")
-        from turret.training.run.folder import RunFolder
+        from turret.training.run import RunFolder
         from turret.training.sweep import sweep
     with _engines(args) as open_engine:
         results = sweep(
@@ -400,7 +400,7 @@ def _axes(variants: Sequence[Any]) -> str:
 def _check_sweep(args: argparse.Namespace, variants: Sequence[Any]) -> None:
     """Check the output directories of all variants, before the first one is trained."""
     from turret.training.errors import RunError
-    from turret.training.run.folder import RunFolder
+    from turret.training.run import RunFolder
 
     for variant in variants:
         run = RunFolder(args.config.parent / variant.config.run.output)
@@ -413,7 +413,7 @@ def _check_sweep(args: argparse.Namespace, variants: Sequence[Any]) -> None:
 
 
 def _how_a_sweep_goes_on(outputs: Sequence[Path]) -> str:
-    from turret.training.run.folder import RunFolder
+    from turret.training.run import RunFolder
 
     runs = [RunFolder(output) for output in outputs]
     has_some = any(run.is_finished or run.newest_checkpoint for run in runs)
@@ -424,7 +424,7 @@ def _how_a_sweep_goes_on(outputs: Sequence[Path]) -> str:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from turret.training.run.folder import RunFolder
+    from turret.training.run import RunFolder
 
     config = _read(args)
     output = RunFolder((args.config.parent / config.run.output).resolve())
@@ -456,7 +456,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     from turret.training.report import write_report
-    from turret.training.run.folder import RunFolder
+    from turret.training.run import RunFolder
 
     print(write_report(RunFolder(args.run)))
 
@@ -501,7 +501,7 @@ def _rank(text: str) -> int:
 
 def _repair(args: argparse.Namespace) -> None:
     from turret.server.basics.files import unreadable
-    from turret.server.command.interrupts import ending_at_interrupts
+    from turret.server.command.entry import ending_at_interrupts
     from turret.training.errors import ConfigError, RunError
 
     check_installed("peft")

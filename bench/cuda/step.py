@@ -19,8 +19,8 @@ from gpu_path import FakeCapture
 from turret.kernels.gpu.tables import SPLIT, AttentionTable
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 from turret.kernels.paged_attention import SequenceSpan
+from turret.server.adapters.device import ProjectionLayout, SliceShape
 from turret.server.adapters.device.gpu_store import GpuStore
-from turret.server.adapters.device.store import ProjectionLayout, SliceShape
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.kronecker import Kronecker

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from turret.kernels.cpu.native import LANES, by_element, functions, num_threads
+from turret.kernels.cpu import LANES, by_element, functions, num_threads
 from turret.kernels.paged_attention import SequenceSpan
 
 # A decoder layer's operations between its matrix products, one pass each (``elementwise.c``).

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from turret.kernels.cpu.native import LANES, functions, isa, num_threads
+from turret.kernels.cpu import LANES, functions, isa, num_threads
 from turret.kernels.expert_routing import Routing
 from turret.lazy_torch import torch
 

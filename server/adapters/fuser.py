@@ -35,7 +35,7 @@ from turret.server.adapters.adapter import (
     template_of,
 )
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.checkpoint.adapter_checkpoint import PEFT_PREFIX, Finding, refuse_all
+from turret.server.adapters.checkpoint import PEFT_PREFIX, Finding, refuse_all
 from turret.server.adapters.checkpoint.reader import begin_digest
 from turret.server.adapters.combination import Combination, FuseResult, ModuleReport
 from turret.server.adapters.lowering import Lowered

@@ -22,7 +22,7 @@ from turret.kernels.fusion_gate import GATE_MULTIPLE
 from turret.lazy_torch import torch
 from turret.server.adapters.adapter import AdapterFacts, Head
 from turret.server.adapters.base import BaseModel, BaseModule, WeightRows
-from turret.server.adapters.checkpoint.adapter_checkpoint import (
+from turret.server.adapters.checkpoint import (
     PROMPT_EMBEDDINGS,
     AdapterCheckpoint,
     Findings,

@@ -18,7 +18,7 @@ from dataclasses import replace
 from turret.server import log
 from turret.server.adapters.adapter import HostResult, Mix, template_of
 from turret.server.adapters.base import ChangedBase
-from turret.server.adapters.device.store import AdapterMemoryError
+from turret.server.adapters.device import AdapterMemoryError
 from turret.server.adapters.registry import AdapterRegistry
 from turret.server.basics.work import turret_error
 from turret.server.engine.answer import Answer, Stream, uses_of

@@ -15,8 +15,8 @@ from turret.server.adapters.base import (
     BaseVocabulary,
     Precision,
 )
+from turret.server.adapters.device import ExpertShape, ProjectionLayout, SliceShape
 from turret.server.adapters.device.gpu_uploads import beside_steps
-from turret.server.adapters.device.store import ExpertShape, ProjectionLayout, SliceShape
 from turret.server.adapters.operators.vocabulary import EMBEDDING, HEAD
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.arch import LAYER_PREFIX, ROUTER, Arch

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from turret.kernels.cpu import native
+from turret.kernels import cpu as native
 from turret.kernels.likeliest import Screen, ScreenCodes
 from turret.kernels.rows import choices, linear_formulation, prepare_linear
 from turret.server.basics.work import OnProgress

@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE, AdapterRef
-from turret.server.adapters.device.store import ProjectionLayout, StepStore
+from turret.server.adapters.device import ProjectionLayout, StepStore
 from turret.server.adapters.operators.vocabulary import HEAD
 from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.state_dir import UploadedFile

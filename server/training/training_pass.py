@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
-from turret.kernels.cpu.native import has_kernels
+from turret.kernels.cpu import has_kernels
 from turret.kernels.cpu.products import LowRankUpdate, low_rank_gradients, serves_transposed
 from turret.kernels.paged_attention import SequenceSpan
 from turret.kernels.rows import TargetLogprobs, row_linear, row_linear_transposed, row_log_softmax
-from turret.server.adapters.checkpoint.adapter_checkpoint import PROMPT_EMBEDDINGS
-from turret.server.adapters.device.store import (
+from turret.server.adapters.checkpoint import PROMPT_EMBEDDINGS
+from turret.server.adapters.device import (
     AdapterStep,
     BaseProduct,
     ExpertPairs,

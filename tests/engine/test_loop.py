@@ -16,9 +16,9 @@ from method_oracle import serve
 from said import says
 from simulation.parts import Clock
 
-from turret.kernels.cpu.native import library, num_threads
+from turret.kernels.cpu import library, num_threads
 from turret.server.adapters import leases
-from turret.server.adapters.device.store import AdapterMemoryError
+from turret.server.adapters.device import AdapterMemoryError
 from turret.server.adapters.registry import AdapterRegistry
 from turret.server.engine import loop
 from turret.server.engine.answer import Answer, AnswerText, Stream

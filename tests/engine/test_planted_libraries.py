@@ -14,7 +14,7 @@ from builders.random_adapters import ALL, AdapterSpec, arch_of, write_adapter
 from planted_libraries import LIBRARIES, plant
 from servers.engine_harness import Answer, EngineHarness, make_request
 
-from turret.kernels.cpu import native
+from turret.kernels import cpu as native
 from turret.kernels.rows import (
     cancelling,
     choices,

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from kernel_traffic import DEVICE, DTYPES, HALF, error_ratio, rotated
 
-from turret.kernels.cpu import layers, native
+from turret.kernels import cpu as native
+from turret.kernels.cpu import layers
 from turret.kernels.gpu import activations
 from turret.kernels.gpu.rms_norm import residual_rms_norm
 from turret.kernels.gpu.rope_kv_write import KvWrite, rope_kv_write

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from turret.kernels.cpu import native
+from turret.kernels import cpu as native
 from turret.kernels.likeliest import MOST_ROWS, Screen
 from turret.kernels.rows import row_linear
 

@@ -31,7 +31,7 @@ from method_oracle import (
 from servers.engine_harness import EngineHarness, make_request
 from servers.gpu_serving import gpu_serving
 
-from turret.kernels.cpu import native
+from turret.kernels import cpu as native
 from turret.kernels.rows import forget_choices
 from turret.server.engine.scheduling.request import FinishReason, StopConditions
 

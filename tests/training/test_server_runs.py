@@ -34,7 +34,7 @@ from turret.training.engine import PeftEngine, pad_token
 from turret.training.errors import ConfigError, RunError
 from turret.training.in_process_engine import in_process_engines
 from turret.training.loss import LossFunction
-from turret.training.run.folder import read_metrics
+from turret.training.run import read_metrics
 from turret.training.server_engine import ServerEngine
 from turret.training.settings.checks import check_served
 from turret.training.settings.config import build_config, render_config

@@ -16,7 +16,7 @@ from said import says
 from turret.server.basics.names import ADAPTER_NAME
 from turret.training.errors import ConfigError, ConfigFileError, RunError
 from turret.training.in_process_engine import in_process_engines
-from turret.training.run.folder import RunFolder
+from turret.training.run import RunFolder
 from turret.training.settings.variants import read_variants
 from turret.training.sweep import sweep
 from turret.training.words import say

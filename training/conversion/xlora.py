@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
-from turret.server.adapters.checkpoint.adapter_checkpoint import PEFT_PREFIX, AdapterCheckpoint
+from turret.server.adapters.checkpoint import PEFT_PREFIX, AdapterCheckpoint
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.component import COMPONENTS_KEY

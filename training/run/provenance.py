@@ -14,7 +14,7 @@ import turret
 from turret.server.models.model_source import ModelSource, stored_weights
 from turret.training.errors import RunError
 from turret.training.fusion import component_digests
-from turret.training.run.folder import RunFolder
+from turret.training.run import RunFolder
 from turret.training.settings.resolve import Resolved
 from turret.training.words import Text, say
 

@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from turret.kernels.cpu import row_adapters
+from turret.kernels.cpu import num_threads, row_adapters
 from turret.kernels.cpu.layers import EXPERT_PROJECTIONS, PROJECTIONS, NativeInputs, NativePlace
-from turret.kernels.cpu.native import num_threads
 from turret.kernels.cpu.row_adapters import (
     CStruct,
     ExpertAdapters,
@@ -31,8 +30,7 @@ from turret.kernels.cpu.row_adapters import (
     blocks_bytes,
 )
 from turret.kernels.rows import COLUMNS, padded
-from turret.server.adapters.device.reference import Reference, StepReference
-from turret.server.adapters.device.store import (
+from turret.server.adapters.device import (
     KERNELS,
     BaseProduct,
     ExpertPairs,
@@ -44,6 +42,7 @@ from turret.server.adapters.device.store import (
     StepStore,
     has_kernel,
 )
+from turret.server.adapters.device.reference import Reference, StepReference
 from turret.server.adapters.operators import Operator
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.circulant import Circulant

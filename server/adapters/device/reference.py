@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from turret.server.adapters.device.store import (
+from turret.server.adapters.device import (
     BaseProduct,
     ExpertPairs,
     Members,

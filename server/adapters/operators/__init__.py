@@ -2,7 +2,7 @@
 
 This file has their base class. With ``add`` alone, an operator is served on every path, in layers
 and in the head. A kernel that replaces ``add`` on some path is entered in ``KERNELS`` in
-``server/adapters/device/store.py``.
+``server/adapters/device/__init__.py``.
 """
 
 from __future__ import annotations

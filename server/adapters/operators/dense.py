@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from turret.kernels.cpu.native import has_kernels
+from turret.kernels.cpu import has_kernels
 from turret.kernels.cpu.products import dot_products
 from turret.kernels.rows import prepare_linear, row_linear
 from turret.lazy_torch import torch

@@ -14,7 +14,7 @@ from turret.kernels.gpu.tables import upload
 from turret.kernels.paged_attention import SequenceSpan
 from turret.kernels.rows import row_linear
 from turret.server.adapters.adapter import Adapter
-from turret.server.adapters.device.store import (
+from turret.server.adapters.device import (
     AdapterStep,
     AdapterStore,
     Members,

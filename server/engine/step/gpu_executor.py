@@ -23,10 +23,10 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from turret.server.adapters.adapter import Mix
+from turret.server.adapters.device import Resident
 from turret.server.adapters.device.gpu_pack import StepForm
 from turret.server.adapters.device.gpu_store import GpuAdapterStep, GpuStore
 from turret.server.adapters.device.gpu_uploads import empty_cache
-from turret.server.adapters.device.store import Resident
 from turret.server.adapters.device.vocabulary import VocabularyGroup
 from turret.server.adapters.operators.gate import Gate
 from turret.server.adapters.operators.low_rank import LowRank

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from turret.kernels.rows import row_log_softmax
-from turret.server.adapters.device.store import AdapterStore, Resident, StepStore
+from turret.server.adapters.device import AdapterStore, Resident, StepStore
 from turret.server.adapters.operators.soft_prompt import soft_prompt_of
 from turret.server.basics.work import is_out_of_memory
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step

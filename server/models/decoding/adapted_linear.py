@@ -15,7 +15,7 @@ import torch
 
 from turret.kernels.cpu.row_adapters import Ahead
 from turret.kernels.expert_routing import Routing
-from turret.server.adapters.device.store import AdapterStep, ExpertPairs
+from turret.server.adapters.device import AdapterStep, ExpertPairs
 
 if TYPE_CHECKING:
     from turret.kernels.gpu.low_rank import Shrink

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from turret.kernels.cpu import has_layer_ops, num_threads
 from turret.kernels.cpu.layers import (
     CLAMPED_SWIGLU,
     GELU,
@@ -34,12 +35,11 @@ from turret.kernels.cpu.layers import (
     run_layers,
     silu_mul,
 )
-from turret.kernels.cpu.native import has_layer_ops, num_threads
 from turret.kernels.cpu.products import TILE_ROWS, serves_dense
 from turret.kernels.nf4_matmul import MXFP4
 from turret.kernels.paged_attention import SequenceSpan, prepare_attention
+from turret.server.adapters.device import AdapterStep
 from turret.server.adapters.device.cpu import CpuStep
-from turret.server.adapters.device.store import AdapterStep
 from turret.server.models.decoding.adapted_linear import AdaptedExperts, AdaptedLinear
 from turret.server.models.decoding.arch import Arch, ClampedSwiglu
 from turret.server.models.decoding.layer_ops import Angles, KvCache, LayerOps, no_rotation

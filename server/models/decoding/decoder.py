@@ -19,8 +19,8 @@ import torch.nn.functional as F
 
 from turret.kernels.likeliest import MOST_ROWS, Screen, ScreenCodes, likeliest_tokens
 from turret.kernels.rows import row_linear, row_softcap_
+from turret.server.adapters.device import AdapterStep
 from turret.server.adapters.device.cpu import CpuStep
-from turret.server.adapters.device.store import AdapterStep
 from turret.server.adapters.device.vocabulary import (
     VocabularyGroup,
     change_embeddings,

@@ -22,7 +22,7 @@ from turret.kernels.rows import (
     row_gelu,
     row_silu,
 )
-from turret.server.adapters.device.store import AdapterStep
+from turret.server.adapters.device import AdapterStep
 from turret.server.models.decoding.arch import LONG, Arch, ClampedSwiglu, QueryGrowth, Rope
 
 # The paged KV cache's tensors. The engine assigns the blocks.

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from turret.kernels.cpu.native import has_kernels
+from turret.kernels.cpu import has_kernels
 from turret.kernels.cpu.row_adapters import Ahead
 from turret.kernels.nf4_matmul import MXFP4, NF4, Format
 from turret.kernels.rows import prepare_linear, row_linear, row_linear_transposed

@@ -10,7 +10,7 @@ import functools
 
 import torch
 
-from turret.kernels.cpu.native import functions, has_kernels, num_threads
+from turret.kernels.cpu import functions, has_kernels, num_threads
 from turret.kernels.cpu.products import rounded_gradients
 from turret.kernels.cpu.row_adapters import Ahead
 from turret.kernels.nf4_matmul import MXFP4, Format

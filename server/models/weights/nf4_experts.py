@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from turret.kernels.cpu.native import has_kernels
+from turret.kernels.cpu import has_kernels
 from turret.kernels.expert_routing import Routing
 from turret.kernels.nf4_matmul import MXFP4, NF4, Nf4Matrix
 from turret.server.errors import InvalidRequestError

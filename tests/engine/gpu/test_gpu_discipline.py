@@ -29,8 +29,8 @@ from turret.kernels.fusion_gate import MAX_COMPONENTS
 from turret.kernels.gpu.hadamard import MAX_RANK as MAX_HADAMARD_RANK
 from turret.kernels.gpu.kronecker import MAX_IN_M, MAX_RANK
 from turret.server.adapters.adapter import Mix
+from turret.server.adapters.device import has_kernel
 from turret.server.adapters.device.gpu_store import GpuStore
-from turret.server.adapters.device.store import has_kernel
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.gate import Gate
 from turret.server.adapters.operators.hadamard import Hadamard

@@ -18,10 +18,10 @@ from transformers import LlamaConfig
 from turret.kernels.gpu import tables as staged_buffer
 from turret.kernels.gpu.tables import ATTENTION_HEADER
 from turret.server.adapters.adapter import Mix
+from turret.server.adapters.device import AdapterMemoryError
 from turret.server.adapters.device import gpu_uploads as uploads_module
 from turret.server.adapters.device.gpu_pack import GpuPack
 from turret.server.adapters.device.gpu_store import GpuStore
-from turret.server.adapters.device.store import AdapterMemoryError
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.peft_format.reading import dora_gain

@@ -30,7 +30,7 @@ from turret.server.models.sources.check import FoundModel
 from turret.server.remote import AdapterHub
 from turret.server.words import Text, say
 from turret.training.errors import ConfigError, RunError
-from turret.training.run.folder import RunFolder
+from turret.training.run import RunFolder
 from turret.training.settings.checks import check_inputs
 from turret.training.settings.config import (
     BaseConfig,

@@ -26,7 +26,7 @@ from turret.training.errors import ConfigError, DataError
 from turret.training.examples import Example, encode_prompt, read_examples
 from turret.training.memory import estimate_memory
 from turret.training.report import render_report
-from turret.training.run.folder import read_metrics
+from turret.training.run import read_metrics
 from turret.training.settings.config import DataConfig
 from turret.training.trainer import Trainer
 

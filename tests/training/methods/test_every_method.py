@@ -27,7 +27,7 @@ from turret.training.errors import ConfigError
 from turret.training.loss import LossFunction, learning_rate, make_optimizer, set_learning_rate
 from turret.training.methods import METHODS
 from turret.training.plan import make_plan
-from turret.training.run.folder import read_metrics
+from turret.training.run import read_metrics
 from turret.training.run.progress import training_progress
 from turret.training.serving_cost import served_base, serving_cost
 from turret.training.settings.config import OptimizerConfig

@@ -26,7 +26,7 @@ from turret.training.batches import make_batch, pack_rows
 from turret.training.errors import RunError
 from turret.training.fusion import adapter_digest
 from turret.training.loss import HEAD_ROWS, LossFunction
-from turret.training.run.folder import RunFolder, read_metrics
+from turret.training.run import RunFolder, read_metrics
 from turret.training.settings.config import render_config
 from turret.training.trainer import Trainer
 from turret.training.verbs import with_errors
