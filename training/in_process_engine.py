@@ -34,8 +34,8 @@ from turret.training.base_model import DTYPES, keep_freed_memory
 from turret.training.engine import Engine, PeftEngine
 from turret.training.run import FOLDER_SUFFIX, checkpoint_path, step_of
 from turret.training.server_engine import SharedEngine
+from turret.training.settings import BaseConfig
 from turret.training.settings.checks import unserved
-from turret.training.settings.config import BaseConfig
 from turret.training.settings.resolve import Resolved
 
 T = TypeVar("T")

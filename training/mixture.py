@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
 from turret.kernels.rows import clamped_swiglu_reference
-from turret.server.models.decoding.arch import LAYER_PREFIX, ROUTER, Arch, ClampedSwiglu
+from turret.server.models.decoding import LAYER_PREFIX, ROUTER, Arch, ClampedSwiglu
 from turret.server.models.loader import CheckpointTensors
 from turret.server.models.model_source import ModelSource
 

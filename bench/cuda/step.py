@@ -36,8 +36,8 @@ from turret.server.engine.step.gpu_executor import (
     capture_for,
 )
 from turret.server.engine.step.runner import Computed, Runner, StepResult
+from turret.server.models.decoding import Arch, Rope
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
-from turret.server.models.decoding.arch import Arch, Rope
 from turret.server.models.decoding.decoder import DecoderLayer
 from turret.server.models.decoding.gpu_decoder import GpuDecoder
 from turret.server.models.decoding.layer_ops import KvCache

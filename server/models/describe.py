@@ -18,8 +18,8 @@ from turret.server.adapters.base import (
 from turret.server.adapters.device import ExpertShape, ProjectionLayout, SliceShape
 from turret.server.adapters.device.gpu_uploads import beside_steps
 from turret.server.adapters.operators.vocabulary import EMBEDDING, HEAD
+from turret.server.models.decoding import LAYER_PREFIX, ROUTER, Arch
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
-from turret.server.models.decoding.arch import LAYER_PREFIX, ROUTER, Arch
 from turret.server.models.decoding.decoder import Decoder
 from turret.server.models.model_source import ModelSource
 from turret.server.models.weights import BaseLinear

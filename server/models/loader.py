@@ -14,12 +14,12 @@ from turret.kernels.likeliest import Screen, ScreenCodes
 from turret.kernels.rows import choices, linear_formulation, prepare_linear
 from turret.server.basics.work import OnProgress
 from turret.server.errors import InvalidRequestError
+from turret.server.models.decoding import LAYER_PREFIX, ROUTER, Arch, Experts, Linear
 from turret.server.models.decoding.adapted_linear import (
     AdaptedExperts,
     AdaptedLinear,
     ExpertMixture,
 )
-from turret.server.models.decoding.arch import LAYER_PREFIX, ROUTER, Arch, Experts, Linear
 from turret.server.models.decoding.cpu_layers import CpuLayerOps
 from turret.server.models.decoding.decoder import Decoder, DecoderLayer
 from turret.server.models.families import read_arch, transformers_config

@@ -179,7 +179,7 @@ class OwnTokenizers:
             packages=("tokenizers",),
         )
         try:
-            found = child.ask_one(str(folder / TOKENIZER_FILE), "TOKENIZER_UNREAD")
+            found = child.ask_one(("describe", str(folder / TOKENIZER_FILE)), "TOKENIZER_UNREAD")
             if self._expected is None:
                 self._expected = self._parts_of_base(child, folder)
         finally:

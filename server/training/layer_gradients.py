@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from turret.kernels.cpu.gradients import add_norm_gradient_, attention_gradient, gate_gradient
 from turret.kernels.cpu.layers import add_rms_norm
 from turret.kernels.rows import rotate_heads
-from turret.server.models.decoding.arch import ClampedSwiglu
+from turret.server.models.decoding import ClampedSwiglu
 from turret.server.models.decoding.cpu_layers import CpuLayerOps
 from turret.server.models.decoding.decoder import Decoder, DecoderLayer
 

@@ -41,8 +41,8 @@ from turret.server.adapters.device.vocabulary import VocabularyGroup
 from turret.server.adapters.operators import BaseRows
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.vocabulary import HEAD
+from turret.server.models.decoding import LONG
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
-from turret.server.models.decoding.arch import LONG
 from turret.server.models.decoding.decoder import Decoder, OwnRows, StepInput
 from turret.server.models.decoding.layer_ops import KvCache
 from turret.server.models.weights import BaseLinear

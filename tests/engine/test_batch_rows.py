@@ -11,7 +11,7 @@ from builders.sequences import sequence_of
 
 from turret.server.adapters.adapter import Mix
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
-from turret.server.engine.step.batch import MAX_SHORT_ROWS, BatchBuilder
+from turret.server.engine.step import MAX_SHORT_ROWS, BatchBuilder
 
 
 class Recorder:

@@ -32,8 +32,8 @@ from turret.server.adapters.operators.vocabulary import VocabularyOperators, Voc
 from turret.server.engine.scheduling.request import Request, SamplingParams
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
 from turret.server.engine.step.gpu_executor import GpuExecutor, Outputs, StepBody
+from turret.server.models.decoding import Arch
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
-from turret.server.models.decoding.arch import Arch
 from turret.server.models.decoding.decoder import DecoderLayer
 from turret.server.models.decoding.gpu_decoder import GpuDecoder
 from turret.server.models.decoding.layer_ops import KvCache

@@ -23,14 +23,13 @@ from safetensors.numpy import save_file
 from said import says
 from transformers import AutoConfig
 
-from turret.server.models.decoding.arch import Projections
+from turret.server.models.decoding import Projections
 from turret.server.models.families import FAMILIES, read_arch
 from turret.server.models.sources.check import found_in
 from turret.server.models.sources.model_directory import read_config
-from turret.training.errors import RunError
 from turret.training.run import RunFolder, checkpoint_path
 from turret.training.verbs import _how_a_sweep_goes_on, _read, with_errors
-from turret.training.words import say
+from turret.training.words import RunError, say
 
 
 def run_python(program: str) -> subprocess.CompletedProcess[str]:

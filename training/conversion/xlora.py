@@ -21,8 +21,7 @@ from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.component import COMPONENTS_KEY
 from turret.training.adapter_folder import write_adapter
-from turret.training.errors import RunError
-from turret.training.words import say
+from turret.training.words import RunError, say
 
 # Name of the classifier's folder, a sibling of the LoRAs' folders.
 ROUTER = "xlora"

@@ -45,9 +45,8 @@ from typing import TYPE_CHECKING, Any
 
 from turret.server.basics.files import PARTIAL_SUFFIX, replace_file, unwritable
 from turret.server.basics.names import ADAPTER_NAME
-from turret.training.errors import RunError
 from turret.training.settings.checks import SERVED_RANK
-from turret.training.words import say
+from turret.training.words import RunError, say
 
 if TYPE_CHECKING:
     # Imported only for types, because the import would load torch.

@@ -34,7 +34,7 @@ from turret.server.adapters.operators.vectors import Gain
 from turret.server.basics.work import OnProgress, is_out_of_memory
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
-from turret.server.engine.step.batch import (
+from turret.server.engine.step import (
     Placed,
     StepRows,
     StepScalings,

@@ -16,7 +16,7 @@ from turret.server.adapters.device import AdapterStore, Resident, StepStore
 from turret.server.adapters.operators.soft_prompt import soft_prompt_of
 from turret.server.basics.work import is_out_of_memory
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
-from turret.server.engine.step.batch import (
+from turret.server.engine.step import (
     NOTHING_ADDED,
     BatchBuilder,
     Placed,

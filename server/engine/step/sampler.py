@@ -21,7 +21,7 @@ from turret.kernels.rows import row_log_softmax
 from turret.server.constraints.matcher import Matcher, Words, roomy_executor
 from turret.server.engine.scheduling.request import SamplingParams
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.step.batch import NOTHING_ADDED, own_logits
+from turret.server.engine.step import NOTHING_ADDED, own_logits
 from turret.server.errors import TurretError
 from turret.server.words import say
 

@@ -40,8 +40,8 @@ from turret.kernels.nf4_matmul import MXFP4
 from turret.kernels.paged_attention import SequenceSpan, prepare_attention
 from turret.server.adapters.device import AdapterStep
 from turret.server.adapters.device.cpu import CpuStep
+from turret.server.models.decoding import Arch, ClampedSwiglu
 from turret.server.models.decoding.adapted_linear import AdaptedExperts, AdaptedLinear
-from turret.server.models.decoding.arch import Arch, ClampedSwiglu
 from turret.server.models.decoding.layer_ops import Angles, KvCache, LayerOps, no_rotation
 
 if TYPE_CHECKING:

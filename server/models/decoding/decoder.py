@@ -26,8 +26,8 @@ from turret.server.adapters.device.vocabulary import (
     change_embeddings,
     change_logits,
 )
+from turret.server.models.decoding import Arch
 from turret.server.models.decoding.adapted_linear import AdaptedLinear, ExpertMixture
-from turret.server.models.decoding.arch import Arch
 from turret.server.models.decoding.cpu_layers import CpuLayerOps, CpuLayers, choose_layer_ops
 from turret.server.models.decoding.layer_ops import GrowingQueries, KvCache, RotaryAngles
 from turret.server.models.fidelity import Fidelity

@@ -23,7 +23,7 @@ from turret.kernels.rows import (
     row_silu,
 )
 from turret.server.adapters.device import AdapterStep
-from turret.server.models.decoding.arch import LONG, Arch, ClampedSwiglu, QueryGrowth, Rope
+from turret.server.models.decoding import LONG, Arch, ClampedSwiglu, QueryGrowth, Rope
 
 # The paged KV cache's tensors. The engine assigns the blocks.
 

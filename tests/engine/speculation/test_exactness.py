@@ -19,8 +19,7 @@ from servers.planted_drafts import PlantedDrafts
 from turret.kernels import cpu as native
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.engine.scheduling.request import Request, SamplingParams
-from turret.server.engine.step import runner
-from turret.server.engine.step.batch import Placed, StepRows
+from turret.server.engine.step import Placed, StepRows, runner
 from turret.server.engine.step.sampler import Adjustment, Sampler
 
 MAX_TOKENS = 24

@@ -32,7 +32,7 @@ from turret.server.adapters.operators.vocabulary import (
     VocabularyOperators,
     VocabularyRows,
 )
-from turret.server.models.decoding.arch import Arch
+from turret.server.models.decoding import Arch
 
 # Makes an operator for a module with these numbers of outputs and inputs, in this dtype.
 Make = Callable[[int, int, torch.dtype], Operator]
