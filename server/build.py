@@ -277,17 +277,17 @@ def _build_store(
             from turret.server.engine.step.gpu_executor import adapter_bytes
 
             budget = adapter_bytes(device)
-    return _store_type(path)(
-        describe_projections(decoder.arch),
-        decoder.dtype,
-        device,
-        budget,
-        on_moved=lambda adapter: (
-            None
-            if adapter.is_retired
-            else metrics.adapter_residency(adapter.name, adapter.residency)
-        ),
-    )
+    num_bytes = metrics.adapter_bytes.labels("device")
+    num_bytes.set(0)
+
+    def moved(adapter: Any) -> None:
+        num_bytes.set(store.adapter_bytes)
+        if not adapter.is_retired:
+            metrics.adapter_residency(adapter.name, adapter.residency)
+
+    layout = describe_projections(decoder.arch)
+    store = _store_type(path)(layout, decoder.dtype, device, budget, on_moved=moved)
+    return store
 
 
 def _store_type(path: str) -> Callable[..., AdapterStore]:

@@ -462,11 +462,6 @@ class ModuleTable:
         return tensor.data_ptr()
 
 
-def _asks_ahead() -> bool:
-    """Whether the base's products leave memory idle, unlike those on AMX's tiles."""
-    return isa() != "amx"
-
-
 @dataclass(frozen=True, slots=True)
 class RowSegment:
     """Rows ``[start, end)`` that share a mix: (table, weight) in the request's order."""
@@ -541,6 +536,8 @@ class RowAdapters:
         self._marks = torch.zeros(threads, 7, dtype=torch.int64)
         self._sizes = sizes
         num_bytes = sum(t.num_low_rank_bytes for t in self._tables)
+        # The base's products leave memory idle, unless they are computed on AMX's tiles.
+        reach = sizes.reach(num_bytes, threads) if isa() != "amx" else 0
         self._step = (ctypes.c_int64 * 10)(
             self._segments.data_ptr(),
             self._members.data_ptr(),
@@ -550,7 +547,7 @@ class RowAdapters:
             sizes.address,
             sizes.per_layer,
             sizes.per_layer * sizes.num_layers,
-            sizes.reach(num_bytes, threads) if _asks_ahead() else 0,
+            reach,
             self._marks.data_ptr(),
         )
         self.address = ctypes.addressof(self._step)

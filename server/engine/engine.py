@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -407,7 +408,7 @@ class Engine:
         self._loop.run_leftovers()
 
     def _send(self, outbox: Outbox) -> None:
-        self._call(lambda: self._deliver(outbox))
+        self._call(functools.partial(self._deliver, outbox))
 
     def _call(self, function: Callable[[], None]) -> None:
         assert self._event_loop is not None

@@ -49,7 +49,6 @@ class FakeText(TokenStream):
 class FakeRunner:
     """Draws token 1 for all sequences."""
 
-    adapter_bytes = 0
     is_asynchronous = False
 
     def run(self, step: Step, meanwhile: Callable[[], None] = lambda: None) -> StepResult:

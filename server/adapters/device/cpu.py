@@ -98,9 +98,10 @@ class CpuExpertUpdates(Part):
 
     def bind(self, members: StepMembers) -> CpuStepExperts | None:
         """The step's rows, or None if no row's adapter changes experts."""
-        spans = [(row, row + 1, mix) for row, mix in enumerate(members.short)]
+        if not self._tables:
+            return None
         rows: list[list[tuple[ExpertTable, float]]] = []
-        for start, end, mix in (*spans, *members.long):
+        for start, end, mix in members.runs:
             chosen = [(self._tables[key], w) for key, w in mix if key in self._tables]
             if chosen:
                 rows += [[] for _ in range(start - len(rows))]

@@ -506,14 +506,11 @@ class Scheduler:
         """
         num_decodes = len(decodes)
         num_free = max(self._num_seqs - len(self.running), 0)
-        reading = Counter(sequence.tenant for sequence in prompts)
-
-        def is_delayed(tenant: bytes, count: int) -> bool:
+        reading = Counter([sequence.tenant for sequence in prompts])
+        num_delayed = 0
+        for tenant, count in Counter([sequence.tenant for sequence in decodes]).items():
             admissible = min(self.waiting.num_waiting(tenant), num_free)
-            return count >= _MAJORITY * (reading[tenant] + admissible)
-
-        decoding = Counter(sequence.tenant for sequence in decodes)
-        num_delayed = sum(is_delayed(*each) for each in decoding.items())
+            num_delayed += count >= _MAJORITY * (reading[tenant] + admissible)
         if num_delayed == 0:
             return self._num_tokens
         beside = self._most_beside
@@ -533,9 +530,9 @@ class Scheduler:
             prompts: The running prompts.
             left: The tokens that decoding rows leave.
         """
-        tenants = {sequence.tenant for sequence in prompts}
         if not prompts:
             return {}
+        tenants = {sequence.tenant for sequence in prompts}
         if len(self.running) < self._num_seqs:
             waiting = self.waiting.peek(self._may_start)
             # A sequence that did not fit into the last step would leave its share unused.

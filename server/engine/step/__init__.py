@@ -472,7 +472,13 @@ class BatchBuilder:
         self, placed: list[Placed], num_rows: int, adapters: AdapterStep | None
     ) -> StepInput:
         rows = collect_rows(placed, self._block_size)
-        spans = [self._span(place) for place in placed]
+        spans, its_rows = [], []
+        for place in placed:
+            sequence, num_new = place.item.sequence, place.item.num_rows
+            start, context = place.row_start, sequence.num_computed
+            used = sequence.blocks[: -(-(context + num_new) // self._block_size)]
+            spans.append(SequenceSpan(start, num_new, context, used, sequence.num_padding))
+            its_rows.append((sequence, range(start, start + num_new)))
         attention = {
             window: self._ops.plan_attention(
                 spans,
@@ -483,7 +489,6 @@ class BatchBuilder:
             )
             for window in set(self._arch.windows)
         }
-        its_rows = [(p.item.sequence, range(p.row_start, p.last_row + 1)) for p in placed]
         return StepInput(
             token_ids=self._tensor(rows.token_ids),
             positions=self._tensor(rows.positions),
@@ -494,12 +499,6 @@ class BatchBuilder:
             added=rows.added.on(self._device),
             embeddings=changed_rows(its_rows, self._store, self._device, "embedding"),
         )
-
-    def _span(self, place: Placed) -> SequenceSpan:
-        sequence, num_new = place.item.sequence, place.item.num_rows
-        context = sequence.num_computed
-        used = sequence.blocks[: -(-(context + num_new) // self._block_size)]
-        return SequenceSpan(place.row_start, num_new, context, used, sequence.num_padding)
 
     def _bind_adapters(
         self, short: list[Scheduled], long: list[Placed], scalings: dict[str, torch.Tensor]

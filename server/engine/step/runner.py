@@ -466,11 +466,6 @@ class Runner:
             known = self._needs[adapter.key] = self._store.needs(adapter.operators)
         return known
 
-    @property
-    def adapter_bytes(self) -> int:
-        """Bytes of the adapters on the device."""
-        return self._store.adapter_bytes
-
     def forget_adapter(self, key: str) -> None:
         """Drop an adapter that is gone."""
         self._needs.pop(key, None)
