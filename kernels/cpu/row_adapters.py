@@ -411,6 +411,7 @@ class ModuleTable:
     Attributes:
         width: The number of floats of scratch memory per row, for the module that needs most.
         num_low_rank_bytes: The size of all factors of low-rank updates.
+        address: The address of the table; 0 until it is closed.
     """
 
     def __init__(self, num_modules: int) -> None:
@@ -421,6 +422,7 @@ class ModuleTable:
         self._table = self._factor_table = torch.empty(0, dtype=torch.int64)
         self.width = 0
         self.num_low_rank_bytes = 0
+        self.address = 0
 
     def put(self, module: int, *entries: CStruct) -> None:
         """Enter the operators of the module with this number."""
@@ -448,10 +450,7 @@ class ModuleTable:
             address += 8 * len(values)
         self._table = torch.tensor(self._rows, dtype=torch.int64)
         self._rows, self._factors = [], []
-
-    @property
-    def address(self) -> int:
-        return self._table.data_ptr()
+        self.address = self._table.data_ptr()
 
     def _address(self, tensor: torch.Tensor | None) -> int:
         """The address of a tensor, which is kept alive; 0 for None."""
@@ -518,14 +517,15 @@ class RowAdapters:
     def __init__(self, segments: Sequence[RowSegment], max_slices: int, sizes: ModuleSizes) -> None:
         rows, members, weights = [], [], []
         size = 0
+        self._tables = set[ModuleTable]()
         for segment in segments:
             first = len(members)
             for table, weight in segment.members:
+                self._tables.add(table)
                 members.append([table.address, size, table.width, 0])
                 weights.append(weight)
                 size += (segment.end - segment.start) * max_slices * table.width
             rows.append([segment.start, segment.end, first, len(members)])
-        self._tables = {table for segment in segments for table, _ in segment.members}
         # The structs of ``adapters.h``: each row of ``_segments`` is a ``Segment``, of ``_members``
         # a ``Component``, and of ``_marks`` a ``Mark``; ``_step`` is the ``Step``.
         self._segments = torch.tensor(rows, dtype=torch.int64)

@@ -257,10 +257,10 @@ class Engine:
             sequence.first_pass.is_long = sequence.is_long
         sequence.drafter = self._make_drafter(sequence, max_tokens)
         loop = self._loop
-        memory, tenant = self.memory, request.tenant
         stream = Stream(
             lambda: loop.post(lambda: loop.cancel(sequence)),
-            lambda num_bytes: memory.hold(num_bytes, tenant),
+            self.memory,
+            request.tenant,
             request.num_bytes,
         )
         return Answer(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from turret.server.engine.answer import Answer
 from turret.server.engine.scheduling.scheduler import Scheduler
@@ -112,5 +112,5 @@ class LoopObserver:
         )
 
 
-def _names(sequences: Iterable[Sequence]) -> set[str]:
-    return {adapter.name for sequence in sequences for adapter, _ in sequence.mix.members}
+def _names(sequences: Iterable[Sequence]) -> Iterator[str]:
+    return (adapter.name for sequence in sequences for adapter, _ in sequence.mix.members)

@@ -222,7 +222,7 @@ class TrainingPass:
         # An adapter may have several segments.
         self._store.prepare({each.adapter.key: each.adapter for each in self._segments}.values())
         # Requests that run meanwhile may evict the adapters, so this pass keeps their tensors.
-        self._changes = [self._store.vocabulary(each.adapter.key) for each in self._segments]
+        self._changes = [self._store.vocabularies.get(each.adapter.key) for each in self._segments]
         members = [
             (rows.start, rows.stop, [(segment.adapter.key, 1.0)])
             for rows, segment in zip(self.rows, self._segments, strict=True)

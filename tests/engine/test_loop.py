@@ -21,7 +21,7 @@ from turret.server.adapters import leases
 from turret.server.adapters.device import AdapterMemoryError
 from turret.server.adapters.registry import AdapterRegistry
 from turret.server.engine import loop
-from turret.server.engine.answer import Answer, AnswerText, Stream
+from turret.server.engine.answer import Answer, AnswerMemory, AnswerText, Stream
 from turret.server.engine.loop import EngineLoop, Outbox
 from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.request import Output, Request, StopConditions
@@ -128,7 +128,7 @@ class Driven:
             tenant=tenant,
         )
         sequence = Sequence(request, self.registry.acquire(refs(adapters)), loop.time.monotonic())
-        stream = Stream(lambda: None)
+        stream = Stream(lambda: None, AnswerMemory(1 << 30))
         answer = Answer(
             sequence,
             stream,

@@ -364,6 +364,8 @@ class AdapterStore:
 
     Attributes:
         budgets: The number of bytes of each kind of memory that adapters may take.
+        vocabularies: The changes to embedding and head by the keys of stored adapters with changes.
+        routers: The routers that compute scalings, on the device, by the keys of their adapters.
     """
 
     def __init__(
@@ -375,8 +377,8 @@ class AdapterStore:
         self._device = device
         self._on_moved = on_moved
         self._entries: dict[str, _Entry] = {}
-        self._vocabularies: dict[str, VocabularyChange] = {}
-        self._routers: dict[str, TokenRouter] = {}
+        self.vocabularies: dict[str, VocabularyChange] = {}
+        self.routers: dict[str, TokenRouter] = {}
         self._step = 0
 
     @property
@@ -434,22 +436,14 @@ class AdapterStore:
             entry.adapter.bytes_device = 0
             for part in self._parts:
                 part.remove(key)
-            self._vocabularies.pop(key, None)
-            self._routers.pop(key, None)
+            self.vocabularies.pop(key, None)
+            self.routers.pop(key, None)
             self._on_moved(entry.adapter)
 
     def drop_idle(self) -> None:
         """Forget every adapter that the last step did not use, because the device is full."""
         while self._drop_idle():
             pass
-
-    def vocabulary(self, key: str) -> VocabularyChange | None:
-        """A stored adapter's changes to embedding and head."""
-        return self._vocabularies.get(key)
-
-    def router(self, key: str) -> TokenRouter | None:
-        """The router that computes a stored adapter's scalings, on the device."""
-        return self._routers.get(key)
 
     def _operators(self, adapter: Resident) -> AdapterOperators:
         """The operators to put into the store."""
@@ -476,7 +470,7 @@ class AdapterStore:
                     tensor.to(self._device, copy=self._device.type != "cpu")
                     for tensor in operators.router.tensors()
                 )
-                self._routers[adapter.key] = operators.router.with_tensors(moved)
+                self.routers[adapter.key] = operators.router.with_tensors(moved)
         except (RuntimeError, MemoryError):
             # Leave no trace of an adapter that could not be stored, because the step may be
             # retried.
@@ -484,7 +478,7 @@ class AdapterStore:
                 part.remove(adapter.key)
             raise
         if change is not None:
-            self._vocabularies[adapter.key] = change
+            self.vocabularies[adapter.key] = change
         self._entries[adapter.key] = _Entry(adapter, adapter.operators, needs, self._step)
         adapter.bytes_device = sum(needs)
         self._on_moved(adapter)

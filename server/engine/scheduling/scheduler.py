@@ -342,7 +342,8 @@ class Scheduler:
             if is_prompt and shares:
                 shares[sequence.tenant] -= num_new
             while sequence.state is SequenceState.RUNNING:
-                if self._reserve(sequence, num_new, new_blocks):
+                known = sequence.num_computed + num_new
+                if self._held.reserve(sequence, known, new_blocks):
                     scheduled.append(Scheduled(sequence, num_new))
                     budget -= num_new
                     break
@@ -558,9 +559,6 @@ class Scheduler:
         self._room -= chunk * weight
         return chunk
 
-    def _reserve(self, sequence: Sequence, num_new: int, new_blocks: list[int]) -> bool:
-        return self._held.reserve(sequence, sequence.num_computed + num_new, new_blocks)
-
     def _make_room(self, now: float) -> int:
         """Take a place for a sequence that has waited long enough."""
         after = self._preempt_after_seconds
@@ -636,7 +634,8 @@ class Scheduler:
                 return
             self._preset(sequence, new_blocks, presets)
             num_new = self._chunk(sequence, budget)
-            reserved = self._reserve(sequence, num_new, new_blocks)
+            known = sequence.num_computed + num_new
+            reserved = self._held.reserve(sequence, known, new_blocks)
             assert reserved, "there was room for all of it"
             # Start before remove: the queue forgets a group that neither waits nor runs.
             self.waiting.start(sequence)

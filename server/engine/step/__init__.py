@@ -213,6 +213,8 @@ def changed_rows(
     Returns:
         One group per mix that changes the part; none for most steps.
     """
+    if not store.vocabularies:
+        return []
     numbers: dict[tuple[tuple[str, float], ...], list[int]] = {}
     members: dict[tuple[tuple[str, float], ...], list[tuple[VocabularyChange, float]]] = {}
     for sequence, its_rows in rows:
@@ -220,7 +222,7 @@ def changed_rows(
             (adapter.key, weight, change)
             for adapter, weight in sequence.active_mix.members
             # Weight 0 adds nothing, not even an overflow.
-            if weight and (change := store.vocabulary(adapter.key)) is not None
+            if weight and (change := store.vocabularies.get(adapter.key)) is not None
         ]
         if found:
             mix = tuple((key, weight) for key, weight, _ in found)
@@ -257,7 +259,7 @@ def added_logits(
         if not sequence.vocab_size:
             continue
         for adapter, _ in sequence.mix.members:
-            change = store.vocabulary(adapter.key)
+            change = store.vocabularies.get(adapter.key)
             if change is not None and change.tokens is not None and change.tokens.added is not None:
                 states = hidden[its_rows.start : its_rows.stop]
                 logits = decoder.some_logits(states, change.tokens.added.head)
@@ -390,7 +392,7 @@ def adapters_of(step: Step) -> list[Adapter]:
 
 def _routers(sequence: Sequence, store: AdapterStore) -> list[tuple[str, TokenRouter]]:
     """The adapters of a sequence that route tokens; the store holds them."""
-    found = [(adapter.key, store.router(adapter.key)) for adapter, _ in sequence.mix.members]
+    found = [(a.key, store.routers.get(a.key)) for a, _ in sequence.mix.members]
     return [(key, router) for key, router in found if router is not None]
 
 
