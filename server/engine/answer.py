@@ -253,7 +253,7 @@ class Stream:
         tenant: bytes = b"",
         num_bytes: int = 0,
     ) -> None:
-        # None once the memory is no longer counted.
+        # This is None once the memory is no longer counted.
         self._cancel: Callable[[], None] | None = cancel
         self._memory, self._tenant = memory, tenant
         self._held = 0

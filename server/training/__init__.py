@@ -106,7 +106,7 @@ class Published:
 
 # Losses of single tokens, as functions of their log probabilities.
 #
-# All losses are sums over tokens, not means. ``r = exp(lp − q)`` is the probability ratio, where
+# Losses are sums over tokens, not means. ``r = exp(lp − q)`` is the probability ratio, where
 # ``lp`` is the log probability and ``q`` the one with which the token was sampled (``logprobs``).
 # ``A`` is the advantage.
 
