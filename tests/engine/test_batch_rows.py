@@ -19,15 +19,13 @@ class Recorder:
 
     def __init__(self) -> None:
         self.members: Any = None
+        self.vocabularies: dict[str, Any] = {}
 
     def prepare(self, adapters: Any) -> None:
         self.prepared = {adapter.key for adapter in adapters}
 
     def step(self, members: Any) -> None:
         self.members = members
-
-    def vocabulary(self, key: str) -> None:
-        return None
 
 
 def scheduled(number: int, num_new: int, *mix: tuple[str, float]) -> Scheduled:
