@@ -27,7 +27,7 @@ from cuda.tune import tune
 from cuda.verdict import verdict
 from interpreter import adapt_interpreter
 
-from turret.server.engine.step.gpu import executor
+from turret.server.engine.step import gpu_executor as executor
 
 # The step comes first, because it matters most if the time runs out.
 PARTS: dict[str, Callable[[Setting], None]] = {

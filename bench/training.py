@@ -29,8 +29,8 @@ from peft import LoraConfig, get_peft_model
 from turret.server.build import build_backend
 from turret.server.config import AdapterConfig, CacheConfig, Config, ModelConfig
 from turret.server.metrics import Metrics
+from turret.server.training import AdamParams, Datum, LearnerConfig
 from turret.server.training.service import TrainingService
-from turret.server.training.trainer import AdamParams, Datum, LearnerConfig
 from turret.training.base_model import _load_nf4, find_base
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from turret.kernels.rows.elementwise import row_exp_
+from turret.kernels.rows import row_exp_
 from turret.lazy_torch import torch
 
 

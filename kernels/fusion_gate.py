@@ -21,11 +21,10 @@ import functools
 import itertools
 from collections.abc import Sequence
 
-from turret.kernels.rows.elementwise import row_exp_
-from turret.kernels.rows.linear import row_linear
+from turret.kernels.rows import row_exp_, row_linear
 from turret.lazy_torch import torch
 
-# Sizes are padded to multiples of this, so that fewer shapes need a trial (``rows/trial.py``).
+# Sizes are padded to multiples of this, so that fewer shapes need a trial (``rows.py``).
 GATE_MULTIPLE = 16
 # Maximum number of components of an adapter in the Triton kernel, whose programs hold all scores.
 MAX_COMPONENTS = 64

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from turret.kernels.cpu import native
-from turret.kernels.cpu.native import functions, has_kernels, num_threads
+from turret.kernels import cpu as native
+from turret.kernels.cpu import functions, has_kernels, num_threads
 
 # Token masks: they restrict rows of logits to the tokens that may come next.
 

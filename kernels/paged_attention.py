@@ -18,8 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from turret.kernels.rows.elementwise import row_exp_, row_softcap_
-from turret.kernels.rows.linear import prepare_products, table_product
+from turret.kernels.rows import prepare_products, row_exp_, row_softcap_, table_product
 
 TILE = 128
 # Query rows are padded to a multiple of this, the smallest number of rows in one product.

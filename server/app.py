@@ -28,7 +28,7 @@ from turret.server.api.services import Services
 from turret.server.basics.machine import see_only
 from turret.server.basics.settings import is_local_address
 from turret.server.basics.work import started_pool
-from turret.server.command.interrupts import Hangup
+from turret.server.command.entry import Hangup
 from turret.server.config import Config
 from turret.server.errors import AdapterExistsError, TurretError
 from turret.server.log import end_bars

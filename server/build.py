@@ -13,13 +13,13 @@ from typing import Any, Protocol
 
 import torch
 
-from turret.kernels.cpu.native import has_native, use_own_threads
+from turret.kernels.cpu import has_native, use_own_threads
 from turret.server import log
 from turret.server.adapters.base import Allowed, BaseModel, Precision
+from turret.server.adapters.device import AdapterStore, StepStore
 from turret.server.adapters.device.cpu import CpuStore
-from turret.server.adapters.device.gpu.uploads import StepStream
+from turret.server.adapters.device.gpu_uploads import StepStream
 from turret.server.adapters.device.reference import ReferenceStore
-from turret.server.adapters.device.store import AdapterStore, StepStore
 from turret.server.adapters.fuser import Fuser
 from turret.server.adapters.merger import ChangeBase, Edit, Merger
 from turret.server.adapters.methods import METHODS
@@ -199,7 +199,7 @@ def compile_kernels(config: Config, capabilities: Iterable[int]) -> None:
         OSError: A file cannot be read.
     """
     # Imported here because it needs Triton.
-    from turret.server.engine.step.gpu.executor import GpuExecutor, compile_launches, compile_steps
+    from turret.server.engine.step.gpu_executor import GpuExecutor, compile_launches, compile_steps
 
     keep_compiled_in(default_cache_dir() / "triton")
     _, decoder = _load(config.model, torch.device("meta"), gpu=True)
@@ -274,27 +274,27 @@ def _build_store(
     if budget is None:
         budget = ADAPTER_DEVICE_BYTES
         if device.type == "cuda":
-            from turret.server.engine.step.gpu.executor import adapter_bytes
+            from turret.server.engine.step.gpu_executor import adapter_bytes
 
             budget = adapter_bytes(device)
-    return _store_type(path)(
-        describe_projections(decoder.arch),
-        decoder.dtype,
-        device,
-        budget,
-        on_moved=lambda adapter: (
-            None
-            if adapter.is_retired
-            else metrics.adapter_residency(adapter.name, adapter.residency)
-        ),
-    )
+    num_bytes = metrics.adapter_bytes.labels("device")
+    num_bytes.set(0)
+
+    def moved(adapter: Any) -> None:
+        num_bytes.set(store.adapter_bytes)
+        if not adapter.is_retired:
+            metrics.adapter_residency(adapter.name, adapter.residency)
+
+    layout = describe_projections(decoder.arch)
+    store = _store_type(path)(layout, decoder.dtype, device, budget, on_moved=moved)
+    return store
 
 
 def _store_type(path: str) -> Callable[..., AdapterStore]:
     if path != "gpu":
         return CpuStore if path == "cpu" else ReferenceStore
     # Import this here, because the other compute paths run without Triton.
-    from turret.server.adapters.device.gpu.store import GpuStore
+    from turret.server.adapters.device.gpu_store import GpuStore
 
     return GpuStore
 
@@ -304,8 +304,8 @@ def _build_executor(
 ) -> Executor[Any, Any]:
     if isinstance(store, StepStore):
         return TorchExecutor(decoder, cache, store, screens_head=config.model.head_screen)
-    from turret.server.adapters.device.gpu.store import GpuStore
-    from turret.server.engine.step.gpu.executor import GpuExecutor, capture_for
+    from turret.server.adapters.device.gpu_store import GpuStore
+    from turret.server.engine.step.gpu_executor import GpuExecutor, capture_for
     from turret.server.models.decoding.gpu_decoder import GpuDecoder
 
     assert isinstance(store, GpuStore)
@@ -451,7 +451,7 @@ def _on_stream(stream: StepStream, dtype: torch.dtype, device: torch.device) -> 
 
 
 def _warm_up(executor: Executor[Any, Any], stream: StepStream) -> None:
-    from turret.server.engine.step.gpu.executor import GpuExecutor, warm_up
+    from turret.server.engine.step.gpu_executor import GpuExecutor, warm_up
 
     assert isinstance(executor, GpuExecutor)
     started = time.monotonic()
@@ -469,8 +469,8 @@ def _kv_bytes(config: Config, decoder: Decoder, store: AdapterStore, metrics: Me
         return wanted
     if device.type != "cuda":
         return KV_CACHE_BYTES
-    from turret.server.adapters.device.gpu.store import GpuStore
-    from turret.server.engine.step.gpu.executor import (
+    from turret.server.adapters.device.gpu_store import GpuStore
+    from turret.server.engine.step.gpu_executor import (
         GpuExecutor,
         largest_step,
         measure,

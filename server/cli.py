@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 import turret
-from turret.server.command.interrupts import EXIT_INTERRUPTED
+from turret.server.command.entry import EXIT_INTERRUPTED
 from turret.server.command.parser import EXIT_USAGE, CommandParser
 
 EXIT_FAILED = 1
@@ -28,7 +28,7 @@ EXIT_BROKEN_PIPE = 141
 # If only these TURRET variables are set, the check for misspelt ones need not be loaded.
 _CLIENT_VARIABLES = ("TURRET_ADDRESS", "TURRET_TOKEN", "TURRET_TLS_CA")
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-_METHOD_NAMES = "turret.training.settings.config:METHOD_NAMES"
+_METHOD_NAMES = "turret.training.settings:METHOD_NAMES"
 
 
 def _serve(args: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ import turret
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.errors import TurretRpcError
 from turret.clients.requests import AdapterWeight
-from turret.server.command.interrupts import raising_terminated
+from turret.server.command.entry import raising_terminated
 from turret.server.server_process import ServerProcess, ServerProcessError
 
 _MAX_TOKENS = 64

@@ -263,7 +263,7 @@ class Metrics:
 
         Args:
             most: Maximum number of adapters that can run at once.
-            running: Names, each once; the first ``MAX_LISTED_ADAPTERS`` by name are listed.
+            running: Names; the first ``MAX_LISTED_ADAPTERS`` by name are listed.
             waiting: The same for waiting requests; private names are listed as ``other``.
         """
         listed = (str(most), _joined(running), _joined(waiting))

@@ -433,8 +433,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return _streaming(answer, handler)
 
     def _arrivals_of(self, service: str) -> Arrivals:
-        most = MOST_ARRIVING if service in SERVICE_ROLES else MOST_ARRIVING_OPEN
-        return self._arrivals.setdefault(service, Arrivals(most))
+        arrivals = self._arrivals.get(service)
+        if arrivals is None:
+            most = MOST_ARRIVING if service in SERVICE_ROLES else MOST_ARRIVING_OPEN
+            arrivals = self._arrivals[service] = Arrivals(most)
+        return arrivals
 
     def _refusal(self, method: str, error: TurretError) -> Any:
         """A handler that answers with an error, without reading what the client sends."""

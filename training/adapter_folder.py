@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import save
 
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
-from turret.training.errors import RunError
-from turret.training.words import say
+from turret.training.words import RunError, say
 
 
 def write_adapter(

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from turret.kernels.nf4_matmul import MXFP4
 from turret.server.log import progress_bar
-from turret.server.models.decoding.arch import LAYER_PREFIX, Arch, Projections
+from turret.server.models.decoding import LAYER_PREFIX, Arch, Projections
 from turret.server.models.families import read_arch, text_config, transformers_config
 from turret.server.models.model_source import ModelSource, modules_in_16_bits, resolve_model
 from turret.server.models.sources.check import default_cache_dir, find_gguf
@@ -30,9 +30,8 @@ from turret.server.models.sources.gguf_file import open_gguf
 from turret.server.models.sources.gguf_header import SUFFIX
 from turret.server.models.sources.model_directory import check_model_directory
 from turret.server.models.weights.nf4 import Nf4Weight
-from turret.training.errors import ConfigError
 from turret.training.mixture import load_4bit, put_experts
-from turret.training.words import say
+from turret.training.words import ConfigError, say
 
 
 @functools.cache

@@ -26,8 +26,8 @@ from turret.training.examples import (
     num_shared,
     read_files,
 )
+from turret.training.settings import DataConfig
 from turret.training.settings.checks import check_max_length
-from turret.training.settings.config import DataConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from turret.clients.evaluate import (
     micro_f1_of_sets,
 )
 from turret.server.adapters.adapter import CONFIG_FILE, MULTI_LABEL, SINGLE_LABEL, TENSORS_FILE
-from turret.server.adapters.checkpoint.adapter_checkpoint import PEFT_PREFIX
+from turret.server.adapters.checkpoint import PEFT_PREFIX
 from turret.server.adapters.peft_format.classifier_checkpoint import HEAD_NAMES, TASK_TYPE
 from turret.training.adapter_folder import write_adapter
 from turret.training.batches import BatchRow, Dataset, TrainingBatch, make_batch

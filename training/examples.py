@@ -27,9 +27,8 @@ from turret.clients.rows import Row, RowError, read_rows
 from turret.server.adapters.adapter import MAX_LABEL_CHARS, MAX_LABELS
 from turret.server.basics.files import unreadable
 from turret.server.engine.scheduling.sequence import last_occurrence
-from turret.training.errors import ConfigError, DataError
-from turret.training.settings.config import DataConfig
-from turret.training.words import Text, say
+from turret.training.settings import DataConfig
+from turret.training.words import ConfigError, DataError, Text, say
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from bitsandbytes.functional import dequantize_4bit
 from torch import nn
 
 from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
-from turret.server.adapters.checkpoint.adapter_checkpoint import PEFT_PREFIX, AdapterCheckpoint
+from turret.server.adapters.checkpoint import PEFT_PREFIX, AdapterCheckpoint
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.component import Component, ComponentRef

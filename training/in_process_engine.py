@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from turret.clients.requests import TrainingDatum
-from turret.kernels.cpu.native import has_native
+from turret.kernels.cpu import has_native
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.basics.files import sync_directory
 from turret.server.basics.settings import MIB
@@ -29,14 +29,13 @@ from turret.server.engine.scheduling.request import (
 )
 from turret.server.metrics import Metrics
 from turret.server.models.decoding.layer_ops import KvCache
-from turret.server.training.losses import TARGETS
-from turret.server.training.trainer import MAX_SEQUENCE_TOKENS, AdamParams, Datum
+from turret.server.training import MAX_SEQUENCE_TOKENS, TARGETS, AdamParams, Datum
 from turret.training.base_model import DTYPES, keep_freed_memory
 from turret.training.engine import Engine, PeftEngine
-from turret.training.run.folder import FOLDER_SUFFIX, checkpoint_path, step_of
+from turret.training.run import FOLDER_SUFFIX, checkpoint_path, step_of
 from turret.training.server_engine import SharedEngine
+from turret.training.settings import BaseConfig
 from turret.training.settings.checks import unserved
-from turret.training.settings.config import BaseConfig
 from turret.training.settings.resolve import Resolved
 
 T = TypeVar("T")

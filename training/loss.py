@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from turret.server.models.families import read_arch
 from turret.training.base_model import without_peft_warnings
 from turret.training.batches import IGNORED, TrainingBatch
-from turret.training.settings.config import OptimizerConfig
+from turret.training.settings import OptimizerConfig
 
 # Number of positions whose logits exist at a time. Longer inputs are computed in parts, and again
 # in the backward pass.

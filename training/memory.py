@@ -28,13 +28,12 @@ from turret.training.base_model import DTYPES, empty_model, resident_bytes
 from turret.training.batches import BatchRow, make_batch
 from turret.training.classifier import classifier_loss
 from turret.training.engine import attach_to, pad_token, trainable
-from turret.training.errors import RunError
 from turret.training.in_process_engine import in_process_engines, is_shared
 from turret.training.loss import LossFunction
-from turret.training.settings.config import read_config, render_config
+from turret.training.settings import read_config, render_config
 from turret.training.settings.resolve import Resolved, resolve
 from turret.training.trainer import make_stream
-from turret.training.words import Text, say
+from turret.training.words import RunError, Text, say
 
 # A count of the memory that tensors take, which also works on the meta device.
 

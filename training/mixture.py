@@ -19,8 +19,8 @@ from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
-from turret.kernels.between import clamped_swiglu_reference
-from turret.server.models.decoding.arch import LAYER_PREFIX, ROUTER, Arch, ClampedSwiglu
+from turret.kernels.rows import clamped_swiglu_reference
+from turret.server.models.decoding import LAYER_PREFIX, ROUTER, Arch, ClampedSwiglu
 from turret.server.models.loader import CheckpointTensors
 from turret.server.models.model_source import ModelSource
 

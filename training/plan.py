@@ -13,10 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from turret.training.memory import MemoryEstimate, estimate_memory, measure_peak
-from turret.training.run.folder import max_rank_flag
+from turret.training.run import max_rank_flag
 from turret.training.serving_cost import ServingCost, serving_cost
+from turret.training.settings import render_config
 from turret.training.settings.checks import SERVED_RANK
-from turret.training.settings.config import render_config
 from turret.training.settings.resolve import Resolved
 from turret.words import counted
 

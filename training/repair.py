@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from turret.server.adapters.adapter import PROVENANCE_FILE
-from turret.server.adapters.checkpoint.adapter_checkpoint import PEFT_PREFIX
+from turret.server.adapters.checkpoint import PEFT_PREFIX
 from turret.server.adapters.fuser import lora_config
 from turret.server.models.model_source import StoredTensors
 from turret.server.models.sources.check import find_gguf
@@ -26,10 +26,9 @@ from turret.server.models.sources.gguf_header import SUFFIX
 from turret.server.models.sources.model_directory import read_config, scale_block, weight_files
 from turret.training.adapter_folder import new_folder, write_adapter
 from turret.training.base_model import FrozenNf4Linear, TrainingBase, load_model
-from turret.training.errors import RunError
 from turret.training.run.provenance import describe_base
 from turret.training.serving_cost import served_base
-from turret.training.words import say
+from turret.training.words import RunError, say
 
 _ROW_TOKENS = 512
 _MAX_TOKENS = 16 * _ROW_TOKENS

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from turret.server.adapters.adapter import TENSORS_FILE
-from turret.training.run.folder import RunFolder, read_metrics
+from turret.training.run import RunFolder, read_metrics
 from turret.words import about_bytes, counted
 
 _WIDTH, _HEIGHT = 720, 260

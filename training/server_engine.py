@@ -19,13 +19,13 @@ from turret.clients.errors import NotFoundError, TurretRpcError
 from turret.clients.requests import AdapterWeight, TrainingDatum
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
 from turret.server.basics.files import replace_file
-from turret.server.training.trainer import AdamParams, LearnerConfig
+from turret.server.training import AdamParams, LearnerConfig
 from turret.training.adapter_folder import write_adapter
 from turret.training.base_model import DTYPES, empty_model, peak_memory_bytes
 from turret.training.batches import BatchRow
 from turret.training.engine import attach_to, trainable
 from turret.training.examples import Encoded
-from turret.training.run.folder import SERVER_SUFFIX, checkpoint_path
+from turret.training.run import SERVER_SUFFIX, checkpoint_path
 from turret.training.run.samples import Progress, draw_samples
 from turret.training.settings.resolve import Resolved
 

@@ -18,16 +18,15 @@ from turret.clients.results import Model
 from turret.server.api.tenants import MAX_MODELS
 from turret.training.base_model import check_base
 from turret.training.engine import Engine
-from turret.training.errors import RunError
 from turret.training.in_process_engine import is_shared
 from turret.training.report import write_report
-from turret.training.run.folder import RunFolder, what_next
+from turret.training.run import RunFolder, what_next
 from turret.training.serving_cost import serving_cost
 from turret.training.settings.checks import base_place, check_method
 from turret.training.settings.resolve import Resolved, resolve
 from turret.training.settings.variants import Variant
 from turret.training.trainer import FinishedRun, Observer, Trainer
-from turret.training.words import say
+from turret.training.words import RunError, say
 
 # ``stops_early`` compares the variants after a ninth and after a third of their steps.
 _EARLY_DIVISORS = (9, 3)

@@ -1,4 +1,4 @@
-"""The training loop. ``run/folder.py`` describes the files that it writes."""
+"""The training loop. ``run/__init__.py`` describes the files that it writes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from turret.server.adapters.adapter import PROVENANCE_FILE
 from turret.training.base_model import DTYPES
 from turret.training.batches import BatchRow, BatchStream
 from turret.training.engine import Engine, PeftEngine
-from turret.training.errors import RunError
 from turret.training.fusion import adapter_digest
 from turret.training.loss import learning_rate
-from turret.training.run.folder import (
+from turret.training.run import (
     MetricsLog,
     RunFolder,
     checkpoints_in,
@@ -27,10 +26,10 @@ from turret.training.run.folder import (
     what_next,
 )
 from turret.training.run.provenance import check_same_run, describe_run
+from turret.training.settings import render_config
 from turret.training.settings.checks import PROMPTS
-from turret.training.settings.config import render_config
 from turret.training.settings.resolve import Resolved
-from turret.training.words import say
+from turret.training.words import RunError, say
 from turret.words import counted
 
 # Called with every line of metrics.jsonl and with the events between them: ``kind`` is ``begin``

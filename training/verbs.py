@@ -114,11 +114,11 @@ def with_errors(
         from turret.clients.errors import TurretRpcError
         from turret.clients.fields import ArgumentError
         from turret.clients.verbs.command import print_error
-        from turret.server.command.interrupts import exit_code, raising_terminated
+        from turret.server.command.entry import exit_code, raising_terminated
         from turret.server.command.parser import EXIT_USAGE
         from turret.server.errors import TurretError
-        from turret.training.errors import ConfigFileError, TrainingError
         from turret.training.settings.flags import described
+        from turret.training.words import ConfigFileError, TrainingError
 
         # PEFT imports bitsandbytes first; see ``server/models/weights/nf4.py``.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -158,8 +158,8 @@ def _how_to_go_on(args: argparse.Namespace) -> str:
 
 
 def _init(args: argparse.Namespace) -> None:
-    from turret.training.errors import RunError
-    from turret.training.settings.config import render_commented
+    from turret.training.settings import render_commented
+    from turret.training.words import RunError
 
     try:
         with args.file.open("x", encoding="utf-8") as file:
@@ -186,7 +186,7 @@ def _ranks(text: str) -> tuple[int, ...]:
 def _read(args: argparse.Namespace) -> Any:
     """Read and check the config and its base."""
     check_installed(*_PACKAGES)
-    from turret.training.settings.config import read_config
+    from turret.training.settings import read_config
     from turret.training.settings.flags import given
 
     config = read_config(args.config, args.set, given(args))
@@ -212,7 +212,7 @@ def _read_variants(args: argparse.Namespace) -> Any:
 def check_installed(*packages: str) -> None:
     """Reject a verb if some of its packages, which the extra ``train`` adds, are missing."""
     from turret.server.basics.names import how_to_add
-    from turret.training.errors import RunError
+    from turret.training.words import RunError
 
     if missing := [module for module in packages if not importlib.util.find_spec(module)]:
         raise RunError(say("NOT_INSTALLED", packages=", ".join(missing), step=how_to_add("train")))
@@ -241,7 +241,7 @@ def _check(args: argparse.Namespace, configs: Sequence[Any], *, compares: bool =
 
 def _load(args: argparse.Namespace, module: str) -> None:
     """Import a module that loads torch, which takes seconds; Ctrl-C ends it without a traceback."""
-    from turret.server.command.interrupts import ending_at_interrupts
+    from turret.server.command.entry import ending_at_interrupts
 
     with ending_at_interrupts(f"stopped{_how_to_go_on(args)}"):
         importlib.import_module(module)
@@ -264,7 +264,7 @@ def _served(args: argparse.Namespace) -> Any:
         TurretRpcError: The server cannot be reached, or the token lacks a role.
     """
     from turret.clients.errors import TurretRpcError
-    from turret.training.errors import RunError
+    from turret.training.words import RunError
 
     if args.address is None:
         return None
@@ -355,7 +355,7 @@ def _sweep(args: argparse.Namespace) -> None:
     with announce("sweep") as listen:
         listen({"kind": "phase", "text": "reading the base model"})
         _load(args, "turret.training.sweep")
-        from turret.training.run.folder import RunFolder
+        from turret.training.run import RunFolder
         from turret.training.sweep import sweep
     with _engines(args) as open_engine:
         results = sweep(
@@ -399,8 +399,8 @@ def _axes(variants: Sequence[Any]) -> str:
 
 def _check_sweep(args: argparse.Namespace, variants: Sequence[Any]) -> None:
     """Check the output directories of all variants, before the first one is trained."""
-    from turret.training.errors import RunError
-    from turret.training.run.folder import RunFolder
+    from turret.training.run import RunFolder
+    from turret.training.words import RunError
 
     for variant in variants:
         run = RunFolder(args.config.parent / variant.config.run.output)
@@ -413,7 +413,7 @@ def _check_sweep(args: argparse.Namespace, variants: Sequence[Any]) -> None:
 
 
 def _how_a_sweep_goes_on(outputs: Sequence[Path]) -> str:
-    from turret.training.run.folder import RunFolder
+    from turret.training.run import RunFolder
 
     runs = [RunFolder(output) for output in outputs]
     has_some = any(run.is_finished or run.newest_checkpoint for run in runs)
@@ -424,7 +424,7 @@ def _how_a_sweep_goes_on(outputs: Sequence[Path]) -> str:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from turret.training.run.folder import RunFolder
+    from turret.training.run import RunFolder
 
     config = _read(args)
     output = RunFolder((args.config.parent / config.run.output).resolve())
@@ -456,7 +456,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     from turret.training.report import write_report
-    from turret.training.run.folder import RunFolder
+    from turret.training.run import RunFolder
 
     print(write_report(RunFolder(args.run)))
 
@@ -501,8 +501,8 @@ def _rank(text: str) -> int:
 
 def _repair(args: argparse.Namespace) -> None:
     from turret.server.basics.files import unreadable
-    from turret.server.command.interrupts import ending_at_interrupts
-    from turret.training.errors import ConfigError, RunError
+    from turret.server.command.entry import ending_at_interrupts
+    from turret.training.words import ConfigError, RunError
 
     check_installed("peft")
     output: Path = args.output

@@ -12,7 +12,7 @@ from typing import Any
 import peft
 import torch
 
-from turret.server.models.decoding.arch import Arch
+from turret.server.models.decoding import Arch
 from turret.training.base_model import TrainingBase, load_model, without_peft_warnings
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

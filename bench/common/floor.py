@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from turret.server.models.decoding.arch import Arch
+from turret.server.models.decoding import Arch
 
 _NF4_BYTES = 0.5 + 2 / 64  # a code, and its share of the bf16 absmax of a block
 _BF16_BYTES = 2

@@ -19,16 +19,16 @@ from gpu_path import FakeCapture
 from turret.kernels.gpu.tables import SPLIT, AttentionTable
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 from turret.kernels.paged_attention import SequenceSpan
-from turret.server.adapters.device.gpu.store import GpuStore
-from turret.server.adapters.device.store import ProjectionLayout, SliceShape
+from turret.server.adapters.device import ProjectionLayout, SliceShape
+from turret.server.adapters.device.gpu_store import GpuStore
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.kronecker import Kronecker
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
-from turret.server.engine.step.gpu import executor
-from turret.server.engine.step.gpu.executor import (
+from turret.server.engine.step import gpu_executor as executor
+from turret.server.engine.step.gpu_executor import (
     Capture,
     GpuExecutor,
     Outputs,
@@ -36,8 +36,8 @@ from turret.server.engine.step.gpu.executor import (
     capture_for,
 )
 from turret.server.engine.step.runner import Computed, Runner, StepResult
+from turret.server.models.decoding import Arch, Rope
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
-from turret.server.models.decoding.arch import Arch, Rope
 from turret.server.models.decoding.decoder import DecoderLayer
 from turret.server.models.decoding.gpu_decoder import GpuDecoder
 from turret.server.models.decoding.layer_ops import KvCache

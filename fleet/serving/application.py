@@ -26,11 +26,10 @@ from ray import serve
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from turret.fleet.config import ClusterConfig
+from turret.fleet.config import RUNNING, WAITING, ClusterConfig, policy
 from turret.fleet.serving.calls import from_client
 from turret.fleet.serving.registry_actor import RayChannel, start_registry
 from turret.fleet.serving.replica_server import ReplicaServer
-from turret.fleet.serving.scaling import RUNNING, WAITING, policy
 from turret.server import log
 from turret.server.basics.machine import available_cpus
 from turret.server.basics.settings import Layer, load

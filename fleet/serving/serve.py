@@ -24,7 +24,7 @@ from turret.server import log
 from turret.server.api.access import NOTHING_TO_RELOAD
 from turret.server.basics.machine import available_cpus
 from turret.server.basics.settings import split_address
-from turret.server.command.interrupts import Hangup
+from turret.server.command.entry import Hangup
 from turret.server.command.start_lines import refuse
 from turret.server.config import Config
 from turret.server.errors import UnavailableError

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
-from turret.kernels.cpu.native import LANES, by_element, num_threads
+from turret.kernels.cpu import LANES, by_element, num_threads
 from turret.lazy_torch import torch
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from turret.kernels.cpu.native import LANES, by_element, functions, num_threads
+from turret.kernels.cpu import LANES, by_element, functions, num_threads
 from turret.kernels.paged_attention import SequenceSpan
 
 # A decoder layer's operations between its matrix products, one pass each (``elementwise.c``).
@@ -58,7 +58,7 @@ def gelu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def clamped_swiglu(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
-    """``(up + 1) · gate · σ(alpha · gate)``, clamped; see ``kernels/between.py``.
+    """``(up + 1) · gate · σ(alpha · gate)``, clamped; see ``kernels/rows.py``.
 
     Args:
         gate_up: ``[rows, 2·width]`` bf16 or fp32, contiguous; gates and ups alternate.

@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from turret.kernels.cpu.native import functions, has_native, num_threads
+from turret.kernels.cpu import functions, has_native, num_threads
 from turret.lazy_torch import torch
 
 

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from turret.kernels.cpu.native import LANES, functions, isa, num_threads
+from turret.kernels.cpu import LANES, functions, isa, num_threads
 from turret.kernels.expert_routing import Routing
 from turret.lazy_torch import torch
 
@@ -411,6 +411,7 @@ class ModuleTable:
     Attributes:
         width: The number of floats of scratch memory per row, for the module that needs most.
         num_low_rank_bytes: The size of all factors of low-rank updates.
+        address: The address of the table; 0 until it is closed.
     """
 
     def __init__(self, num_modules: int) -> None:
@@ -421,6 +422,7 @@ class ModuleTable:
         self._table = self._factor_table = torch.empty(0, dtype=torch.int64)
         self.width = 0
         self.num_low_rank_bytes = 0
+        self.address = 0
 
     def put(self, module: int, *entries: CStruct) -> None:
         """Enter the operators of the module with this number."""
@@ -448,10 +450,7 @@ class ModuleTable:
             address += 8 * len(values)
         self._table = torch.tensor(self._rows, dtype=torch.int64)
         self._rows, self._factors = [], []
-
-    @property
-    def address(self) -> int:
-        return self._table.data_ptr()
+        self.address = self._table.data_ptr()
 
     def _address(self, tensor: torch.Tensor | None) -> int:
         """The address of a tensor, which is kept alive; 0 for None."""
@@ -460,11 +459,6 @@ class ModuleTable:
         assert tensor.is_contiguous()
         self._kept.append(tensor)
         return tensor.data_ptr()
-
-
-def _asks_ahead() -> bool:
-    """Whether the base's products leave memory idle, unlike those on AMX's tiles."""
-    return isa() != "amx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -523,14 +517,15 @@ class RowAdapters:
     def __init__(self, segments: Sequence[RowSegment], max_slices: int, sizes: ModuleSizes) -> None:
         rows, members, weights = [], [], []
         size = 0
+        self._tables = set[ModuleTable]()
         for segment in segments:
             first = len(members)
             for table, weight in segment.members:
+                self._tables.add(table)
                 members.append([table.address, size, table.width, 0])
                 weights.append(weight)
                 size += (segment.end - segment.start) * max_slices * table.width
             rows.append([segment.start, segment.end, first, len(members)])
-        self._tables = {table for segment in segments for table, _ in segment.members}
         # The structs of ``adapters.h``: each row of ``_segments`` is a ``Segment``, of ``_members``
         # a ``Component``, and of ``_marks`` a ``Mark``; ``_step`` is the ``Step``.
         self._segments = torch.tensor(rows, dtype=torch.int64)
@@ -541,6 +536,8 @@ class RowAdapters:
         self._marks = torch.zeros(threads, 7, dtype=torch.int64)
         self._sizes = sizes
         num_bytes = sum(t.num_low_rank_bytes for t in self._tables)
+        # The base's products leave memory idle, unless they are computed on AMX's tiles.
+        reach = sizes.reach(num_bytes, threads) if isa() != "amx" else 0
         self._step = (ctypes.c_int64 * 10)(
             self._segments.data_ptr(),
             self._members.data_ptr(),
@@ -550,7 +547,7 @@ class RowAdapters:
             sizes.address,
             sizes.per_layer,
             sizes.per_layer * sizes.num_layers,
-            sizes.reach(num_bytes, threads) if _asks_ahead() else 0,
+            reach,
             self._marks.data_ptr(),
         )
         self.address = ctypes.addressof(self._step)

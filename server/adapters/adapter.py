@@ -516,16 +516,17 @@ class Mix:
         members: ``(adapter, weight)`` in the request's order. A member of weight 0 adds nothing,
             but is reported, counted and resident like any other.
         tenant: The tenant of the request. Tenants whose mixes wait for memory take turns.
+        key: ``(uuid, generation, weight)`` per member, on which a KV block's content depends.
     """
 
     members: tuple[tuple[Adapter, float], ...]
     _ensure_host: Callable[[Mix, OnHost], bool] | None = field(default=None, repr=False)
     tenant: bytes = b""
+    key: tuple[tuple[str, int, float], ...] = field(init=False)
 
-    @property
-    def key(self) -> tuple[tuple[str, int, float], ...]:
-        """``(uuid, generation, weight)`` per member, on which a KV block's content depends."""
-        return tuple((a.uuid, a.generation, weight) for a, weight in self.members)
+    def __post_init__(self) -> None:
+        key = tuple((a.uuid, a.generation, weight) for a, weight in self.members)
+        object.__setattr__(self, "key", key)
 
     @property
     def head(self) -> Head | None:

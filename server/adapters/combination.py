@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from turret.server.adapters.adapter import AdapterInfo
-from turret.server.adapters.checkpoint.adapter_checkpoint import Finding, refuse_all
+from turret.server.adapters.checkpoint import Finding, refuse_all
 from turret.server.adapters.peft_format.config_rules import invalid
 from turret.server.words import say
 

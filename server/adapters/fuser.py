@@ -35,7 +35,7 @@ from turret.server.adapters.adapter import (
     template_of,
 )
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.checkpoint.adapter_checkpoint import PEFT_PREFIX, Finding, refuse_all
+from turret.server.adapters.checkpoint import PEFT_PREFIX, Finding, refuse_all
 from turret.server.adapters.checkpoint.reader import begin_digest
 from turret.server.adapters.combination import Combination, FuseResult, ModuleReport
 from turret.server.adapters.lowering import Lowered
@@ -46,7 +46,7 @@ from turret.server.adapters.operators.adapter_operators import beyond_low_rank, 
 from turret.server.adapters.operators.vectors import Bias
 from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StagedUpload, UploadedFile
-from turret.server.basics.tensor_files import safetensors_parts
+from turret.server.basics.files import safetensors_parts
 from turret.server.basics.work import (
     Cancellation,
     is_out_of_memory,

@@ -22,7 +22,7 @@ from turret.server.adapters.adapter import (
     origin_of,
     template_of,
 )
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
+from turret.server.adapters.checkpoint import AdapterCheckpoint
 from turret.server.adapters.component import component_refs
 from turret.server.adapters.leases import Leases
 from turret.server.adapters.loader import (

@@ -19,7 +19,7 @@ from turret.server.adapters.adapter import (
     origin_of,
 )
 from turret.server.adapters.base import NOTHING_SPECIAL, Allowed, BaseModel
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
+from turret.server.adapters.checkpoint import AdapterCheckpoint, Findings
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot, DigestCache
 from turret.server.adapters.checkpoint.reader import over_host_memory, read_checkpoint
 from turret.server.adapters.checkpoint.tokenizer_files import (

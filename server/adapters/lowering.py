@@ -22,13 +22,14 @@ from turret.kernels.fusion_gate import GATE_MULTIPLE
 from turret.lazy_torch import torch
 from turret.server.adapters.adapter import AdapterFacts, Head
 from turret.server.adapters.base import BaseModel, BaseModule, WeightRows
-from turret.server.adapters.checkpoint.adapter_checkpoint import (
+from turret.server.adapters.checkpoint import (
     PROMPT_EMBEDDINGS,
     AdapterCheckpoint,
     Findings,
 )
 from turret.server.adapters.checkpoint.reader import all_finite
 from turret.server.adapters.component import COMPONENTS_KEY, Component, component_refs, unfit
+from turret.server.adapters.operators import Operator
 from turret.server.adapters.operators.adapter_operators import (
     AdapterOperators,
     ModuleOperators,
@@ -36,7 +37,6 @@ from turret.server.adapters.operators.adapter_operators import (
 )
 from turret.server.adapters.operators.gate import Gate, GivenScore, PrototypeScore, QueryScore
 from turret.server.adapters.operators.low_rank import LowRank
-from turret.server.adapters.operators.operator import Operator
 from turret.server.adapters.operators.soft_prompt import SoftPrompt
 from turret.server.adapters.operators.sparse import Sparse
 from turret.server.adapters.operators.vectors import Bias

@@ -22,7 +22,7 @@ import torch
 from turret.server import log
 from turret.server.adapters.adapter import AdapterRef, HostResult, Mix
 from turret.server.adapters.base import BaseModel, ChangedBase, Precision
-from turret.server.adapters.checkpoint.adapter_checkpoint import refuse_all
+from turret.server.adapters.checkpoint import refuse_all
 from turret.server.adapters.operators.adapter_operators import (
     AdapterOperators,
     add_delta,

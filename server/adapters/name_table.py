@@ -22,7 +22,7 @@ from turret.server.adapters.adapter import (
     check_no_target,
     kept_generations,
 )
-from turret.server.adapters.checkpoint.adapter_checkpoint import refuse_all
+from turret.server.adapters.checkpoint import refuse_all
 from turret.server.adapters.component import COMPONENTS_KEY, ComponentRef
 from turret.server.adapters.leases import Leases
 from turret.server.adapters.state_dir import SavedRegistration

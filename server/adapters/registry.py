@@ -38,7 +38,7 @@ from turret.server.adapters.adapter import (
     origin_of,
 )
 from turret.server.adapters.base import NOTHING_SPECIAL, Allowed, BaseModel, ChangedBase
-from turret.server.adapters.checkpoint.adapter_checkpoint import (
+from turret.server.adapters.checkpoint import (
     Findings,
     digest_of_task,
     digest_with_tokenizer,

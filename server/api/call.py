@@ -257,13 +257,13 @@ class Call:
         self, refs: Sequence[AdapterRef], find: Callable[[AdapterRef], Adapter | None]
     ) -> None:
         """Record the adapters of a checked request, and what its aliases stand for."""
-        found = [(ref.name, find(ref)) for ref in refs]
-        self.adapters = tuple(name if it is None else it.name for name, it in found)
-        self.aliases = tuple(
-            (name, it.name, it.generation)
-            for name, it in found
-            if it is not None and it.name != name
-        )
+        adapters, aliases = [], []
+        for ref in refs:
+            found = find(ref)
+            adapters.append(ref.name if found is None else found.name)
+            if found is not None and found.name != ref.name:
+                aliases.append((ref.name, found.name, found.generation))
+        self.adapters, self.aliases = tuple(adapters), tuple(aliases)
 
     def fail(
         self,

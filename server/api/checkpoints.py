@@ -43,7 +43,7 @@ from turret.server.errors import (
     StorageFullError,
     TrainingNotFoundError,
 )
-from turret.server.training.trainer import LearnerConfig
+from turret.server.training import LearnerConfig
 from turret.server.words import say
 
 _log = logging.getLogger(__name__)

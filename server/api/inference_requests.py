@@ -169,16 +169,13 @@ def render_chat(chat: inference_pb2.Chat, tokenizer: Tokenizer, is_short: bool) 
     """The text of a checked conversation; errors are those of ``Tokenizer.render_chat``."""
     turns = [_turn(message) for message in chat.messages]
     tools = [_tool(tool) for tool in chat.tools]
-    return tokenizer.render_chat(
-        turns, tools, special=chat.special_tokens, is_short=is_short, how=_rendering(chat)
-    )
-
-
-def _rendering(chat: inference_pb2.Chat) -> Rendering:
     continues = chat.continue_final_message
     has_begin = chat.HasField("add_generation_prompt")
     begins = chat.add_generation_prompt if has_begin else not continues
-    return Rendering(_object(chat.chat_template_kwargs), begins, continues)
+    how = Rendering(_object(chat.chat_template_kwargs), begins, continues)
+    return tokenizer.render_chat(
+        turns, tools, special=chat.special_tokens, is_short=is_short, how=how
+    )
 
 
 def _turn(message: inference_pb2.ChatMessage) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from turret.server.errors import (
     TrainingNotFoundError,
     TurretError,
 )
-from turret.server.training.trainer import LearnerConfig, Published
+from turret.server.training import LearnerConfig, Published
 from turret.server.words import say
 
 if TYPE_CHECKING:

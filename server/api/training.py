@@ -24,10 +24,11 @@ from turret.server.api.tenants import TenantModel, Tenants
 from turret.server.api.violations import Violations
 from turret.server.basics.files import reporting_disk_faults
 from turret.server.errors import InvalidRequestError
-from turret.server.training.losses import LOSSES, TARGETS
-from turret.server.training.trainer import (
+from turret.server.training import (
     ADAM_RANGES,
+    LOSSES,
     MAX_SEQUENCE_TOKENS,
+    TARGETS,
     AdamParams,
     Datum,
     DatumLoss,

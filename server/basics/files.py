@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from turret.lazy_torch import torch
 from turret.server.basics.names import closest_path
 from turret.server.errors import StorageFailedError, StorageFullError
 from turret.server.words import Text, say
@@ -151,3 +154,30 @@ def why_lfs_pointer(begin: bytes) -> Text | None:
     if not begin.startswith(_LFS_POINTER[: max(8, len(begin))]):
         return None
     return say("LFS_POINTER")
+
+
+# Safetensors files, in parts. The library builds a whole file in memory in one call, and holds the
+# GIL meanwhile.
+
+
+def safetensors_parts(tensors: Mapping[str, Any], line: int = 8) -> Iterator[bytes | memoryview]:
+    """The header of a file with tensors in this order, then the bytes of each tensor.
+
+    Args:
+        tensors: The tensors by name, on the CPU.
+        line: The header ends at a multiple of this number of bytes.
+    """
+    dtypes = {
+        **{torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16"},
+        **{torch.int8: "I8", torch.uint8: "U8"},
+    }
+    header, end = dict[str, Any](__metadata__={"format": "pt"}), 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        entry = {"dtype": dtypes[tensor.dtype], "shape": list(tensor.shape)}
+        header[name] = {**entry, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % line)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        yield tensor.reshape(-1).view(torch.uint8).numpy().data

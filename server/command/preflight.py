@@ -35,7 +35,7 @@ from turret.server.config import (
 )
 from turret.server.errors import TurretError
 from turret.server.models.chat_template import base_template
-from turret.server.models.decoding.arch import LAYER_PREFIX
+from turret.server.models.decoding import LAYER_PREFIX
 from turret.server.models.sources.check import FoundModel, check_model, check_skip_modules
 from turret.server.remote import AdapterHub
 from turret.server.words import Text, say

@@ -236,24 +236,26 @@ class Stream:
     """Outputs of one request, in order; the last carries ``finish``.
 
     Iterating raises the request's ``TurretError`` if it failed, and a ``BudgetExceededError`` if
-    more than ``MAX_UNREAD_BYTES`` of the answer wait to be read, or fewer if ``hold`` returned
-    False. Belongs to one event loop.
+    more than ``MAX_UNREAD_BYTES`` of the answer wait to be read, or fewer if its tenant already
+    holds too much memory. Belongs to one event loop.
 
     Args:
         cancel: Ends the request.
-        hold: Called with each change of the memory that the request and its unread output take, in
-            bytes; negative if it shrinks. Returns whether the answer may grow further.
+        memory: Counts the memory that the request and its unread output take.
+        tenant: The tenant that holds it.
         num_bytes: The approximate memory of the request itself.
     """
 
     def __init__(
         self,
         cancel: Callable[[], None],
-        hold: Callable[[int], bool] = lambda _: True,
+        memory: AnswerMemory,
+        tenant: bytes = b"",
         num_bytes: int = 0,
     ) -> None:
-        self._cancel = cancel
-        self._hold = hold
+        # This is None once the memory is no longer counted.
+        self._cancel: Callable[[], None] | None = cancel
+        self._memory, self._tenant = memory, tenant
         self._held = 0
         self._items: deque[tuple[Output | TurretError, int]] = deque()
         # The reader's future, which costs less per token than an asyncio.Event.
@@ -279,7 +281,8 @@ class Stream:
         """Stop the request at the engine's next step. Idempotent; harmless when finished."""
         cancel = self._cancel
         self._let_go()
-        cancel()
+        if cancel is not None:
+            cancel()
 
     def __aiter__(self) -> Stream:
         return self
@@ -311,16 +314,16 @@ class Stream:
         self._let_go()
 
     def _keep(self, num_bytes: int) -> bool:
+        """Count a change of the memory; returns whether the answer may grow further."""
         self._held += num_bytes
-        return self._hold(num_bytes)
+        return self._cancel is None or self._memory.hold(num_bytes, self._tenant)
 
     def _let_go(self) -> None:
         """Stop counting memory and release the request, even if more items arrive."""
-        self._hold(-self._held)
-        self._held = 0
-        self._own_bytes = 0
-        self._hold = lambda _: True
-        self._cancel = lambda: None
+        if self._cancel is not None:
+            self._memory.hold(-self._held, self._tenant)
+        self._held = self._own_bytes = 0
+        self._cancel = None
 
 
 def uses_of(mix: Mix, cold: HostResult | None) -> tuple[AdapterUse, ...]:

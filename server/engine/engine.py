@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -256,10 +257,10 @@ class Engine:
             sequence.first_pass.is_long = sequence.is_long
         sequence.drafter = self._make_drafter(sequence, max_tokens)
         loop = self._loop
-        memory, tenant = self.memory, request.tenant
         stream = Stream(
             lambda: loop.post(lambda: loop.cancel(sequence)),
-            lambda num_bytes: memory.hold(num_bytes, tenant),
+            self.memory,
+            request.tenant,
             request.num_bytes,
         )
         return Answer(
@@ -407,7 +408,7 @@ class Engine:
         self._loop.run_leftovers()
 
     def _send(self, outbox: Outbox) -> None:
-        self._call(lambda: self._deliver(outbox))
+        self._call(functools.partial(self._deliver, outbox))
 
     def _call(self, function: Callable[[], None]) -> None:
         assert self._event_loop is not None

@@ -18,7 +18,7 @@ from dataclasses import replace
 from turret.server import log
 from turret.server.adapters.adapter import HostResult, Mix, template_of
 from turret.server.adapters.base import ChangedBase
-from turret.server.adapters.device.store import AdapterMemoryError
+from turret.server.adapters.device import AdapterMemoryError
 from turret.server.adapters.registry import AdapterRegistry
 from turret.server.basics.work import turret_error
 from turret.server.engine.answer import Answer, Stream, uses_of
@@ -207,7 +207,7 @@ class EngineLoop:
         self._scheduler = scheduler
         self._runner = runner
         self._adapters = adapters
-        self._observer = LoopObserver(scheduler, runner, metrics)
+        self._observer = LoopObserver(scheduler, metrics)
         self._preemptions = metrics.preemptions
         self._send = send
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -308,7 +308,6 @@ class EngineLoop:
     def forget_adapter(self, key: str) -> None:
         """Free the device memory of an adapter that was unloaded or replaced."""
         self._runner.forget_adapter(key)
-        self._observer.adapter_bytes()
 
     def change_base(self, change: BaseChange) -> None:
         """Change the base weights once no request runs. Waiting requests stay in the queue."""

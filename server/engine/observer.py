@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from turret.server.engine.answer import Answer
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence, Step
-from turret.server.engine.step.runner import Runner, StepResult
+from turret.server.engine.step.runner import StepResult
 from turret.server.metrics import Metrics
 
 # Maximum age of the lists of adapters in use, so that not every step walks a thousand waiting
@@ -22,13 +22,11 @@ class LoopObserver:
 
     Args:
         scheduler: The scheduler whose sequences and blocks are counted.
-        runner: The runner whose adapter bytes are reported.
         metrics: The metrics to update.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, metrics: Metrics) -> None:
+    def __init__(self, scheduler: Scheduler, metrics: Metrics) -> None:
         self._scheduler = scheduler
-        self._runner = runner
         self._metrics = metrics
         self._listed_at = 0.0
         # The number of gaps between tokens, by duration and adapters, which most requests of a step
@@ -69,15 +67,18 @@ class LoopObserver:
 
     def step(self, step: Step, result: StepResult, seconds: float) -> None:
         """Record the end of a step."""
-        new = [item.num_new for item in step.scheduled]
-        decodes = sum(n == 1 for n in new)
-        phase = "decode" if decodes == len(new) else "prefill" if decodes == 0 else "mixed"
-        adapters = {(u, g) for item in step.scheduled for u, g, _ in item.sequence.mix.key}
-        num_rows = sum(item.num_rows for item in step.scheduled)
+        adapters = set[tuple[str, int]]()
+        decodes = num_new = num_draft = 0
+        for item in step.scheduled:
+            decodes += item.num_new == 1
+            num_new += item.num_new
+            num_draft += len(item.draft)
+            adapters.update((uuid, generation) for uuid, generation, _ in item.sequence.group)
+        count = len(step.scheduled)
+        phase = "decode" if decodes == count else "prefill" if decodes == 0 else "mixed"
         self._metrics.step_seconds.labels(phase).observe(seconds)
-        self._metrics.step_tokens.observe(num_rows)
+        self._metrics.step_tokens.observe(num_new + num_draft)
         self._metrics.step_adapters.observe(len(adapters))
-        num_draft = num_rows - sum(new)
         if num_draft:
             right = [len(result.draws[s.sequence]) - 1 for s in step.scheduled if s.draft]
             self._metrics.draft_tokens.inc(num_draft)
@@ -85,12 +86,11 @@ class LoopObserver:
         self.state()
 
     def state(self) -> None:
-        """Report the current sequences, blocks, adapters in use and bytes of adapters."""
+        """Report the current sequences, blocks and adapters in use."""
         blocks = self._scheduler.blocks
         self._metrics.sequences(
             waiting=len(self._scheduler.waiting), running=len(self._scheduler.running)
         )
-        self.adapter_bytes()
         self._metrics.kv_blocks(
             free=blocks.num_free - blocks.num_cached,
             cached=blocks.num_cached,
@@ -111,10 +111,6 @@ class LoopObserver:
             waiting=_names(scheduler.waiting),
         )
 
-    def adapter_bytes(self) -> None:
-        """Report the device memory that adapters take."""
-        self._metrics.adapter_bytes.labels("device").set(self._runner.adapter_bytes)
 
-
-def _names(sequences: Iterable[Sequence]) -> set[str]:
-    return {adapter.name for sequence in sequences for adapter, _ in sequence.mix.members}
+def _names(sequences: Iterable[Sequence]) -> Iterator[str]:
+    return (adapter.name for sequence in sequences for adapter, _ in sequence.mix.members)

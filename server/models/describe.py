@@ -15,14 +15,14 @@ from turret.server.adapters.base import (
     BaseVocabulary,
     Precision,
 )
-from turret.server.adapters.device.gpu.uploads import beside_steps
-from turret.server.adapters.device.store import ExpertShape, ProjectionLayout, SliceShape
+from turret.server.adapters.device import ExpertShape, ProjectionLayout, SliceShape
+from turret.server.adapters.device.gpu_uploads import beside_steps
 from turret.server.adapters.operators.vocabulary import EMBEDDING, HEAD
+from turret.server.models.decoding import LAYER_PREFIX, ROUTER, Arch
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
-from turret.server.models.decoding.arch import LAYER_PREFIX, ROUTER, Arch
 from turret.server.models.decoding.decoder import Decoder
 from turret.server.models.model_source import ModelSource
-from turret.server.models.weights.base_linear import BaseLinear
+from turret.server.models.weights import BaseLinear
 from turret.server.models.weights.nf4 import DenseLinear, Nf4Weight, join_linears, nf4_linear
 
 # The facts about the served model that clients can request.

@@ -15,7 +15,7 @@ from turret.server.basics.work import return_free_memory
 from turret.server.errors import InvalidRequestError
 from turret.server.words import say
 
-_PROGRAM = Path(__file__).with_name("encoding_program.py")
+_PROGRAM = Path(__file__).with_name("tokenizer_program.py")
 CPU_SECONDS = 10.0
 _MAX_BYTES = 2 << 30
 _MAX_ANSWER_BYTES = 64 << 20
@@ -94,7 +94,7 @@ class Encoder:
                 del found
                 return_free_memory()
             return ids
-        job = str(self._file), texts, add_special_tokens
+        job = "encode", str(self._file), texts, add_special_tokens
         try:
             ids = self._child.ask_one(job, "TOKENIZER_UNREAD")["ids"]
         except ValueError as error:

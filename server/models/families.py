@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from turret.server.errors import InvalidRequestError, TurretError
-from turret.server.models.decoding.arch import (
+from turret.server.models.decoding import (
     MODULES,
     Arch,
     ClampedSwiglu,

@@ -9,18 +9,17 @@ from pathlib import Path
 
 import torch
 
-from turret.kernels.cpu import native
+from turret.kernels import cpu as native
 from turret.kernels.likeliest import Screen, ScreenCodes
-from turret.kernels.rows.linear import linear_formulation, prepare_linear
-from turret.kernels.rows.trial import choices
+from turret.kernels.rows import choices, linear_formulation, prepare_linear
 from turret.server.basics.work import OnProgress
 from turret.server.errors import InvalidRequestError
+from turret.server.models.decoding import LAYER_PREFIX, ROUTER, Arch, Experts, Linear
 from turret.server.models.decoding.adapted_linear import (
     AdaptedExperts,
     AdaptedLinear,
     ExpertMixture,
 )
-from turret.server.models.decoding.arch import LAYER_PREFIX, ROUTER, Arch, Experts, Linear
 from turret.server.models.decoding.cpu_layers import CpuLayerOps
 from turret.server.models.decoding.decoder import Decoder, DecoderLayer
 from turret.server.models.families import read_arch, transformers_config
@@ -33,7 +32,7 @@ from turret.server.models.model_source import (
     quantize,
 )
 from turret.server.models.sources.model_directory import read_object, unsupported, weight_files
-from turret.server.models.weights.base_linear import BaseLinear
+from turret.server.models.weights import BaseLinear
 from turret.server.models.weights.nf4 import (
     DenseLinear,
     Nf4Weight,

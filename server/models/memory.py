@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from turret.server.models.decoding.arch import ROUTER, Arch
+from turret.server.models.decoding import ROUTER, Arch
 from turret.server.models.fidelity import kind_of
 
 # Bytes per number in 16 bits.

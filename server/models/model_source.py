@@ -26,10 +26,10 @@ from safetensors import SafetensorError, safe_open
 
 from turret.kernels.likeliest import Screen, ScreenCodes
 from turret.server import log
-from turret.server.basics.tensor_files import safetensors_parts
+from turret.server.basics.files import safetensors_parts
 from turret.server.basics.work import OnProgress
 from turret.server.errors import InvalidRequestError
-from turret.server.models.decoding.arch import Arch, Experts
+from turret.server.models.decoding import Arch, Experts
 from turret.server.models.families import read_arch, transformers_config
 from turret.server.models.fidelity import Fidelity, WeightState, squared_error
 from turret.server.models.sources.check import MODEL_NAME, find_gguf, skipped_modules

@@ -179,7 +179,7 @@ class OwnTokenizers:
             packages=("tokenizers",),
         )
         try:
-            found = child.ask_one(str(folder / TOKENIZER_FILE), "TOKENIZER_UNREAD")
+            found = child.ask_one(("describe", str(folder / TOKENIZER_FILE)), "TOKENIZER_UNREAD")
             if self._expected is None:
                 self._expected = self._parts_of_base(child, folder)
         finally:
@@ -203,7 +203,11 @@ class OwnTokenizers:
         made = folder / "base.json"
         made.write_text(self._base.serialized())
         files = [made, self._config.with_name(TOKENIZER_FILE)]
-        found = (child.ask_one(str(file), "TOKENIZER_UNREAD") for file in files if file.exists())
+        found = (
+            child.ask_one(("describe", str(file)), "TOKENIZER_UNREAD")
+            for file in files
+            if file.exists()
+        )
         return [each["digests"] for each in found]
 
     def _named(self, texts: Iterable[str]) -> dict[str, int]:

@@ -1,10 +1,11 @@
-"""Reads an untrusted ``tokenizer.json``; runs in a confined child process."""
+"""Reads an untrusted tokenizer, or encodes texts with it; runs in a confined child process."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,24 @@ from tokenizers import Tokenizer
 PARTS = ("normalizer", "pre_tokenizer", "model", "decoder")
 
 
-def answers(path: str) -> Iterator[dict[str, Any]]:
+def answers(job: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """The answer to a job, which begins with the name of what to do."""
+    task, *arguments = job
+    yield {"describe": _description, "encode": _encoded}[task](*arguments)
+
+
+@functools.cache
+def _tokenizer(path: str) -> Tokenizer:
+    return Tokenizer.from_str(Path(path).read_text())
+
+
+def _encoded(path: str, texts: Sequence[str], add_special_tokens: bool) -> dict[str, Any]:
+    """The token ids of each text."""
+    found = _tokenizer(path).encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+    return {"ids": [one.ids for one in found]}
+
+
+def _description(path: str) -> dict[str, Any]:
     """A digest of each of ``PARTS``, and the file without its vocabulary."""
     said = json.loads(Path(path).read_bytes())
     model = said["model"]
@@ -36,4 +54,4 @@ def answers(path: str) -> Iterator[dict[str, Any]]:
         part: hashlib.sha256(json.dumps(content[part], sort_keys=True).encode()).hexdigest()
         for part in PARTS
     }
-    yield {"digests": digests, "file": {**small, "added_tokens": added}}
+    return {"digests": digests, "file": {**small, "added_tokens": added}}

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from turret.kernels.between import rotate_heads
 from turret.kernels.cpu.gradients import add_norm_gradient_, attention_gradient, gate_gradient
 from turret.kernels.cpu.layers import add_rms_norm
-from turret.server.models.decoding.arch import ClampedSwiglu
+from turret.kernels.rows import rotate_heads
+from turret.server.models.decoding import ClampedSwiglu
 from turret.server.models.decoding.cpu_layers import CpuLayerOps
 from turret.server.models.decoding.decoder import Decoder, DecoderLayer
 

@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
 from turret.server.adapters.base import BaseModel, BaseModule
-from turret.server.adapters.checkpoint.adapter_checkpoint import (
+from turret.server.adapters.checkpoint import (
     PEFT_PREFIX,
     PROMPT_EMBEDDINGS,
     AdapterCheckpoint,
@@ -32,8 +32,7 @@ from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.vocabulary import HEAD
 from turret.server.errors import AdapterCheckpointError, InvalidRequestError
-from turret.server.training.methods import served_method
-from turret.server.training.trainer import AdamParams, LearnerConfig
+from turret.server.training import AdamParams, LearnerConfig, served_method
 from turret.server.training.training_pass import PassAdapter
 from turret.server.words import say
 

@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE, AdapterRef
-from turret.server.adapters.device.store import ProjectionLayout, StepStore
+from turret.server.adapters.device import ProjectionLayout, StepStore
 from turret.server.adapters.operators.vocabulary import HEAD
 from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.state_dir import UploadedFile
@@ -35,10 +35,18 @@ from turret.server.errors import (
 )
 from turret.server.metrics import Metrics
 from turret.server.models.decoding.decoder import Decoder
+from turret.server.training import (
+    LOSSES,
+    METHODS,
+    TARGETS,
+    AdamParams,
+    Datum,
+    DatumLoss,
+    LearnerConfig,
+    Loss,
+    Published,
+)
 from turret.server.training.learner import Learner, Leaves, add_gradients, new_adapter, num_bytes
-from turret.server.training.losses import LOSSES, TARGETS, Loss
-from turret.server.training.methods import METHODS
-from turret.server.training.trainer import AdamParams, Datum, DatumLoss, LearnerConfig, Published
 from turret.server.training.training_pass import Segment, TrainingPass
 from turret.server.words import say
 

@@ -23,14 +23,12 @@ from typing import Any
 
 import torch
 
-from turret.kernels.cpu.logits import TargetLogprobs
-from turret.kernels.cpu.native import has_kernels
+from turret.kernels.cpu import has_kernels
 from turret.kernels.cpu.products import LowRankUpdate, low_rank_gradients, serves_transposed
 from turret.kernels.paged_attention import SequenceSpan
-from turret.kernels.rows.elementwise import row_log_softmax
-from turret.kernels.rows.linear import row_linear, row_linear_transposed
-from turret.server.adapters.checkpoint.adapter_checkpoint import PROMPT_EMBEDDINGS
-from turret.server.adapters.device.store import (
+from turret.kernels.rows import TargetLogprobs, row_linear, row_linear_transposed, row_log_softmax
+from turret.server.adapters.checkpoint import PROMPT_EMBEDDINGS
+from turret.server.adapters.device import (
     AdapterStep,
     BaseProduct,
     ExpertPairs,
@@ -40,17 +38,17 @@ from turret.server.adapters.device.store import (
     StepStore,
 )
 from turret.server.adapters.device.vocabulary import VocabularyGroup
+from turret.server.adapters.operators import BaseRows
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
-from turret.server.adapters.operators.operator import BaseRows
 from turret.server.adapters.operators.vocabulary import HEAD
+from turret.server.models.decoding import LONG
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
-from turret.server.models.decoding.arch import LONG
 from turret.server.models.decoding.decoder import Decoder, OwnRows, StepInput
 from turret.server.models.decoding.layer_ops import KvCache
-from turret.server.models.weights.base_linear import BaseLinear
+from turret.server.models.weights import BaseLinear
 from turret.server.models.weights.nf4 import DenseLinear
+from turret.server.training import MAX_SEQUENCE_TOKENS
 from turret.server.training.layer_gradients import layer_gradients
-from turret.server.training.trainer import MAX_SEQUENCE_TOKENS
 
 _BLOCK_SIZE = 16
 # The number of rows whose logits are computed at once; requests run in between.
@@ -224,7 +222,7 @@ class TrainingPass:
         # An adapter may have several segments.
         self._store.prepare({each.adapter.key: each.adapter for each in self._segments}.values())
         # Requests that run meanwhile may evict the adapters, so this pass keeps their tensors.
-        self._changes = [self._store.vocabulary(each.adapter.key) for each in self._segments]
+        self._changes = [self._store.vocabularies.get(each.adapter.key) for each in self._segments]
         members = [
             (rows.start, rows.stop, [(segment.adapter.key, 1.0)])
             for rows, segment in zip(self.rows, self._segments, strict=True)

@@ -25,7 +25,7 @@ from checkout import ROOT
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
 from turret.clients.client import TurretClient
-from turret.kernels.cpu.native import library
+from turret.kernels.cpu import library
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.models.families import read_arch

@@ -21,7 +21,7 @@ from triton.runtime import driver
 from turret.kernels.gpu import common
 from turret.kernels.gpu.rms_norm import residual_rms_norm
 from turret.server.cli import main
-from turret.server.engine.step.gpu.executor import (
+from turret.server.engine.step.gpu_executor import (
     GpuExecutor,
     Target,
     compile_launches,

@@ -11,7 +11,8 @@ from kernel_traffic import HALF, error_ratio
 from ptx.addresses import address_of
 from ptx.launcher import bench_module
 
-from turret.server.adapters.device.gpu import slot_tables, uploads
+from turret.server.adapters.device import gpu_slot_tables as slot_tables
+from turret.server.adapters.device import gpu_uploads as uploads
 
 # Rows 0, 1 and 3 have adapters, two of them the same one; row 2 uses the base model.
 SLOT_OF_ROW = (1, 2, 0, 1)

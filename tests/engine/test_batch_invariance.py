@@ -17,10 +17,8 @@ from builders.bases.tiny_models import VOCAB_SIZE, save_tiny_model
 from builders.random_adapters import ALL, AdapterSpec, arch_of, write_adapter
 from servers.engine_harness import Answer, EngineHarness, make_request
 
-from turret.kernels.cpu import native
-from turret.kernels.rows.elementwise import row_silu
-from turret.kernels.rows.linear import row_addmm_, row_linear
-from turret.kernels.rows.trial import forget_choices
+from turret.kernels import cpu as native
+from turret.kernels.rows import forget_choices, row_addmm_, row_linear, row_silu
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.engine.scheduling.request import FinishReason, Request, SamplingParams
 

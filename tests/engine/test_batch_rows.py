@@ -11,7 +11,7 @@ from builders.sequences import sequence_of
 
 from turret.server.adapters.adapter import Mix
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
-from turret.server.engine.step.batch import MAX_SHORT_ROWS, BatchBuilder
+from turret.server.engine.step import MAX_SHORT_ROWS, BatchBuilder
 
 
 class Recorder:
@@ -19,15 +19,13 @@ class Recorder:
 
     def __init__(self) -> None:
         self.members: Any = None
+        self.vocabularies: dict[str, Any] = {}
 
     def prepare(self, adapters: Any) -> None:
         self.prepared = {adapter.key for adapter in adapters}
 
     def step(self, members: Any) -> None:
         self.members = members
-
-    def vocabulary(self, key: str) -> None:
-        return None
 
 
 def scheduled(number: int, num_new: int, *mix: tuple[str, float]) -> Scheduled:

@@ -18,7 +18,7 @@ from builders.facts import mix_of
 from said import says
 from servers.engine_harness import GREEDY, EngineHarness, make_request
 
-from turret.kernels.cpu import native
+from turret.kernels import cpu as native
 from turret.kernels.likeliest import apply_token_mask
 from turret.server.constraints.matcher import STACK_BYTES, Constraint, Matcher
 from turret.server.engine.scheduling.request import FinishReason, SamplingParams, StopConditions

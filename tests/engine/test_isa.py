@@ -16,10 +16,9 @@ from builders.bases.tiny_models import VOCAB_SIZE, save_tiny_model
 from builders.random_adapters import ALL, AdapterSpec, arch_of, write_adapter
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.kernels.cpu import native
+from turret.kernels import cpu as native
 from turret.kernels.cpu.isas import ISAS
-from turret.kernels.rows.elementwise import row_exp_
-from turret.kernels.rows.linear import row_addmm_, row_linear, row_product, table_product
+from turret.kernels.rows import row_addmm_, row_exp_, row_linear, row_product, table_product
 from turret.server.models.decoding.layer_ops import KvCache
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")

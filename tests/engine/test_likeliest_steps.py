@@ -14,7 +14,7 @@ from builders.constraints import compiled
 from builders.random_adapters import ALL, AdapterSpec, arch_of, write_adapter
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.kernels.cpu import native
+from turret.kernels import cpu as native
 from turret.server.engine.scheduling.request import (
     Request,
     ResponseOptions,

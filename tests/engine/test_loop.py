@@ -16,12 +16,12 @@ from method_oracle import serve
 from said import says
 from simulation.parts import Clock
 
-from turret.kernels.cpu.native import library, num_threads
+from turret.kernels.cpu import library, num_threads
 from turret.server.adapters import leases
-from turret.server.adapters.device.store import AdapterMemoryError
+from turret.server.adapters.device import AdapterMemoryError
 from turret.server.adapters.registry import AdapterRegistry
 from turret.server.engine import loop
-from turret.server.engine.answer import Answer, AnswerText, Stream
+from turret.server.engine.answer import Answer, AnswerMemory, AnswerText, Stream
 from turret.server.engine.loop import EngineLoop, Outbox
 from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.request import Output, Request, StopConditions
@@ -49,7 +49,6 @@ class FakeText(TokenStream):
 class FakeRunner:
     """Draws token 1 for all sequences."""
 
-    adapter_bytes = 0
     is_asynchronous = False
 
     def run(self, step: Step, meanwhile: Callable[[], None] = lambda: None) -> StepResult:
@@ -129,7 +128,7 @@ class Driven:
             tenant=tenant,
         )
         sequence = Sequence(request, self.registry.acquire(refs(adapters)), loop.time.monotonic())
-        stream = Stream(lambda: None)
+        stream = Stream(lambda: None, AnswerMemory(1 << 30))
         answer = Answer(
             sequence,
             stream,

@@ -14,9 +14,15 @@ from builders.random_adapters import ALL, AdapterSpec, arch_of, write_adapter
 from planted_libraries import LIBRARIES, plant
 from servers.engine_harness import Answer, EngineHarness, make_request
 
-from turret.kernels.cpu import native
-from turret.kernels.rows.linear import row_addmm_, row_linear, table_product
-from turret.kernels.rows.trial import cancelling, choices, forget_choices
+from turret.kernels import cpu as native
+from turret.kernels.rows import (
+    cancelling,
+    choices,
+    forget_choices,
+    row_addmm_,
+    row_linear,
+    table_product,
+)
 from turret.server.models.weights import nf4_cpu
 from turret.server.models.weights.nf4 import Nf4Weight, PackedLinear, nf4_linear
 
@@ -142,7 +148,7 @@ async def test_answers_differ_without_the_trial(
 ) -> None:
     """The engine test above can fail: here, every trial passes."""
     plant(monkeypatch, "others for 8 rows than for 16")
-    monkeypatch.setattr("turret.kernels.rows.trial._keeps_rows", lambda *_: True)
+    monkeypatch.setattr("turret.kernels.rows._keeps_rows", lambda *_: True)
     alone = await answers(tiny, together=False)
     assert [a.bits for a in await answers(tiny, together=True)] != [a.bits for a in alone]
 

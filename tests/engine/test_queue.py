@@ -17,7 +17,7 @@ from said import says
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.adapters.base import ChangedBase
-from turret.server.engine.answer import MAX_UNREAD_BYTES, AnswerText, Stream
+from turret.server.engine.answer import MAX_UNREAD_BYTES, AnswerMemory, AnswerText, Stream
 from turret.server.engine.scheduling.request import (
     Finish,
     FinishReason,
@@ -137,19 +137,19 @@ FINISH = Finish(
 )
 
 
-class Held:
+class Held(AnswerMemory):
     """A stream, and its count of held memory."""
 
     def __init__(self) -> None:
         self.num_bytes = 0
         self.num_cancels = 0
         self.may_grow = True
-        self.stream = Stream(self._cancelled, self._hold, REQUEST_BYTES)
+        self.stream = Stream(self._cancelled, self, num_bytes=REQUEST_BYTES)
 
     def _cancelled(self) -> None:
         self.num_cancels += 1
 
-    def _hold(self, num_bytes: int) -> bool:
+    def hold(self, num_bytes: int, tenant: bytes) -> bool:
         self.num_bytes += num_bytes
         return self.may_grow
 
@@ -174,7 +174,7 @@ async def test_a_stream_that_has_ended_keeps_no_request_alive() -> None:
     ends = (Output(finish=FINISH), UnavailableError("gone"))
     for end in (*ends, None):
         request = Event()
-        stream = Stream(request.set)
+        stream = Stream(request.set, AnswerMemory(1 << 30))
         left = weakref.ref(request)
         if end is None:
             stream.cancel()

@@ -19,10 +19,9 @@ import pytest
 from fleets.serving import status_rows
 from grpc_health.v1 import health_pb2
 
-from turret.fleet.config import REFUSED, ClusterConfig, FleetConfig
+from turret.fleet.config import REFUSED, ClusterConfig, FleetConfig, policy, wanted
 from turret.fleet.protocol import FleetBase, FleetStatus, MergeMember, MergePlan, ReplicaStatus
 from turret.fleet.serving import fleet_folder, ingress, ray_cluster, serve
-from turret.fleet.serving.scaling import policy, wanted
 from turret.fleet.serving.serve import print_status
 from turret.fleet.words import say
 from turret.server import cli

@@ -18,12 +18,16 @@ import torch
 import torch.nn.functional as F
 from kernel_traffic import DEVICE, DTYPES, HALF, error_ratio, rotated
 
-from turret.kernels.between import clamped_swiglu_reference, residual_rms_norm_reference
-from turret.kernels.cpu import layers, native
+from turret.kernels import cpu as native
+from turret.kernels.cpu import layers
 from turret.kernels.gpu import activations
 from turret.kernels.gpu.rms_norm import residual_rms_norm
 from turret.kernels.gpu.rope_kv_write import KvWrite, rope_kv_write
-from turret.kernels.rows.elementwise import row_clamped_swiglu
+from turret.kernels.rows import (
+    clamped_swiglu_reference,
+    residual_rms_norm_reference,
+    row_clamped_swiglu,
+)
 
 BOUND = {torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 4e-3}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from turret.kernels.cpu import native
+from turret.kernels import cpu as native
 from turret.kernels.expert_routing import combine_reference, route_reference
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from turret.kernels.cpu import native
+from turret.kernels import cpu as native
 from turret.kernels.likeliest import likeliest_tokens
 
 NAN, INF = float("nan"), float("inf")

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from turret.kernels.cpu import native
+from turret.kernels import cpu as native
 from turret.kernels.likeliest import MOST_ROWS, Screen
-from turret.kernels.rows.linear import row_linear
+from turret.kernels.rows import row_linear
 
 Make = Callable[[torch.Generator, int, int], torch.Tensor]
 

@@ -26,10 +26,10 @@ from method_oracle import prompt_of, twin
 from safetensors.torch import load_file, save_file
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.kernels.cpu import native
+from turret.kernels import cpu as native
 from turret.server.adapters.adapter import AdapterRef
+from turret.server.adapters.device import KERNELS, Resident
 from turret.server.adapters.device.cpu import CpuStore
-from turret.server.adapters.device.store import KERNELS, Resident
 from turret.server.adapters.operators.low_rank import ExpertLowRank
 from turret.server.adapters.operators.modulated_base import ModulatedBase
 from turret.server.models.decoding.cpu_layers import CpuLayers

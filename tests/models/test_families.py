@@ -32,7 +32,7 @@ from transformers import (
 
 from turret.server.errors import InvalidRequestError
 from turret.server.models import families
-from turret.server.models.decoding.arch import ACTIVATIONS, LayerNorms, Rope, check_served
+from turret.server.models.decoding import ACTIVATIONS, LayerNorms, Rope, check_served
 from turret.server.models.decoding.cpu_layers import CpuLayerOps
 from turret.server.models.decoding.gpu_decoder import GpuLayerOps
 from turret.server.models.decoding.layer_ops import LayerOps

@@ -31,8 +31,8 @@ from method_oracle import (
 from servers.engine_harness import EngineHarness, make_request
 from servers.gpu_serving import gpu_serving
 
-from turret.kernels.cpu import native
-from turret.kernels.rows.trial import forget_choices
+from turret.kernels import cpu as native
+from turret.kernels.rows import forget_choices
 from turret.server.engine.scheduling.request import FinishReason, StopConditions
 
 EVERY = {"target_modules": "all-linear"}

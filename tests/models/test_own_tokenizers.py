@@ -20,7 +20,7 @@ from said import says
 from transformers import AutoTokenizer
 
 from turret.server.adapters.adapter import OwnTemplate, TokenizerFiles
-from turret.server.adapters.checkpoint.adapter_checkpoint import Findings
+from turret.server.adapters.checkpoint import Findings
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.tokenizer_files import read_tokenizer_files
 from turret.server.errors import (

@@ -15,7 +15,7 @@ from builders.bases.published_models import PUBLISHED, Published, as_in_a_checkp
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from turret.server.models import loader
-from turret.server.models.decoding.arch import ROUTER, Arch, Experts, QueryGrowth
+from turret.server.models.decoding import ROUTER, Arch, Experts, QueryGrowth
 from turret.server.models.decoding.decoder import Decoder
 from turret.server.models.families import text_config
 from turret.server.models.fidelity import Fidelity

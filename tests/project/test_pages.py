@@ -28,8 +28,8 @@ from turret.server.api.uploads import IDLE_SECONDS, MAX_CHUNK_BYTES, UPLOAD_FILE
 from turret.server.api.violations import MAX_VIOLATIONS
 from turret.server.http.tinker import ROUTES, wire
 from turret.server.metrics import MAX_ADAPTER_LABELS
-from turret.training.errors import DataError
 from turret.training.examples import read_examples
+from turret.training.words import DataError
 from turret.v1 import adapters_pb2
 
 ADAPTERS, LIFECYCLE, OPERATIONS, SECURITY, TENANTS = (

@@ -17,7 +17,7 @@ from servers.fakes import failing
 from servers.rpc_harness import Harness, eventually, failure_of
 
 from turret.server import errors
-from turret.server.adapters.checkpoint.adapter_checkpoint import Findings
+from turret.server.adapters.checkpoint import Findings
 from turret.server.api.call import fault_of
 from turret.server.basics.codes import Code
 from turret.server.log import LineFormatter

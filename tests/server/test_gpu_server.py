@@ -36,7 +36,7 @@ from turret.server.config import (
     ModelConfig,
     SchedulerConfig,
 )
-from turret.server.engine.step.gpu import executor
+from turret.server.engine.step import gpu_executor as executor
 
 pytestmark = pytest.mark.usefixtures("coarse_tiles")
 # Maximum difference of a logprob, relative if it is larger than 1: both paths sum in fp32, in

@@ -24,16 +24,16 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from turret.kernels.nf4_matmul import Nf4Matrix
 from turret.server.adapters.adapter import Mix
-from turret.server.adapters.device.gpu.store import GpuStore
+from turret.server.adapters.device.gpu_store import GpuStore
 from turret.server.adapters.operators.adapter_operators import ModuleOperators
 from turret.server.adapters.operators.gate import Gate, QueryScore
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.operators.vocabulary import VocabularyOperators, VocabularyRows
 from turret.server.engine.scheduling.request import Request, SamplingParams
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
-from turret.server.engine.step.gpu.executor import GpuExecutor, Outputs, StepBody
+from turret.server.engine.step.gpu_executor import GpuExecutor, Outputs, StepBody
+from turret.server.models.decoding import Arch
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
-from turret.server.models.decoding.arch import Arch
 from turret.server.models.decoding.decoder import DecoderLayer
 from turret.server.models.decoding.gpu_decoder import GpuDecoder
 from turret.server.models.decoding.layer_ops import KvCache

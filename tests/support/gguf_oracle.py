@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig
 
-from turret.server.models.decoding.arch import Arch, Rope
+from turret.server.models.decoding import Arch, Rope
 
 
 def transformers_state(file: Path) -> dict[str, torch.Tensor]:

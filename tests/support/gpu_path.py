@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from turret.kernels.gpu import common as tuning_module
 from turret.kernels.gpu.common import Tuning
 from turret.kernels.gpu.tables import RowTable, RunOfRows, SegmentTable
-from turret.server.engine.step.gpu.executor import Outputs, StepBody
+from turret.server.engine.step.gpu_executor import Outputs, StepBody
 
 # Large tiles, because the interpreter's time depends on the number of operations, not on their
 # size. Every kernel still needs several splits and passes.

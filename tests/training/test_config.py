@@ -13,11 +13,10 @@ from said import says
 
 from turret.server.basics.settings import fields_of, tables_of
 from turret.server.cli import main
-from turret.training.errors import ConfigError, DataError
 from turret.training.examples import Example, read_examples
 from turret.training.methods import METHODS as TRAINED
 from turret.training.plan import Plan
-from turret.training.settings.config import (
+from turret.training.settings import (
     METHOD_NAMES,
     TrainConfig,
     build_config,
@@ -25,7 +24,7 @@ from turret.training.settings.config import (
     render_commented,
     render_config,
 )
-from turret.training.words import say
+from turret.training.words import ConfigError, DataError, say
 
 MINIMAL = {"data": {"train": "train.jsonl"}}
 

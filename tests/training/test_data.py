@@ -12,9 +12,9 @@ from builders.training import CHAT, TURNS, resolve_tiny, write_jsonl
 from said import says
 
 from turret.training.batches import IGNORED, BatchStream, make_batch, pack_rows, single_rows, split
-from turret.training.errors import DataError
 from turret.training.examples import Encoded, Example, encode, encode_all
-from turret.training.settings.config import DataConfig
+from turret.training.settings import DataConfig
+from turret.training.words import DataError
 
 
 def tokenizer(template: str | None = CHAT) -> Any:

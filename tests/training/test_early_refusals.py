@@ -23,14 +23,13 @@ from safetensors.numpy import save_file
 from said import says
 from transformers import AutoConfig
 
-from turret.server.models.decoding.arch import Projections
+from turret.server.models.decoding import Projections
 from turret.server.models.families import FAMILIES, read_arch
 from turret.server.models.sources.check import found_in
 from turret.server.models.sources.model_directory import read_config
-from turret.training.errors import RunError
-from turret.training.run.folder import RunFolder, checkpoint_path
+from turret.training.run import RunFolder, checkpoint_path
 from turret.training.verbs import _how_a_sweep_goes_on, _read, with_errors
-from turret.training.words import say
+from turret.training.words import RunError, say
 
 
 def run_python(program: str) -> subprocess.CompletedProcess[str]:
@@ -295,7 +294,7 @@ def test_an_interrupted_sweep_suggests_the_same_command_if_it_can_resume(tmp_pat
 def test_a_signal_while_libraries_load_ends_the_process(kind: signal.Signals, code: int):
     stop = (
         "import os, signal, time\n"
-        "from turret.server.command.interrupts import ending_at_interrupts, raising_terminated\n"
+        "from turret.server.command.entry import ending_at_interrupts, raising_terminated\n"
         "with raising_terminated(), ending_at_interrupts('stopped; and so on'):\n"
         f"    os.kill(os.getpid(), {int(kind)})\n"
         "    time.sleep(10)\n"

@@ -19,9 +19,9 @@ from servers.engine_harness import EngineHarness, make_request
 from turret.server.models.sources.check import find_gguf
 from turret.training.base_model import find_base, load_model
 from turret.training.batches import IGNORED, make_batch
-from turret.training.errors import ConfigError
 from turret.training.loss import LossFunction
 from turret.training.trainer import Trainer
+from turret.training.words import ConfigError
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "granite"])

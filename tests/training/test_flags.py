@@ -11,10 +11,10 @@ from said import says
 
 from turret.server.basics.settings import all_keys
 from turret.server.cli import main
-from turret.training.errors import ConfigError
+from turret.training.settings import TrainConfig, build_config
 from turret.training.settings.checks import check_names
-from turret.training.settings.config import TrainConfig, build_config
 from turret.training.settings.flags import config_parser, flags, given
+from turret.training.words import ConfigError
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:

@@ -26,22 +26,21 @@ from servers.server_under_test import ServerUnderTest, start_server
 from turret.clients.client import TurretClient
 from turret.clients.errors import TurretRpcError
 from turret.server.api.tenants import MAX_MODELS
-from turret.server.training.methods import METHODS
+from turret.server.training import METHODS
 from turret.training import in_process_engine
 from turret.training.base_model import load_model, without_peft_warnings
 from turret.training.batches import make_batch
 from turret.training.engine import PeftEngine, pad_token
-from turret.training.errors import ConfigError, RunError
 from turret.training.in_process_engine import in_process_engines
 from turret.training.loss import LossFunction
-from turret.training.run.folder import read_metrics
+from turret.training.run import read_metrics
 from turret.training.server_engine import ServerEngine
+from turret.training.settings import build_config, render_config
 from turret.training.settings.checks import check_served
-from turret.training.settings.config import build_config, render_config
 from turret.training.settings.resolve import Resolved, resolve
 from turret.training.sweep import sweep
 from turret.training.trainer import Trainer, validation_loss
-from turret.training.words import say
+from turret.training.words import ConfigError, RunError, say
 
 EXACT = ("base.dtype=float32", "run.adapter_dtype=float32")
 # At 0.1, the steps of LoHa amplify differences of 1e-7 a thousandfold.

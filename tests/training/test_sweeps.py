@@ -14,12 +14,11 @@ from command_modules import loaded_and_said_by
 from said import says
 
 from turret.server.basics.names import ADAPTER_NAME
-from turret.training.errors import ConfigError, ConfigFileError, RunError
 from turret.training.in_process_engine import in_process_engines
-from turret.training.run.folder import RunFolder
+from turret.training.run import RunFolder
 from turret.training.settings.variants import read_variants
 from turret.training.sweep import sweep
-from turret.training.words import say
+from turret.training.words import ConfigError, ConfigFileError, RunError, say
 
 # The engine of a server trains in this dtype, whatever the processor.
 DTYPE = "base.dtype=bfloat16"

@@ -21,10 +21,9 @@ from servers.server_under_test import ServerUnderTest, start_server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from turret.server.cli import main
-from turret.training.errors import RunError
 from turret.training.verification.checks import Verdict, _case, ask_together, reload
 from turret.training.verification.client import Continuation, VerifiedServer
-from turret.training.words import say
+from turret.training.words import RunError, say
 
 _TWO_KINDS = {"target_modules": ["q_proj", "down_proj"]}
 _SILENT, _HALF, _OTHER, _REPAIR = "silent", "half", "other", "repair"

@@ -24,8 +24,7 @@ from turret.server.adapters.methods.kit import (
     torch,
 )
 from turret.training.conversion import MadeLora, peft_generator
-from turret.training.errors import RunError
-from turret.training.words import say
+from turret.training.words import RunError, say
 
 _DOWN = "adamss_newB"
 _MAX_CLUSTERS = 4096

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
-from turret.server.adapters.checkpoint.adapter_checkpoint import (
+from turret.server.adapters.checkpoint import (
     PEFT_PREFIX,
     AdapterCheckpoint,
     Findings,

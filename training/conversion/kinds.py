@@ -21,8 +21,7 @@ from turret.server.models.sources.model_directory import (
     weight_files,
 )
 from turret.training.conversion import MadeLora, adamss, psoft
-from turret.training.errors import RunError
-from turret.training.words import say
+from turret.training.words import RunError, say
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,10 +58,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from turret.server.command.interrupts import ending_at_interrupts
+    from turret.server.command.entry import ending_at_interrupts
     from turret.server.command.preflight import without_cuda
     from turret.training.conversion.kinds import check_conversion
-    from turret.training.errors import ConfigError, RunError
+    from turret.training.words import ConfigError, RunError
 
     if args.device == "cuda" and (why := without_cuda()):
         raise ConfigError.of("--device", why)

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
-from turret.server.adapters.checkpoint.adapter_checkpoint import PEFT_PREFIX, AdapterCheckpoint
+from turret.server.adapters.checkpoint import PEFT_PREFIX, AdapterCheckpoint
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.component import COMPONENTS_KEY
 from turret.training.adapter_folder import write_adapter
-from turret.training.errors import RunError
-from turret.training.words import say
+from turret.training.words import RunError, say
 
 # Name of the classifier's folder, a sibling of the LoRAs' folders.
 ROUTER = "xlora"

@@ -10,7 +10,7 @@ import torch
 from bitsandbytes.optim.optimizer import Optimizer8bit
 
 from turret.server.basics.files import replace_file
-from turret.training.run.folder import checkpoint_path
+from turret.training.run import checkpoint_path
 
 
 def save_checkpoint(

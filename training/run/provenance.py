@@ -12,11 +12,10 @@ from typing import Any
 
 import turret
 from turret.server.models.model_source import ModelSource, stored_weights
-from turret.training.errors import RunError
 from turret.training.fusion import component_digests
-from turret.training.run.folder import RunFolder
+from turret.training.run import RunFolder
 from turret.training.settings.resolve import Resolved
-from turret.training.words import Text, say
+from turret.training.words import RunError, Text, say
 
 _PARTS = ("base", "data", "config", "versions")
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")

@@ -14,19 +14,17 @@ from turret.server.basics.names import closest, model_place
 from turret.server.basics.settings import Violation
 from turret.server.command.preflight import without_cuda
 from turret.server.config import AdapterConfig
-from turret.server.models.decoding.arch import ROUTER, Projections
+from turret.server.models.decoding import ROUTER, Projections
 from turret.server.models.sources.check import check_model
-from turret.server.training.methods import METHODS
-from turret.server.training.trainer import MAX_SEQUENCE_TOKENS
-from turret.training.errors import ConfigError
-from turret.training.settings.config import (
+from turret.server.training import MAX_SEQUENCE_TOKENS, METHODS
+from turret.training.settings import (
     DECLARED,
     BaseConfig,
     DataConfig,
     MethodConfig,
     TrainConfig,
 )
-from turret.training.words import say
+from turret.training.words import ConfigError, say
 
 # The highest possible rank, for a method's modules and for a server.
 

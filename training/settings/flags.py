@@ -13,9 +13,8 @@ from pydantic.fields import FieldInfo
 from turret.server.basics.names import HubId
 from turret.server.basics.settings import Typed, fields_of, is_switch, shown_of, tables_of
 from turret.server.errors import TurretError
-from turret.training.errors import ConfigError
-from turret.training.settings.config import TrainConfig
-from turret.training.words import say
+from turret.training.settings import TrainConfig
+from turret.training.words import ConfigError, say
 
 # The default niceness gives a server on the same machine priority over training.
 _NICENESS = 5

@@ -15,12 +15,9 @@ from bitsandbytes.functional import has_avx512bf16
 from turret.clients.results import Model
 from turret.training.base_model import TrainingBase, find_base
 from turret.training.batches import Dataset, load_dataset
-from turret.training.errors import ConfigError
 from turret.training.examples import invocation_of
-from turret.training.methods import METHODS
-from turret.training.methods.method import TrainingMethod
-from turret.training.settings.checks import base_place, check_method, component_directories
-from turret.training.settings.config import (
+from turret.training.methods import METHODS, TrainingMethod
+from turret.training.settings import (
     BaseConfig,
     DataConfig,
     MethodConfig,
@@ -28,7 +25,8 @@ from turret.training.settings.config import (
     RunConfig,
     TrainConfig,
 )
-from turret.training.words import say
+from turret.training.settings.checks import base_place, check_method, component_directories
+from turret.training.words import ConfigError, say
 from turret.words import counted
 
 

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from turret.server.basics.settings import Violation, fields_of, is_listed, tables_of, toml_value
-from turret.training.errors import ConfigFileError
-from turret.training.settings.config import TrainConfig, parse_value, read_config
-from turret.training.words import say
+from turret.training.settings import TrainConfig, parse_value, read_config
+from turret.training.words import ConfigFileError, say
 
 _LISTED = {
     f"{table}.{key}"

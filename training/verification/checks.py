@@ -27,8 +27,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
 from turret.training.base_model import TrainingBase, Weights, load_model, without_peft_warnings
-from turret.training.errors import RunError
 from turret.training.verification.client import Continuation, VerifiedServer
+from turret.training.words import RunError
 
 # The reference: transformers' and PEFT's own forward pass.
 

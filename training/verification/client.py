@@ -11,8 +11,7 @@ from typing import Any
 
 import httpx2
 
-from turret.training.errors import RunError
-from turret.training.words import say
+from turret.training.words import RunError, say
 
 _SECONDS = 600.0
 

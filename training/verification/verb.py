@@ -79,9 +79,9 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> list[Verdict]:
-    from turret.server.command.interrupts import ending_at_interrupts
-    from turret.training.errors import RunError
+    from turret.server.command.entry import ending_at_interrupts
     from turret.training.verification.client import VerifiedServer
+    from turret.training.words import RunError
 
     adapters = dict(args.adapters)
     for path in adapters.values():

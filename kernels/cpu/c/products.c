@@ -6,7 +6,7 @@
  * The bits of a result do not depend on how many rows, columns or batches are computed together,
  * nor on the thread. Zeros appended to the inner dimension (for columns: zeros anywhere in it) do
  * not change them either. Libraries do not guarantee this, so these kernels replace them
- * (kernels/rows/linear.py).
+ * (kernels/rows.py).
  */
 #include "team.h"
 #include "vec.h"

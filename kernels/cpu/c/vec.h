@@ -15,8 +15,8 @@
 /* A kernel is compiled once and not into each of its callers, whose copies might round differently (isas.py). */
 #define KERNEL __attribute__((noinline))
 
-/* The library is compiled once per instruction set (setup.py), and native.py loads the best one that
- * the processor supports. Products of bf16 pairs use VDPBF16PS where the instruction set has it. */
+/* The library is compiled once per instruction set (setup.py), and the best one that the processor
+ * supports is loaded. Products of bf16 pairs use VDPBF16PS where the instruction set has it. */
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
 #define HAS_AVX512_BF16 1
 #else

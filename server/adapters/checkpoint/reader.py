@@ -27,7 +27,7 @@ from turret.server.adapters.adapter import (
     PROVENANCE_FILE,
     TENSORS_FILE,
 )
-from turret.server.adapters.checkpoint.adapter_checkpoint import (
+from turret.server.adapters.checkpoint import (
     AdapterCheckpoint,
     Findings,
     TrainedBase,

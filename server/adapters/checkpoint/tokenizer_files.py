@@ -23,7 +23,7 @@ from turret.server.adapters.adapter import (
     OwnTemplate,
     TokenizerFiles,
 )
-from turret.server.adapters.checkpoint.adapter_checkpoint import Findings
+from turret.server.adapters.checkpoint import Findings
 from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory
 from turret.server.adapters.checkpoint.reader import FormatError, parse_object
 from turret.server.words import say

@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from turret.kernels.cpu import row_adapters
+from turret.kernels.cpu import num_threads, row_adapters
 from turret.kernels.cpu.layers import EXPERT_PROJECTIONS, PROJECTIONS, NativeInputs, NativePlace
-from turret.kernels.cpu.native import num_threads
 from turret.kernels.cpu.row_adapters import (
     CStruct,
     ExpertAdapters,
@@ -30,9 +29,8 @@ from turret.kernels.cpu.row_adapters import (
     RowSegment,
     blocks_bytes,
 )
-from turret.kernels.rows.linear import COLUMNS, padded
-from turret.server.adapters.device.reference import Reference, StepReference
-from turret.server.adapters.device.store import (
+from turret.kernels.rows import COLUMNS, padded
+from turret.server.adapters.device import (
     KERNELS,
     BaseProduct,
     ExpertPairs,
@@ -44,6 +42,8 @@ from turret.server.adapters.device.store import (
     StepStore,
     has_kernel,
 )
+from turret.server.adapters.device.reference import Reference, StepReference
+from turret.server.adapters.operators import Operator
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.circulant import Circulant
 from turret.server.adapters.operators.dense import Dense
@@ -51,7 +51,6 @@ from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.input_blocks import InputBlocks
 from turret.server.adapters.operators.kronecker import Kronecker
 from turret.server.adapters.operators.low_rank import LowRank, piece_sums
-from turret.server.adapters.operators.operator import Operator
 from turret.server.adapters.operators.pair_rotation import PairRotation
 from turret.server.adapters.operators.sparse import Sparse
 from turret.server.adapters.operators.vectors import Bias, Gain, InputGain
@@ -99,9 +98,10 @@ class CpuExpertUpdates(Part):
 
     def bind(self, members: StepMembers) -> CpuStepExperts | None:
         """The step's rows, or None if no row's adapter changes experts."""
-        spans = [(row, row + 1, mix) for row, mix in enumerate(members.short)]
+        if not self._tables:
+            return None
         rows: list[list[tuple[ExpertTable, float]]] = []
-        for start, end, mix in (*spans, *members.long):
+        for start, end, mix in members.runs:
             chosen = [(self._tables[key], w) for key, w in mix if key in self._tables]
             if chosen:
                 rows += [[] for _ in range(start - len(rows))]

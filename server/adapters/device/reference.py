@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from turret.server.adapters.device.store import (
+from turret.server.adapters.device import (
     BaseProduct,
     ExpertPairs,
     Members,
@@ -24,10 +24,10 @@ from turret.server.adapters.device.store import (
     StepMembers,
     StepStore,
 )
+from turret.server.adapters.operators import BaseRows, Operator
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.constant_kv import ConstantKv
 from turret.server.adapters.operators.low_rank import ExpertLowRank
-from turret.server.adapters.operators.operator import BaseRows, Operator
 
 O = TypeVar("O", bound=Operator)  # noqa: E741
 _Place = tuple[int, str]  # layer, projection

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from turret.server.adapters.operators import BaseRows
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
-from turret.server.adapters.operators.operator import BaseRows
 from turret.server.adapters.operators.vocabulary import VocabularyOperators
 
 

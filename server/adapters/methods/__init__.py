@@ -12,7 +12,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
+from turret.server.adapters.checkpoint import AdapterCheckpoint, Findings
 from turret.server.adapters.lowering import LinearMethod, Method
 from turret.server.adapters.methods.prompt_kit import SoftTokens
 from turret.server.basics.names import closest

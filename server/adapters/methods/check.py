@@ -18,7 +18,7 @@ from turret.server.adapters.adapter import (
     TOKENIZER_FILE,
 )
 from turret.server.adapters.base import BaseSizes
-from turret.server.adapters.checkpoint.adapter_checkpoint import (
+from turret.server.adapters.checkpoint import (
     AdapterCheckpoint,
     Findings,
     canonical_names,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from turret.server.adapters.adapter import TENSORS_FILE
 from turret.server.adapters.base import BaseNorm
-from turret.server.adapters.checkpoint.adapter_checkpoint import Findings
+from turret.server.adapters.checkpoint import Findings
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.peft_format.linear_format import SELECTION
 from turret.server.adapters.peft_format.targets import resolve_targets

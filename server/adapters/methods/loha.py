@@ -7,7 +7,7 @@ rejected unless the first number is smaller; for a square module, unless ``r² <
 
 from __future__ import annotations
 
-from turret.server.adapters.checkpoint.adapter_checkpoint import MAX_REPORTED
+from turret.server.adapters.checkpoint import MAX_REPORTED
 from turret.server.adapters.methods.kit import *
 from turret.server.errors import BudgetExceededError
 

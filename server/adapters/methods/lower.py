@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
+from turret.server.adapters.checkpoint import AdapterCheckpoint, Findings
 from turret.server.adapters.component import FindComponent, find_no_component
 from turret.server.adapters.lowering import Lowered
 from turret.server.adapters.methods import check_common, method_for

@@ -12,7 +12,7 @@ from typing import Any
 
 from turret.lazy_torch import torch
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.checkpoint.adapter_checkpoint import PROMPT_EMBEDDINGS
+from turret.server.adapters.checkpoint import PROMPT_EMBEDDINGS
 from turret.server.adapters.lowering import Lowered, Start, finish
 from turret.server.adapters.operators.soft_prompt import PrefixKv, SoftPrompt
 from turret.server.adapters.peft_format.config_rules import (

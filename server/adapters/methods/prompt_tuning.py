@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from turret.server.adapters.checkpoint.adapter_checkpoint import PROMPT_EMBEDDINGS
+from turret.server.adapters.checkpoint import PROMPT_EMBEDDINGS
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.methods.prompt_kit import WITH_TEXT, SoftTokens
 

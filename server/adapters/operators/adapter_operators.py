@@ -17,11 +17,11 @@ from typing import TypeVar
 
 from turret.lazy_torch import torch
 from turret.server.adapters.base import BaseModule
+from turret.server.adapters.operators import BaseRows, Operator, ServedWeight
 from turret.server.adapters.operators.classifier import Classifier
 from turret.server.adapters.operators.constant_kv import ConstantKv
 from turret.server.adapters.operators.input_blocks import InputBlocks
 from turret.server.adapters.operators.low_rank import ExpertLowRank, LowRank
-from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
 from turret.server.adapters.operators.pair_rotation import PairRotation
 from turret.server.adapters.operators.soft_prompt import SoftPrompt
 from turret.server.adapters.operators.token_router import TokenRouter

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from turret.kernels.cpu.row_adapters import spectrum, transform_products, transforms
-from turret.kernels.rows.linear import row_product
+from turret.kernels.rows import row_product
 from turret.lazy_torch import torch
-from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
+from turret.server.adapters.operators import BaseRows, Operator, ServedWeight
 
 
 @dataclass(frozen=True)

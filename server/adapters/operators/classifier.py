@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from turret.lazy_torch import torch
-from turret.server.adapters.operators.operator import Tensors
+from turret.server.adapters.operators import Tensors
 
 
 @dataclass(frozen=True, slots=True)

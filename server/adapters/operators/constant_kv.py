@@ -10,10 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from turret.kernels.rows.elementwise import row_exp_
-from turret.kernels.rows.linear import row_linear
+from turret.kernels.rows import row_exp_, row_linear
 from turret.lazy_torch import torch
-from turret.server.adapters.operators.operator import Operator
+from turret.server.adapters.operators import Operator
 
 # Matrix sides are padded to a multiple of this, so that fewer shapes have to be probed.
 _MULTIPLE = 16

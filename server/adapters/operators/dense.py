@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from turret.kernels.cpu.native import has_kernels
+from turret.kernels.cpu import has_kernels
 from turret.kernels.cpu.products import dot_products
-from turret.kernels.rows.linear import prepare_linear, row_linear
+from turret.kernels.rows import prepare_linear, row_linear
 from turret.lazy_torch import torch
-from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
+from turret.server.adapters.operators import BaseRows, Operator, ServedWeight
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,9 @@ from itertools import pairwise
 from typing import Self
 
 from turret.kernels.fusion_gate import GATE_MULTIPLE, fusion_gate_reference, routing_gate_reference
-from turret.kernels.rows.linear import row_addmm_, row_linear
+from turret.kernels.rows import row_addmm_, row_linear
 from turret.lazy_torch import torch
-from turret.server.adapters.operators.operator import BaseRows, Operator, Tensors
+from turret.server.adapters.operators import BaseRows, Operator, Tensors
 
 
 @dataclass(frozen=True, slots=True)

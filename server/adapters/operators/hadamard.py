@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from turret.kernels.rows.linear import row_product
+from turret.kernels.rows import row_product
 from turret.lazy_torch import torch
-from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight, pieces
+from turret.server.adapters.operators import BaseRows, Operator, ServedWeight, pieces
 
 # Rows of the matrix made at once: two temporaries of 1024 x 14336 in fp32 are 117 MB.
 _ROWS_PER_BLOCK = 1024

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from turret.kernels.rows.linear import row_product
+from turret.kernels.rows import row_product
 from turret.lazy_torch import torch
-from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
+from turret.server.adapters.operators import BaseRows, Operator, ServedWeight
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from turret.lazy_torch import torch
-from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
+from turret.server.adapters.operators import BaseRows, Operator, ServedWeight
 
 # Maximum number of rows that the base multiplies at once.
 _ROWS = 512

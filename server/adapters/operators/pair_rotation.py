@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from turret.lazy_torch import torch
-from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
+from turret.server.adapters.operators import BaseRows, Operator, ServedWeight
 
 
 @dataclass(frozen=True, slots=True)

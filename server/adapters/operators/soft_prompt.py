@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from turret.lazy_torch import torch
-from turret.server.adapters.operators.operator import Tensors
+from turret.server.adapters.operators import Tensors
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from turret.lazy_torch import torch
-from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
+from turret.server.adapters.operators import BaseRows, Operator, ServedWeight
 
 
 @dataclass(frozen=True, slots=True)

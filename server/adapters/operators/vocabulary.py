@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from turret.kernels.rows.linear import row_linear, row_product
+from turret.kernels.rows import row_linear, row_product
 from turret.lazy_torch import torch
-from turret.server.adapters.operators.operator import Tensors
+from turret.server.adapters.operators import Tensors
 
 # Names of the two vocabulary matrices, the embedding and the head, in checkpoints and modules.
 

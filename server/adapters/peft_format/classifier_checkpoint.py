@@ -22,7 +22,7 @@ from turret.server.adapters.adapter import (
     Head,
 )
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
+from turret.server.adapters.checkpoint import AdapterCheckpoint, Findings
 from turret.server.adapters.operators.classifier import Classifier
 from turret.server.adapters.peft_format.config_rules import invalid, listed_twice
 from turret.server.words import say

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from turret.server.adapters.checkpoint.adapter_checkpoint import Findings
+from turret.server.adapters.checkpoint import Findings
 from turret.server.adapters.operators.vocabulary import EMBEDDING, HEAD
 from turret.server.basics.names import closest
 from turret.server.words import Text, say

@@ -24,7 +24,7 @@ from typing import Any
 
 from turret.lazy_torch import torch
 from turret.server.adapters.base import BaseExperts, BaseModel, BaseSizes
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
+from turret.server.adapters.checkpoint import AdapterCheckpoint, Findings
 from turret.server.adapters.checkpoint.reader import all_finite
 from turret.server.adapters.operators.low_rank import ExpertLowRank
 from turret.server.adapters.peft_format.linear_format import PATTERNS

@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any
 
 from turret.server.adapters.adapter import TENSORS_FILE
-from turret.server.adapters.checkpoint.adapter_checkpoint import Findings
+from turret.server.adapters.checkpoint import Findings
 from turret.server.adapters.peft_format.config_rules import (
     Check,
     Rules,

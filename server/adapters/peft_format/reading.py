@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from turret.lazy_torch import torch
 from turret.server.adapters.base import BaseModel, BaseModule, BaseSizes, WeightRows
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
+from turret.server.adapters.checkpoint import AdapterCheckpoint, Findings
 from turret.server.adapters.component import Component, FindComponent, find_no_component
 from turret.server.adapters.peft_format.config_rules import MethodKeys
 from turret.server.adapters.peft_format.refusals import check_task

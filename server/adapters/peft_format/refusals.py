@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from turret.server.adapters.base import BaseModel, BaseSizes
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
+from turret.server.adapters.checkpoint import AdapterCheckpoint, Findings
 from turret.server.errors import AdapterMismatchError, BudgetExceededError
 from turret.server.words import Text, say
 

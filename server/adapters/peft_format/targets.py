@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from turret.server.adapters.checkpoint.adapter_checkpoint import Findings, name_in_training
+from turret.server.adapters.checkpoint import Findings, name_in_training
 from turret.server.adapters.operators.vocabulary import HEAD
 from turret.server.adapters.peft_format.config_rules import Check, invalid, is_number, is_rank
 from turret.server.basics.confined import Confined, ConfinedError

@@ -17,7 +17,7 @@ from typing import Any
 
 from turret.lazy_torch import torch
 from turret.server.adapters.base import BaseModel, BaseVocabulary
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
+from turret.server.adapters.checkpoint import AdapterCheckpoint, Findings
 from turret.server.adapters.operators.vocabulary import (
     EMBEDDING,
     HEAD,

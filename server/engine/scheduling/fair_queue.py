@@ -141,9 +141,15 @@ class FairQueue(Generic[T]):
 
     def peek(self, ready: Callable[[T], bool]) -> T | None:
         """The next item to serve: the first ready one, by tenant, group and turn."""
-        firsts = (line.first(ready, self._places_of) for line in self._lines.values())
-        found = (item for item in firsts if item is not None)
-        return min(found, key=lambda i: (self._places_of(i), self._served[i.group]), default=None)
+        best, least = None, (math.inf, math.inf)
+        for group, line in self._lines.items():
+            item = line.first(ready, self._places_of)
+            if item is None:
+                continue
+            rank = self._places_of(item), self._served[group]
+            if rank < least:
+                best, least = item, rank
+        return best
 
     def served(self, group: Hashable) -> float:
         """A group's service counter: the higher it is, the more the group was served."""

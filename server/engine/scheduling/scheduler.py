@@ -342,7 +342,8 @@ class Scheduler:
             if is_prompt and shares:
                 shares[sequence.tenant] -= num_new
             while sequence.state is SequenceState.RUNNING:
-                if self._reserve(sequence, num_new, new_blocks):
+                known = sequence.num_computed + num_new
+                if self._held.reserve(sequence, known, new_blocks):
                     scheduled.append(Scheduled(sequence, num_new))
                     budget -= num_new
                     break
@@ -506,14 +507,11 @@ class Scheduler:
         """
         num_decodes = len(decodes)
         num_free = max(self._num_seqs - len(self.running), 0)
-        reading = Counter(sequence.tenant for sequence in prompts)
-
-        def is_delayed(tenant: bytes, count: int) -> bool:
+        reading = Counter([sequence.tenant for sequence in prompts])
+        num_delayed = 0
+        for tenant, count in Counter([sequence.tenant for sequence in decodes]).items():
             admissible = min(self.waiting.num_waiting(tenant), num_free)
-            return count >= _MAJORITY * (reading[tenant] + admissible)
-
-        decoding = Counter(sequence.tenant for sequence in decodes)
-        num_delayed = sum(is_delayed(*each) for each in decoding.items())
+            num_delayed += count >= _MAJORITY * (reading[tenant] + admissible)
         if num_delayed == 0:
             return self._num_tokens
         beside = self._most_beside
@@ -533,9 +531,9 @@ class Scheduler:
             prompts: The running prompts.
             left: The tokens that decoding rows leave.
         """
-        tenants = {sequence.tenant for sequence in prompts}
         if not prompts:
             return {}
+        tenants = {sequence.tenant for sequence in prompts}
         if len(self.running) < self._num_seqs:
             waiting = self.waiting.peek(self._may_start)
             # A sequence that did not fit into the last step would leave its share unused.
@@ -560,9 +558,6 @@ class Scheduler:
         chunk = max(int(min(self._room / weight, chunk)), 1) if self._room > 0 else 0
         self._room -= chunk * weight
         return chunk
-
-    def _reserve(self, sequence: Sequence, num_new: int, new_blocks: list[int]) -> bool:
-        return self._held.reserve(sequence, sequence.num_computed + num_new, new_blocks)
 
     def _make_room(self, now: float) -> int:
         """Take a place for a sequence that has waited long enough."""
@@ -639,7 +634,8 @@ class Scheduler:
                 return
             self._preset(sequence, new_blocks, presets)
             num_new = self._chunk(sequence, budget)
-            reserved = self._reserve(sequence, num_new, new_blocks)
+            known = sequence.num_computed + num_new
+            reserved = self._held.reserve(sequence, known, new_blocks)
             assert reserved, "there was room for all of it"
             # Start before remove: the queue forgets a group that neither waits nor runs.
             self.waiting.start(sequence)

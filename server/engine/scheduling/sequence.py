@@ -128,7 +128,11 @@ class Sequence:
         first_pass: The pass that computes its adapter's scalings (``add_first_pass``), with the
             same tokens and blocks of its own; None if no adapter needs one.
         drafter: Drafts the answer's next tokens; None for no drafts.
+        num_prompt: Prompt tokens, virtual positions not counted.
         prompt_end: Positions before the first generated token.
+        group: The key by which requests share fairly: their mix of adapters.
+        party: The key of the client; requests of the same mix take turns between clients.
+        tenant: The key of the tenant; tenants share the running places. Empty if there is none.
     """
 
     request: Request
@@ -152,11 +156,18 @@ class Sequence:
     forecast: int = 0
     drafter: Drafter | None = None
     first_pass: Sequence | None = None
+    num_prompt: int = field(init=False)
     prompt_end: int = field(init=False)
     stages: tuple[Stage, ...] = field(init=False)
+    group: tuple[tuple[str, int, float], ...] = field(init=False)
+    party: bytes = field(init=False)
+    tenant: bytes = field(init=False)
 
     def __post_init__(self) -> None:
         self.waiting_since = self.arrival
+        self.group = self.mix.key
+        self.party, self.tenant = self.request.party, self.request.tenant
+        self.num_prompt = len(self.request.prompt_token_ids)
         self.prompt_end = self.num_virtual + self.num_prompt
         assert self.num_preset <= self.num_virtual
         self.tokens = [PLACEHOLDER] * self.num_virtual
@@ -170,28 +181,8 @@ class Sequence:
         return (self,) if self.first_pass is None else (self, self.first_pass)
 
     @property
-    def num_prompt(self) -> int:
-        """Prompt tokens, virtual positions not counted."""
-        return len(self.request.prompt_token_ids)
-
-    @property
     def num_generated(self) -> int:
         return len(self.tokens) - self.prompt_end
-
-    @property
-    def group(self) -> tuple[tuple[str, int, float], ...]:
-        """The key by which requests share fairly: their mix of adapters."""
-        return self.mix.key
-
-    @property
-    def party(self) -> bytes:
-        """The key of the client; requests of the same mix take turns between clients."""
-        return self.request.party
-
-    @property
-    def tenant(self) -> bytes:
-        """The key of the tenant; tenants share the running places. Empty if there is none."""
-        return self.request.tenant
 
     @property
     def active_mix(self) -> Mix:

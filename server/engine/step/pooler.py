@@ -15,7 +15,7 @@ import torch
 from turret.server.adapters.operators.classifier import Classifier
 from turret.server.engine.scheduling.request import Pooling, PoolingKind
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.step.batch import Placed
+from turret.server.engine.step import Placed
 
 # Number of states that are summed at once; must be a power of two.
 _GROUP = 64

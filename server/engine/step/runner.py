@@ -11,12 +11,12 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from turret.kernels.rows.elementwise import row_log_softmax
-from turret.server.adapters.device.store import AdapterStore, Resident, StepStore
+from turret.kernels.rows import row_log_softmax
+from turret.server.adapters.device import AdapterStore, Resident, StepStore
 from turret.server.adapters.operators.soft_prompt import soft_prompt_of
 from turret.server.basics.work import is_out_of_memory
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
-from turret.server.engine.step.batch import (
+from turret.server.engine.step import (
     NOTHING_ADDED,
     BatchBuilder,
     Placed,
@@ -465,11 +465,6 @@ class Runner:
             assert adapter.operators is not None, "its request is ready or runs"
             known = self._needs[adapter.key] = self._store.needs(adapter.operators)
         return known
-
-    @property
-    def adapter_bytes(self) -> int:
-        """Bytes of the adapters on the device."""
-        return self._store.adapter_bytes
 
     def forget_adapter(self, key: str) -> None:
         """Drop an adapter that is gone."""

@@ -2,7 +2,7 @@
 
 Each row is treated separately: penalties, temperature, filters and the random number come from its
 own request, so a request's tokens for a given seed do not depend on the batch. The torch and cpu
-paths draw the rows one by one here; the gpu path draws all rows at once (``gpu/sampler.py``).
+paths draw the rows one by one here; the gpu path draws all rows at once (``gpu_sampler.py``).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from turret.kernels.likeliest import apply_token_mask, likeliest_tokens
-from turret.kernels.rows.elementwise import row_log_softmax
+from turret.kernels.rows import row_log_softmax
 from turret.server.constraints.matcher import Matcher, Words, roomy_executor
 from turret.server.engine.scheduling.request import SamplingParams
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.step.batch import NOTHING_ADDED, own_logits
+from turret.server.engine.step import NOTHING_ADDED, own_logits
 from turret.server.errors import TurretError
 from turret.server.words import say
 

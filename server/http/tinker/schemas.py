@@ -22,7 +22,7 @@ from turret.server.http.fields import (
     wrong_type,
 )
 from turret.server.http.tinker.wire import MAX_CHUNKS
-from turret.server.training.trainer import ADAM_RANGES
+from turret.server.training import ADAM_RANGES
 from turret.server.words import say
 
 MAX_SAMPLES = 128

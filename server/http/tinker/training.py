@@ -23,7 +23,7 @@ from turret.server.http.tinker.sessions import (
     session_of,
     tenants_of,
 )
-from turret.server.training.trainer import AdamParams, LearnerConfig
+from turret.server.training import AdamParams, LearnerConfig
 from turret.server.words import say
 
 # The entry of ``user_metadata`` that chooses the method of an adapter. Other entries must not begin

@@ -13,8 +13,7 @@ from turret.lazy_torch import torch
 from turret.server.api import training
 from turret.server.api.violations import Violations
 from turret.server.errors import InvalidRequestError
-from turret.server.training.losses import LOSSES, TARGETS
-from turret.server.training.trainer import Datum, DatumLoss
+from turret.server.training import LOSSES, TARGETS, Datum, DatumLoss
 from turret.server.words import say
 from turret.v1 import inference_pb2, tinker_pb2
 

@@ -15,13 +15,13 @@ import torch
 
 from turret.kernels.cpu.row_adapters import Ahead
 from turret.kernels.expert_routing import Routing
-from turret.server.adapters.device.store import AdapterStep, ExpertPairs
+from turret.server.adapters.device import AdapterStep, ExpertPairs
 
 if TYPE_CHECKING:
     from turret.kernels.gpu.low_rank import Shrink
     from turret.kernels.gpu.nf4 import Epilogue
-    from turret.server.adapters.device.gpu.store import GpuAdapterStep
-    from turret.server.models.weights.base_linear import BaseLinear
+    from turret.server.adapters.device.gpu_store import GpuAdapterStep
+    from turret.server.models.weights import BaseLinear
     from turret.server.models.weights.nf4_experts import Nf4Experts
     from turret.server.models.weights.nf4_gpu import Nf4Product
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from turret.kernels.cpu import has_layer_ops, num_threads
 from turret.kernels.cpu.layers import (
     CLAMPED_SWIGLU,
     GELU,
@@ -34,19 +35,18 @@ from turret.kernels.cpu.layers import (
     run_layers,
     silu_mul,
 )
-from turret.kernels.cpu.native import has_layer_ops, num_threads
 from turret.kernels.cpu.products import TILE_ROWS, serves_dense
 from turret.kernels.nf4_matmul import MXFP4
 from turret.kernels.paged_attention import SequenceSpan, prepare_attention
+from turret.server.adapters.device import AdapterStep
 from turret.server.adapters.device.cpu import CpuStep
-from turret.server.adapters.device.store import AdapterStep
+from turret.server.models.decoding import Arch, ClampedSwiglu
 from turret.server.models.decoding.adapted_linear import AdaptedExperts, AdaptedLinear
-from turret.server.models.decoding.arch import Arch, ClampedSwiglu
 from turret.server.models.decoding.layer_ops import Angles, KvCache, LayerOps, no_rotation
 
 if TYPE_CHECKING:
     from turret.server.models.decoding.decoder import DecoderLayer
-    from turret.server.models.weights.base_linear import BaseLinear
+    from turret.server.models.weights import BaseLinear
 
 
 # Layer operations of the cpu path: the compiled kernels (bf16 and fp32).

@@ -18,17 +18,16 @@ import torch
 import torch.nn.functional as F
 
 from turret.kernels.likeliest import MOST_ROWS, Screen, ScreenCodes, likeliest_tokens
-from turret.kernels.rows.elementwise import row_softcap_
-from turret.kernels.rows.linear import row_linear
+from turret.kernels.rows import row_linear, row_softcap_
+from turret.server.adapters.device import AdapterStep
 from turret.server.adapters.device.cpu import CpuStep
-from turret.server.adapters.device.store import AdapterStep
 from turret.server.adapters.device.vocabulary import (
     VocabularyGroup,
     change_embeddings,
     change_logits,
 )
+from turret.server.models.decoding import Arch
 from turret.server.models.decoding.adapted_linear import AdaptedLinear, ExpertMixture
-from turret.server.models.decoding.arch import Arch
 from turret.server.models.decoding.cpu_layers import CpuLayerOps, CpuLayers, choose_layer_ops
 from turret.server.models.decoding.layer_ops import GrowingQueries, KvCache, RotaryAngles
 from turret.server.models.fidelity import Fidelity

@@ -20,9 +20,9 @@ from turret.kernels.gpu.paged_attention import paged_attention
 from turret.kernels.gpu.rms_norm import residual_rms_norm
 from turret.kernels.gpu.rope_kv_write import KvWrite
 from turret.kernels.gpu.tables import AttentionTable
-from turret.kernels.rows.linear import linear_in_pieces
-from turret.server.adapters.device.gpu.store import GpuAdapterStep
-from turret.server.models.decoding.arch import Arch
+from turret.kernels.rows import linear_in_pieces
+from turret.server.adapters.device.gpu_store import GpuAdapterStep
+from turret.server.models.decoding import Arch
 from turret.server.models.decoding.decoder import Decoder, DecoderLayer, StepInput
 from turret.server.models.decoding.layer_ops import KvCache, LayerOps, no_rotation
 from turret.server.models.weights.nf4_gpu import keep_sums_whole

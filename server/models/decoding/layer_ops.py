@@ -12,13 +12,18 @@ from typing import Any
 
 import torch
 
-from turret.kernels.between import residual_rms_norm_reference, rotate_heads
 from turret.kernels.expert_routing import Routing, combine_reference, route_reference
 from turret.kernels.gpu.tables import upload
 from turret.kernels.paged_attention import SequenceSpan, paged_attention_reference, plan_attention
-from turret.kernels.rows.elementwise import row_clamped_swiglu, row_gelu, row_silu
-from turret.server.adapters.device.store import AdapterStep
-from turret.server.models.decoding.arch import LONG, Arch, ClampedSwiglu, QueryGrowth, Rope
+from turret.kernels.rows import (
+    residual_rms_norm_reference,
+    rotate_heads,
+    row_clamped_swiglu,
+    row_gelu,
+    row_silu,
+)
+from turret.server.adapters.device import AdapterStep
+from turret.server.models.decoding import LONG, Arch, ClampedSwiglu, QueryGrowth, Rope
 
 # The paged KV cache's tensors. The engine assigns the blocks.
 

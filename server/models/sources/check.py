@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 from turret.server.basics.files import unwritable
 from turret.server.basics.names import closest
 from turret.server.errors import InvalidRequestError
-from turret.server.models.decoding.arch import Projections
+from turret.server.models.decoding import Projections
 from turret.server.models.families import FAMILIES, text_type
 from turret.server.models.sources.gguf_header import SUFFIX, check_gguf, check_whole, known_fields
 from turret.server.models.sources.model_directory import (

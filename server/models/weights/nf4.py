@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from turret.kernels.cpu.native import has_kernels
+from turret.kernels.cpu import has_kernels
 from turret.kernels.cpu.row_adapters import Ahead
 from turret.kernels.nf4_matmul import MXFP4, NF4, Format
-from turret.kernels.rows.linear import prepare_linear, row_linear, row_linear_transposed
+from turret.kernels.rows import prepare_linear, row_linear, row_linear_transposed
 from turret.server.adapters.base import WeightRows
-from turret.server.models.weights.base_linear import BaseLinear
+from turret.server.models.weights import BaseLinear
 from turret.server.models.weights.nf4_cpu import (
     TILE_ROWS,
     has_library_product,

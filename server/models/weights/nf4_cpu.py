@@ -1,7 +1,7 @@
 """The fused NF4 product on the CPU: the compiled kernel, or bitsandbytes' with AVX512-BF16.
 
 bitsandbytes does not guarantee a row's bits in other batches, so its product is tried first, like
-any library's (``turret.kernels.rows.trial``).
+any library's (``turret.kernels.rows``).
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import functools
 
 import torch
 
-from turret.kernels.cpu.native import functions, has_kernels, num_threads
+from turret.kernels.cpu import functions, has_kernels, num_threads
 from turret.kernels.cpu.products import rounded_gradients
 from turret.kernels.cpu.row_adapters import Ahead
 from turret.kernels.nf4_matmul import MXFP4, Format
-from turret.kernels.rows.trial import SAMPLE_ROWS, Compute, Sizes, choose, in_sizes, name_of
+from turret.kernels.rows import SAMPLE_ROWS, Compute, Sizes, choose, in_sizes, name_of
 
 _BLOCKSIZE = 64
 TILE_ROWS = 32  # Number of outputs whose codes are stored together.

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from turret.kernels.cpu.native import has_kernels
+from turret.kernels.cpu import has_kernels
 from turret.kernels.expert_routing import Routing
 from turret.kernels.nf4_matmul import MXFP4, NF4, Nf4Matrix
 from turret.server.errors import InvalidRequestError
-from turret.server.models.weights.base_linear import BaseLinear
+from turret.server.models.weights import BaseLinear
 from turret.server.models.weights.nf4 import (
     BLOCKSIZE,
     Nf4Weight,

@@ -19,9 +19,9 @@ from turret.kernels.gpu.common import tuning
 from turret.kernels.gpu.low_rank import Shrink, nf4_shrink
 from turret.kernels.gpu.nf4 import Epilogue, nf4_dequantize, nf4_matmul
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
-from turret.kernels.rows.linear import linear_in_pieces, transposed_in_pieces
+from turret.kernels.rows import linear_in_pieces, transposed_in_pieces
 from turret.server.adapters.base import WeightRows
-from turret.server.models.weights.base_linear import BaseLinear
+from turret.server.models.weights import BaseLinear
 
 if TYPE_CHECKING:
     from turret.server.models.weights.nf4 import Nf4Weight

@@ -6,9 +6,9 @@ import pytest
 import torch
 from builders.facts import Resident, resident
 
-from turret.kernels.cpu.native import library
+from turret.kernels.cpu import library
+from turret.server.adapters.device import ProjectionLayout, SliceShape, StepMembers
 from turret.server.adapters.device.cpu import CpuStore
-from turret.server.adapters.device.store import ProjectionLayout, SliceShape, StepMembers
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.low_rank import LowRank, piece_sums
 from turret.server.models.decoding.adapted_linear import AdaptedLinear

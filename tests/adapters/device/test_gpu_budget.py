@@ -12,9 +12,9 @@ from builders.facts import resident
 from builders.operators import Make, every_operator, everywhere, hadamard, low_rank
 from said import says
 
-from turret.server.adapters.device.gpu.slot_tables import GpuSlotTables
-from turret.server.adapters.device.gpu.store import GpuStore
-from turret.server.adapters.device.store import ExpertShape
+from turret.server.adapters.device import ExpertShape
+from turret.server.adapters.device.gpu_slot_tables import GpuSlotTables
+from turret.server.adapters.device.gpu_store import GpuStore
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.low_rank import ExpertLowRank
 from turret.server.adapters.operators.sparse import Sparse

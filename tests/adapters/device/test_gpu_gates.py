@@ -25,8 +25,8 @@ from kernel_traffic import DEVICE, error_ratio
 from torch import Tensor
 
 from turret.kernels.gpu.low_rank import Shrink
-from turret.server.adapters.device.gpu.store import GpuStore
-from turret.server.adapters.device.store import Members
+from turret.server.adapters.device import Members
+from turret.server.adapters.device.gpu_store import GpuStore
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.gate import Gate
 from turret.server.adapters.operators.hadamard import Hadamard

@@ -14,14 +14,14 @@ from builders.facts import Resident, resident
 from builders.operators import Make
 from gpu_path import CountedWrites, OneStepTables
 
-from turret.server.adapters.device.gpu import slot_tables
-from turret.server.adapters.device.gpu.store import GpuStore
-from turret.server.adapters.device.store import (
+from turret.server.adapters.device import (
     AdapterMemoryError,
     ExpertShape,
     ProjectionLayout,
     SliceShape,
 )
+from turret.server.adapters.device import gpu_slot_tables as slot_tables
+from turret.server.adapters.device.gpu_store import GpuStore
 from turret.server.adapters.lowering import in_one_block
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.hadamard import Hadamard

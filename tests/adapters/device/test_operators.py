@@ -19,20 +19,21 @@ from gpu_path import OneStepTables
 from kernel_traffic import MAX_ERROR, error_ratio
 from torch import Tensor
 
-from turret.kernels.cpu import native, row_adapters
+from turret.kernels import cpu as native
+from turret.kernels.cpu import row_adapters
 from turret.kernels.cpu.row_adapters import blocks_bytes
+from turret.server.adapters.device import Members, ProjectionLayout, SliceShape, StepMembers
 from turret.server.adapters.device.cpu import CpuStore
-from turret.server.adapters.device.gpu.store import GpuStore
+from turret.server.adapters.device.gpu_store import GpuStore
 from turret.server.adapters.device.reference import ReferenceStore
-from turret.server.adapters.device.store import Members, ProjectionLayout, SliceShape, StepMembers
+from turret.server.adapters.operators import BaseRows, Operator, ServedWeight
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.constant_kv import ConstantKv
 from turret.server.adapters.operators.gate import Gate
-from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
 from turret.server.adapters.operators.sparse import Sparse
 from turret.server.adapters.operators.vectors import Bias
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
-from turret.server.models.weights.base_linear import BaseLinear
+from turret.server.models.weights import BaseLinear
 
 ROWS = 17
 # The outputs and inputs of a module, and its operator.

@@ -12,8 +12,8 @@ import pytest
 import torch
 from fake_cuda import FakeCuda
 
-from turret.server.adapters.device.gpu import uploads as uploads_module
-from turret.server.adapters.device.gpu.uploads import PinnedRing, Uploads, blocks_of
+from turret.server.adapters.device import gpu_uploads as uploads_module
+from turret.server.adapters.device.gpu_uploads import PinnedRing, Uploads, blocks_of
 from turret.server.adapters.lowering import in_one_block
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.low_rank import LowRank

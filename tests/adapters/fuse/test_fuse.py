@@ -21,6 +21,7 @@ from turret.server.adapters import module_fuser as fused_module
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.adapters.combination import NAMES, Combination
 from turret.server.adapters.module_fuser import Factors, energy_rank, ratio, side_by_side
+from turret.server.adapters.operators import Operator
 from turret.server.adapters.operators.adapter_operators import (
     AdapterOperators,
     ModuleOperators,
@@ -28,7 +29,6 @@ from turret.server.adapters.operators.adapter_operators import (
     beyond_updates,
 )
 from turret.server.adapters.operators.low_rank import LowRank
-from turret.server.adapters.operators.operator import Operator
 from turret.server.errors import (
     AdapterChangedError,
     AdapterExistsError,

@@ -18,12 +18,12 @@ from said import says
 from servers.engine_harness import make_request
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from turret.kernels.cpu.native import library
+from turret.kernels.cpu import library
 from turret.server.adapters.adapter import Source
 from turret.server.adapters.base import Allowed, BaseModel, BaseModule, BaseVocabulary
+from turret.server.adapters.device import ProjectionLayout, SliceShape, StepMembers
 from turret.server.adapters.device.cpu import CpuStore
 from turret.server.adapters.device.reference import ReferenceStore
-from turret.server.adapters.device.store import ProjectionLayout, SliceShape, StepMembers
 from turret.server.adapters.loader import AdapterLoader
 from turret.server.errors import BudgetExceededError
 from turret.server.models.decoding.adapted_linear import AdaptedLinear

@@ -25,7 +25,7 @@ from servers.engine_harness import make_request
 
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
+from turret.server.adapters.checkpoint import AdapterCheckpoint
 from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.state_dir import SavedRegistration
 from turret.server.errors import AdapterCheckpointError, AdapterExistsError

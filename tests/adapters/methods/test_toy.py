@@ -135,7 +135,7 @@ NEW_OPERATOR = '''
 from dataclasses import dataclass
 
 from turret.server.adapters.methods.kit import *
-from turret.server.adapters.operators.operator import Operator
+from turret.server.adapters.operators import Operator
 
 
 @dataclass(frozen=True, slots=True)

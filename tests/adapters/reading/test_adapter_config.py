@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from said import fields_of, says
 
 from turret.server.adapters.adapter import TENSORS_FILE
-from turret.server.adapters.checkpoint.adapter_checkpoint import MAX_REPORTED, Findings
+from turret.server.adapters.checkpoint import MAX_REPORTED, Findings
 from turret.server.adapters.methods import METHODS, UNSERVED
 from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.errors import AdapterCheckpointError, AdapterMismatchError

@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 from said import says
 
 from turret.server.adapters.adapter import Source
-from turret.server.adapters.checkpoint import adapter_root, reader
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
+from turret.server.adapters.checkpoint import AdapterCheckpoint, adapter_root, reader
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot, DigestCache, stamp_of
 from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.loader import AdapterLoader

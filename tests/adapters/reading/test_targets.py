@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import _ExcludedModule as ExcludedModule
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from turret.server.adapters.checkpoint.adapter_checkpoint import Findings
+from turret.server.adapters.checkpoint import Findings
 from turret.server.adapters.peft_format import targets as pattern_match
 from turret.server.adapters.peft_format.targets import Pattern, Targets, match_all, resolve_targets
 

@@ -23,7 +23,7 @@ from said import says
 
 from turret.server.adapters import name_table
 from turret.server.adapters.adapter import BASE_MIX, AdapterRef
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
+from turret.server.adapters.checkpoint import AdapterCheckpoint
 from turret.server.adapters.loader import LoadedAdapter
 from turret.server.basics.names import closest
 from turret.server.errors import (

@@ -14,8 +14,8 @@ from builders.training import write_jsonl
 from said import texts_of
 
 from turret.clients.rows import EvalExample, RowError, read_eval_set
-from turret.training.errors import DataError
 from turret.training.examples import read_examples
+from turret.training.words import DataError
 
 USER = {"role": "user", "content": "a"}
 ANSWER = {"role": "assistant", "content": "a"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from turret.server.engine.step.gpu import executor
+from turret.server.engine.step import gpu_executor as executor
 
 
 @pytest.fixture(autouse=True)

@@ -21,10 +21,10 @@ from method_oracle import check_greedy, prompt_of, serve, twin
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.adapters.adapter import AdapterRef
-from turret.server.adapters.device.gpu.store import GpuStore
-from turret.server.adapters.device.store import Resident
+from turret.server.adapters.device import Resident
+from turret.server.adapters.device.gpu_store import GpuStore
 from turret.server.engine.scheduling.request import Request
-from turret.server.engine.step.gpu import executor
+from turret.server.engine.step import gpu_executor as executor
 
 pytestmark = [
     pytest.mark.usefixtures("coarse_tiles"),

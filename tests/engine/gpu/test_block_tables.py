@@ -9,7 +9,7 @@ import torch
 from builders.sequences import sequence_of
 
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.step.gpu.tables import BlockTables
+from turret.server.engine.step.gpu_tables import BlockTables
 
 CPU = torch.device("cpu")
 

@@ -31,7 +31,7 @@ from counted_steps import (
     vocabulary,
 )
 
-from turret.server.engine.step.gpu.executor import DecodeGraphs, GpuExecutor, Outputs, warm_up
+from turret.server.engine.step.gpu_executor import DecodeGraphs, GpuExecutor, Outputs, warm_up
 
 # Launches of a step of 32 layers, including sampling. These limits may only decrease.
 MAX_LAUNCHES = {

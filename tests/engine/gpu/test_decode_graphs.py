@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from fake_cuda import FakeCuda
 from gpu_path import FakeCapture
 
-from turret.server.adapters.device.gpu.uploads import StepStream, beside_steps
-from turret.server.engine.step.gpu import executor
-from turret.server.engine.step.gpu.executor import WINDOW, CudaCapture, DecodeGraphs, buckets
+from turret.server.adapters.device.gpu_uploads import StepStream, beside_steps
+from turret.server.engine.step import gpu_executor as executor
+from turret.server.engine.step.gpu_executor import WINDOW, CudaCapture, DecodeGraphs, buckets
 
 CPU = torch.device("cpu")
 

@@ -29,16 +29,16 @@ from turret.kernels.fusion_gate import MAX_COMPONENTS
 from turret.kernels.gpu.hadamard import MAX_RANK as MAX_HADAMARD_RANK
 from turret.kernels.gpu.kronecker import MAX_IN_M, MAX_RANK
 from turret.server.adapters.adapter import Mix
-from turret.server.adapters.device.gpu.store import GpuStore
-from turret.server.adapters.device.store import has_kernel
+from turret.server.adapters.device import has_kernel
+from turret.server.adapters.device.gpu_store import GpuStore
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.gate import Gate
 from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.kronecker import Kronecker
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
-from turret.server.engine.step.gpu import executor as gpu_executor
-from turret.server.engine.step.gpu.executor import GpuExecutor, largest_step, warm_up
+from turret.server.engine.step import gpu_executor
+from turret.server.engine.step.gpu_executor import GpuExecutor, largest_step, warm_up
 from turret.server.models.decoding.gpu_decoder import GpuStep
 from turret.server.models.decoding.layer_ops import KvCache
 from turret.server.models.describe import describe_projections

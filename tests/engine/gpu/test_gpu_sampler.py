@@ -12,8 +12,8 @@ from fake_cuda import FakeCuda, FakeEvent
 from turret.kernels.gpu.tables import SamplingTable
 from turret.server.engine.scheduling.request import StopConditions
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.step.gpu import sampler as gpu_sampler
-from turret.server.engine.step.gpu.sampler import GpuSampler
+from turret.server.engine.step import gpu_sampler
+from turret.server.engine.step.gpu_sampler import GpuSampler
 from turret.server.engine.step.sampler import Draw, Sampler
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="made for the interpreter")

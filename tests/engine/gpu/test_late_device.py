@@ -18,17 +18,17 @@ from transformers import LlamaConfig
 from turret.kernels.gpu import tables as staged_buffer
 from turret.kernels.gpu.tables import ATTENTION_HEADER
 from turret.server.adapters.adapter import Mix
-from turret.server.adapters.device.gpu import uploads as uploads_module
-from turret.server.adapters.device.gpu.pack import GpuPack
-from turret.server.adapters.device.gpu.store import GpuStore
-from turret.server.adapters.device.store import AdapterMemoryError
+from turret.server.adapters.device import AdapterMemoryError
+from turret.server.adapters.device import gpu_uploads as uploads_module
+from turret.server.adapters.device.gpu_pack import GpuPack
+from turret.server.adapters.device.gpu_store import GpuStore
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.peft_format.reading import dora_gain
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
-from turret.server.engine.step.gpu.executor import CudaCapture, DecodeGraphs, GpuExecutor
-from turret.server.engine.step.gpu.tables import BlockTables
+from turret.server.engine.step.gpu_executor import CudaCapture, DecodeGraphs, GpuExecutor
+from turret.server.engine.step.gpu_tables import BlockTables
 from turret.server.engine.step.runner import DeviceFullError, Runner
 from turret.server.models.decoding.layer_ops import KvCache
 from turret.server.models.describe import describe_projections

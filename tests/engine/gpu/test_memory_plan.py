@@ -14,11 +14,11 @@ from builders.adapters import tiny_llama
 
 from turret.server import build
 from turret.server.adapters.adapter import Mix
-from turret.server.adapters.device.gpu.store import GpuStore
+from turret.server.adapters.device.gpu_store import GpuStore
 from turret.server.config import GIB, AdapterConfig, Config, SchedulerConfig
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence
-from turret.server.engine.step.gpu.executor import (
+from turret.server.engine.step.gpu_executor import (
     GpuExecutor,
     adapter_bytes,
     is_fused,

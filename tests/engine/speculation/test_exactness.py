@@ -16,11 +16,10 @@ from method_oracle import prompt_of, serve, twin
 from servers.engine_harness import Answer, make_request
 from servers.planted_drafts import PlantedDrafts
 
-from turret.kernels.cpu import native
+from turret.kernels import cpu as native
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.engine.scheduling.request import Request, SamplingParams
-from turret.server.engine.step import runner
-from turret.server.engine.step.batch import Placed, StepRows
+from turret.server.engine.step import Placed, StepRows, runner
 from turret.server.engine.step.sampler import Adjustment, Sampler
 
 MAX_TOKENS = 24

@@ -33,7 +33,7 @@ from turret.server.api.tenants import Tenants
 from turret.server.errors import InvalidRequestError, QueueFullError
 from turret.server.http.tinker import listing, wire
 from turret.server.http.tinker import sessions as handlers
-from turret.server.training.trainer import MAX_SEQUENCE_TOKENS, LearnerConfig
+from turret.server.training import MAX_SEQUENCE_TOKENS, LearnerConfig
 from turret.v1 import tinker_pb2
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from turret.kernels.cpu import native, row_adapters
+from turret.kernels import cpu as native
+from turret.kernels.cpu import row_adapters
 from turret.kernels.cpu.row_adapters import ModuleSizes, ModuleTable, RowAdapters, RowSegment
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from kernel_traffic import error_ratio
 
-from turret.kernels.cpu import native
+from turret.kernels import cpu as native
 from turret.kernels.cpu.products import dense_product, serves_dense
 from turret.kernels.cpu.row_adapters import ExpertAdapters, ExpertTable
 from turret.kernels.expert_routing import route_reference

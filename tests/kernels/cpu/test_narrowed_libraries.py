@@ -38,12 +38,12 @@ EACH_TIME = ("MKL as on any processor", "torch and oneDNN with AVX2")
 SCRIPT = """
 import torch
 import torch.nn.functional as F
-from turret.kernels.between import row_rms_norm
-from turret.kernels.rows.elementwise import row_exp_
-from turret.kernels.rows.linear import row_addmm_, row_linear
-from turret.kernels.rows.elementwise import row_silu
-from turret.kernels.rows.linear import table_product
-from turret.kernels.rows.trial import cancelling, choices
+from turret.kernels.rows import row_rms_norm
+from turret.kernels.rows import row_exp_
+from turret.kernels.rows import row_addmm_, row_linear
+from turret.kernels.rows import row_silu
+from turret.kernels.rows import table_product
+from turret.kernels.rows import cancelling, choices
 from turret.server.adapters.operators.hadamard import Hadamard
 
 torch.set_num_threads(1)

@@ -28,7 +28,8 @@ import pytest
 import torch
 from kernel_traffic import error_ratio
 
-from turret.kernels.cpu import native, row_adapters
+from turret.kernels import cpu as native
+from turret.kernels.cpu import row_adapters
 from turret.kernels.cpu.layers import NativeAttentionPlan, add_rms_norm, paged_attention
 from turret.kernels.cpu.row_adapters import (
     CStruct,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from turret.kernels.cpu import native
+from turret.kernels import cpu as native
 from turret.kernels.cpu.isas import FLAGS, ISA_FLAGS
 
 FOLDER = Path(__file__).resolve().parents[3] / "kernels" / "cpu" / "c"

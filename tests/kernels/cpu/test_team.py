@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from turret.kernels.cpu import native
-from turret.kernels.cpu.native import num_threads, use_own_threads
+from turret.kernels import cpu as native
+from turret.kernels.cpu import num_threads, use_own_threads
 from turret.server.basics.work import compute_on_this_thread
 
 ROOT = Path(__file__).resolve().parents[3]

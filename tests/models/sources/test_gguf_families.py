@@ -30,7 +30,7 @@ from servers.engine_harness import EngineHarness, make_request
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
 from turret.server.errors import InvalidRequestError
-from turret.server.models.decoding.arch import Projections
+from turret.server.models.decoding import Projections
 from turret.server.models.families import read_arch, text_config
 from turret.server.models.model_source import resolve_model
 from turret.server.models.sources.check import check_model, default_cache_dir

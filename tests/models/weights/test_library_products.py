@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from turret.kernels.rows.linear import (
+from turret.kernels.rows import (
     _addmm_in_pieces,
     linear_in_pieces,
     row_addmm_,

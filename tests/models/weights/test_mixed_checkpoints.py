@@ -35,7 +35,7 @@ from said import says
 from servers.engine_harness import Asked, EngineHarness, make_request
 from servers.gpu_serving import gpu_serving
 
-from turret.kernels.cpu.native import library
+from turret.kernels.cpu import library
 from turret.server.cli import main
 from turret.server.command.preflight import problems
 from turret.server.config import Config, ModelConfig

@@ -19,8 +19,8 @@ import pytest
 import torch
 from kernel_traffic import error_ratio
 
-from turret.kernels.cpu import native
-from turret.kernels.cpu.native import library
+from turret.kernels import cpu as native
+from turret.kernels.cpu import library
 from turret.kernels.nf4_matmul import NF4
 from turret.server.models.weights import nf4_cpu
 from turret.server.models.weights.nf4 import BLOCKSIZE, Nf4Weight, PackedLinear, nf4_linear

@@ -9,7 +9,7 @@ import torch
 
 from turret.kernels.expert_routing import Routing, route_reference
 from turret.server.models.sources.expert_stacks import dequantize_mxfp4
-from turret.server.models.weights.base_linear import BaseLinear
+from turret.server.models.weights import BaseLinear
 from turret.server.models.weights.nf4 import Nf4Weight, nf4_linear
 from turret.server.models.weights.nf4_experts import Nf4Experts
 

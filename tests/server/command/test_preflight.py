@@ -29,10 +29,8 @@ from turret.server.models.families import served_types
 from turret.server.models.sources.check import FoundModel
 from turret.server.remote import AdapterHub
 from turret.server.words import Text, say
-from turret.training.errors import ConfigError, RunError
-from turret.training.run.folder import RunFolder
-from turret.training.settings.checks import check_inputs
-from turret.training.settings.config import (
+from turret.training.run import RunFolder
+from turret.training.settings import (
     BaseConfig,
     DataConfig,
     MethodConfig,
@@ -40,6 +38,8 @@ from turret.training.settings.config import (
     RunConfig,
     TrainConfig,
 )
+from turret.training.settings.checks import check_inputs
+from turret.training.words import ConfigError, RunError
 
 ADAPTERS = ROOT / "examples" / "adapters"
 

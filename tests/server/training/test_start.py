@@ -15,9 +15,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
 
 from turret.server.models.describe import describe_base
+from turret.server.training import METHODS, AdamParams, LearnerConfig
 from turret.server.training.learner import Learner, new_adapter, num_bytes
-from turret.server.training.methods import METHODS
-from turret.server.training.trainer import AdamParams, LearnerConfig
 
 PREFIX = "base_model.model."
 

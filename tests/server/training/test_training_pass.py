@@ -15,7 +15,7 @@ from gradient_oracle import Base, check, texts_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from turret.kernels.rows.linear import transposed_in_pieces
+from turret.kernels.rows import transposed_in_pieces
 from turret.server.training.training_pass import Segment, TrainingPass, largest_pass
 
 METHODS = (

@@ -31,12 +31,10 @@ from turret.server.errors import (
     InvalidRequestError,
     UnavailableError,
 )
+from turret.server.training import METHODS, AdamParams, Datum, LearnerConfig, Published, service
 from turret.server.training import learner as learner_module
-from turret.server.training import service
 from turret.server.training.learner import num_bytes
-from turret.server.training.methods import METHODS
 from turret.server.training.service import TrainingService
-from turret.server.training.trainer import AdamParams, Datum, LearnerConfig, Published
 from turret.server.training.training_pass import TrainingPass
 
 ADAM = AdamParams(learning_rate=3e-2)

@@ -25,7 +25,7 @@ from turret.server.adapters.base import (
     BaseVocabulary,
     ModuleSize,
 )
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
+from turret.server.adapters.checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.component import Component, ComponentRef

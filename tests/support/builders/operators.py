@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from turret.server.adapters.operators import Operator
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.circulant import Circulant
 from turret.server.adapters.operators.constant_kv import ConstantKv
@@ -21,7 +22,6 @@ from turret.server.adapters.operators.input_blocks import InputBlocks
 from turret.server.adapters.operators.kronecker import Kronecker
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.operators.modulated_base import ModulatedBase
-from turret.server.adapters.operators.operator import Operator
 from turret.server.adapters.operators.pair_rotation import PairRotation
 from turret.server.adapters.operators.soft_prompt import PrefixKv, SoftPrompt
 from turret.server.adapters.operators.sparse import Sparse
@@ -32,7 +32,7 @@ from turret.server.adapters.operators.vocabulary import (
     VocabularyOperators,
     VocabularyRows,
 )
-from turret.server.models.decoding.arch import Arch
+from turret.server.models.decoding import Arch
 
 # Makes an operator for a module with these numbers of outputs and inputs, in this dtype.
 Make = Callable[[int, int, torch.dtype], Operator]

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from turret.server.models.decoding.arch import Arch
+from turret.server.models.decoding import Arch
 from turret.server.models.families import read_arch
 from turret.server.models.model_source import resolve_model
 from turret.server.models.sources.check import default_cache_dir

@@ -8,8 +8,8 @@ from typing import Any
 
 from command_modules import loaded_and_said_by
 
+from turret.training.settings import build_config
 from turret.training.settings.checks import check_inputs
-from turret.training.settings.config import build_config
 from turret.training.settings.resolve import Resolved, resolve
 from turret.training.settings.variants import Variant, read_variants
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from turret.server.basics.settings import fields_of, tables_of, toml_value
-from turret.training.methods import METHODS
-from turret.training.methods.method import PeftMethod
-from turret.training.settings.config import DECLARED, TrainConfig
+from turret.training.methods import METHODS, PeftMethod
+from turret.training.settings import DECLARED, TrainConfig
 
 
 def render_config_reference() -> str:

@@ -12,8 +12,8 @@ from unittest.mock import patch
 from gpu_path import FakeCapture, coarse_tiles
 from servers.engine_harness import EngineHarness
 
-from turret.server.engine.step.gpu import executor
-from turret.server.engine.step.gpu.executor import Capture
+from turret.server.engine.step import gpu_executor as executor
+from turret.server.engine.step.gpu_executor import Capture
 
 
 @contextlib.asynccontextmanager

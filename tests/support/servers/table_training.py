@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 from turret.server.errors import InvalidRequestError
-from turret.server.training.trainer import AdamParams, Datum, DatumLoss, LearnerConfig, Published
+from turret.server.training import AdamParams, Datum, DatumLoss, LearnerConfig, Published
 from turret.server.words import say
 
 CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}

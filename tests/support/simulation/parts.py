@@ -202,10 +202,6 @@ class Runner:
     def refusal(self, sequence: Sequence) -> TurretError | None:
         return None
 
-    @property
-    def adapter_bytes(self) -> int:
-        return 0
-
 
 def drafter_of(sequence: Sequence, max_tokens: int) -> Drafter:
     """A drafter for a sequence, which also drafts end tokens, so that answers end within drafts."""

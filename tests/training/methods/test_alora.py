@@ -19,7 +19,6 @@ from turret.training.base_model import load_model, without_peft_warnings
 from turret.training.batches import make_batch
 from turret.training.classifier import make_loss
 from turret.training.engine import attach, trainable
-from turret.training.errors import ConfigError, DataError
 from turret.training.examples import (
     Encoded,
     Example,
@@ -28,8 +27,9 @@ from turret.training.examples import (
     invocation_of,
 )
 from turret.training.run.samples import draw_samples, model_answers
-from turret.training.settings.config import DataConfig
+from turret.training.settings import DataConfig
 from turret.training.trainer import Trainer
+from turret.training.words import ConfigError, DataError
 
 INVOCATION = "[judge]"
 KEYS = ("method.name=alora", f"method.invocation={INVOCATION}", "method.rank=4")

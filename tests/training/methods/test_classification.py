@@ -22,13 +22,13 @@ from turret.server.engine.scheduling.request import Pooling
 from turret.training.batches import make_batch
 from turret.training.classifier import ClassifierLoss, MultiLabelLoss, label_scores, make_loss
 from turret.training.engine import attach
-from turret.training.errors import ConfigError, DataError
 from turret.training.examples import Example, encode_prompt, read_examples
 from turret.training.memory import estimate_memory
 from turret.training.report import render_report
-from turret.training.run.folder import read_metrics
-from turret.training.settings.config import DataConfig
+from turret.training.run import read_metrics
+from turret.training.settings import DataConfig
 from turret.training.trainer import Trainer
+from turret.training.words import ConfigError, DataError
 
 CLASSIFY = Pooling(classifies=True)
 FRUIT, TOOLS = ("apple", "pear", "plum", "fig"), ("saw", "axe", "drill", "file")

@@ -23,17 +23,17 @@ from turret.server.errors import BudgetExceededError
 from turret.training.base_model import load_model, without_peft_warnings
 from turret.training.batches import make_batch
 from turret.training.engine import PeftEngine, attach, pad_token, trainable
-from turret.training.errors import ConfigError
 from turret.training.loss import LossFunction, learning_rate, make_optimizer, set_learning_rate
 from turret.training.methods import METHODS
 from turret.training.plan import make_plan
-from turret.training.run.folder import read_metrics
+from turret.training.run import read_metrics
 from turret.training.run.progress import training_progress
 from turret.training.serving_cost import served_base, serving_cost
-from turret.training.settings.config import OptimizerConfig
+from turret.training.settings import OptimizerConfig
 from turret.training.settings.resolve import Resolved
 from turret.training.sweep import sweep
 from turret.training.trainer import Trainer, validation_loss
+from turret.training.words import ConfigError
 
 # Learned fusion is trained over other adapters, without PEFT; see test_fusion_training.py.
 NAMES = tuple(name for name in METHODS if name != "learned_fusion")

@@ -26,11 +26,11 @@ from torch.nn.functional import cross_entropy
 
 from turret.training.batches import IGNORED, TrainingBatch, make_batch, pack_rows
 from turret.training.engine import attach
-from turret.training.errors import ConfigError
 from turret.training.examples import Encoded
 from turret.training.fusion import FusionLoss, FusionModel, read_components
 from turret.training.loss import LossFunction
 from turret.training.trainer import Trainer
+from turret.training.words import ConfigError
 
 GUIDANCE = 0.7
 NAMES = ("a", "b")

@@ -21,10 +21,10 @@ from torch import nn
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.errors import AdapterCheckpointError
 from turret.training.engine import attach
-from turret.training.errors import ConfigError
 from turret.training.fusion import FusionLayer, FusionModel, read_components
 from turret.training.settings.resolve import Resolved
 from turret.training.trainer import Trainer
+from turret.training.words import ConfigError
 
 INNER, OUT, D_K = 24, 16, 5
 

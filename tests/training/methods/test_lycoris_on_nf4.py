@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from turret.training.methods.lycoris import (
+from turret.training.lycoris import (
     Nf4LohaLinear,
     Nf4LokrLinear,
     hadamard_product,

@@ -18,10 +18,10 @@ from said import says
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.training.base_model import find_base, load_model
-from turret.training.errors import ConfigError
 from turret.training.memory import estimate_memory
 from turret.training.serving_cost import serving_cost
 from turret.training.trainer import Trainer
+from turret.training.words import ConfigError
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]
 WITH_EXPERTS = ("olmoe", "qwen3_moe")

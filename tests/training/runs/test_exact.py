@@ -23,14 +23,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from turret.training import engine
 from turret.training.base_model import find_base, load_model
 from turret.training.batches import make_batch, pack_rows
-from turret.training.errors import RunError
 from turret.training.fusion import adapter_digest
 from turret.training.loss import HEAD_ROWS, LossFunction
-from turret.training.run.folder import RunFolder, read_metrics
-from turret.training.settings.config import render_config
+from turret.training.run import RunFolder, read_metrics
+from turret.training.settings import render_config
 from turret.training.trainer import Trainer
 from turret.training.verbs import with_errors
-from turret.training.words import say
+from turret.training.words import RunError, say
 
 EXACT = "base.dtype=float32"
 

@@ -18,8 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from turret.training.base_model import find_base
 from turret.training.engine import PeftEngine
 from turret.training.in_process_engine import InProcessEngine, in_process_engines
-from turret.training.run.folder import read_metrics
-from turret.training.settings.config import render_config
+from turret.training.run import read_metrics
+from turret.training.settings import render_config
 from turret.training.trainer import Trainer
 
 EXACT = ("base.dtype=bfloat16", "run.adapter_dtype=float32")

@@ -19,8 +19,7 @@ from turret.training.base_model import without_peft_warnings
 from turret.training.engine import attach, trainable
 from turret.training.examples import Encoded
 from turret.training.report import Curve, curves_svg, render_report
-from turret.training.run import progress
-from turret.training.run.folder import RunFolder, read_metrics
+from turret.training.run import RunFolder, progress, read_metrics
 from turret.training.run.progress import training_progress
 from turret.training.run.samples import draw_samples, model_answers
 from turret.training.trainer import Trainer

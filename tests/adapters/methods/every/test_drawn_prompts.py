@@ -36,7 +36,7 @@ from transformers import LlamaForCausalLM
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.gate import Gate
-from turret.server.engine.step.batch import first_scalings, scalings
+from turret.server.engine.step import first_scalings, scalings
 
 EXAMPLES = 20
 DRAWING = drawing(EXAMPLES)

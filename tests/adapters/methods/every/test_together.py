@@ -27,7 +27,7 @@ from builders.mixes.routers import write_router
 from method_oracle import check_methods, check_mixes, prompt_of, serve, twin
 from servers.engine_harness import Answer, EngineHarness, make_request
 
-from turret.kernels.cpu import native
+from turret.kernels import cpu as native
 from turret.server.adapters.methods import METHODS
 from turret.server.engine.scheduling.request import Request
 

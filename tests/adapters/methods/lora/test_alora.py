@@ -34,7 +34,7 @@ from method_oracle import (
 from said import fields_of, says
 from servers.engine_harness import make_request
 
-from turret.kernels.cpu import native
+from turret.kernels import cpu as native
 from turret.server.adapters.adapter import Source
 from turret.server.adapters.component import Component, ComponentRef
 from turret.server.adapters.lowering import check_fusable

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from turret.server.adapters.device.store import Members, ProjectionLayout, SliceShape
+from turret.server.adapters.device import Members, ProjectionLayout, SliceShape
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.gate import Gate, GivenScore, PrototypeScore, QueryScore
 

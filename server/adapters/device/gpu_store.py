@@ -21,22 +21,7 @@ import torch
 from turret.kernels.gpu.low_rank import Shrink, segmented_expand
 from turret.kernels.gpu.nf4 import Epilogue
 from turret.kernels.gpu.tables import SegmentTable
-from turret.server.adapters.device.gpu.pack import (
-    PACKED,
-    GpuGates,
-    GpuPack,
-    GpuPackedProjection,
-    GpuStepGates,
-    StepForm,
-)
-from turret.server.adapters.device.gpu.slot_tables import (
-    GpuSlotTables,
-    GpuStepSlotTables,
-    GpuTables,
-)
-from turret.server.adapters.device.gpu.uploads import Uploads, beside_steps, empty_cache
-from turret.server.adapters.device.reference import Reference, StepReference
-from turret.server.adapters.device.store import (
+from turret.server.adapters.device import (
     AdapterMemoryError,
     AdapterStore,
     BaseProduct,
@@ -48,6 +33,21 @@ from turret.server.adapters.device.store import (
     StepMembers,
     has_kernel,
 )
+from turret.server.adapters.device.gpu_pack import (
+    PACKED,
+    GpuGates,
+    GpuPack,
+    GpuPackedProjection,
+    GpuStepGates,
+    StepForm,
+)
+from turret.server.adapters.device.gpu_slot_tables import (
+    GpuSlotTables,
+    GpuStepSlotTables,
+    GpuTables,
+)
+from turret.server.adapters.device.gpu_uploads import Uploads, beside_steps, empty_cache
+from turret.server.adapters.device.reference import Reference, StepReference
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.gate import Gate
 from turret.server.adapters.operators.low_rank import LowRank

@@ -19,7 +19,7 @@ from turret.kernels.gpu.tables import SamplingTable, has_streams, upload
 from turret.kernels.likeliest import apply_token_mask
 from turret.server.engine.scheduling.request import SamplingParams
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.step.batch import NOTHING_ADDED
+from turret.server.engine.step import NOTHING_ADDED
 from turret.server.engine.step.sampler import (
     NO_MASKS,
     NOTHING_DRAWN,

@@ -25,8 +25,8 @@ from turret.kernels.gpu.tables import (
     upload,
 )
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.step.batch import StepRows
-from turret.server.models.decoding.arch import Arch
+from turret.server.engine.step import StepRows
+from turret.server.models.decoding import Arch
 
 # Block numbers of the running sequences on the device, kept from step to step.
 

@@ -23,10 +23,10 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from turret.server.adapters.adapter import Mix
-from turret.server.adapters.device.gpu.pack import StepForm
-from turret.server.adapters.device.gpu.store import GpuAdapterStep, GpuStore
-from turret.server.adapters.device.gpu.uploads import empty_cache
-from turret.server.adapters.device.store import Resident
+from turret.server.adapters.device import Resident
+from turret.server.adapters.device.gpu_pack import StepForm
+from turret.server.adapters.device.gpu_store import GpuAdapterStep, GpuStore
+from turret.server.adapters.device.gpu_uploads import empty_cache
 from turret.server.adapters.device.vocabulary import VocabularyGroup
 from turret.server.adapters.operators.gate import Gate
 from turret.server.adapters.operators.low_rank import LowRank
@@ -34,7 +34,7 @@ from turret.server.adapters.operators.vectors import Gain
 from turret.server.basics.work import OnProgress, is_out_of_memory
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
-from turret.server.engine.step.batch import (
+from turret.server.engine.step import (
     Placed,
     StepRows,
     StepScalings,
@@ -47,8 +47,8 @@ from turret.server.engine.step.batch import (
     scalings_of,
     scalings_of_rows,
 )
-from turret.server.engine.step.gpu.sampler import GpuSampler
-from turret.server.engine.step.gpu.tables import (
+from turret.server.engine.step.gpu_sampler import GpuSampler
+from turret.server.engine.step.gpu_tables import (
     AttentionWords,
     BlockTables,
     BlockUpdates,

@@ -23,8 +23,8 @@ from turret.kernels.gpu.tables import (
     host_tensor,
     upload,
 )
-from turret.server.adapters.device.gpu.uploads import aligned, apart, by_layers
-from turret.server.adapters.device.store import Members, Part, ProjectionLayout, has_kernel
+from turret.server.adapters.device import Members, Part, ProjectionLayout, has_kernel
+from turret.server.adapters.device.gpu_uploads import aligned, apart, by_layers
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.gate import Gate
 from turret.server.adapters.operators.low_rank import LowRank

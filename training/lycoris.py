@@ -4,19 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import peft
 import torch
-from bitsandbytes.nn.modules import Linear4bit
 from peft.tuners.loha import layer as loha
-from peft.tuners.loha.model import LoHaModel
 from peft.tuners.lokr import layer as lokr
-from peft.tuners.lokr.layer import factorization
-from peft.tuners.lokr.model import LoKrModel
-
-from turret.server.adapters.methods.loha import highest_rank
-from turret.training.base_model import TrainingBase
-from turret.training.methods.method import MethodSettings, PeftMethod, linear_config
-from turret.training.settings.checks import expand_targets, module_sizes
 
 # Layers for an NF4 base (QLoRA, arXiv 2305.14314), which PEFT lacks.
 #
@@ -115,8 +105,6 @@ class Nf4LokrLinear(lokr.Linear):
 
 
 # PEFT takes the first entry that fits, and a Linear4bit is also a torch.nn.Linear.
-LoHaModel.layers_mapping = {Linear4bit: Nf4LohaLinear, **LoHaModel.layers_mapping}
-LoKrModel.layers_mapping = {Linear4bit: Nf4LokrLinear, **LoKrModel.layers_mapping}
 
 
 def _dropped(layer: Nf4LohaLinear | Nf4LokrLinear, name: str, y: torch.Tensor) -> torch.Tensor:
@@ -134,44 +122,3 @@ def _dropped(layer: Nf4LohaLinear | Nf4LokrLinear, name: str, y: torch.Tensor) -
     # LoHa always keeps the mean; LoKr has a switch for it.
     is_mean_kept = layer.rank_dropout_scale.get(name, True)
     return y * (kept / kept.mean() if is_mean_kept else kept)
-
-
-def _own_rank(config: MethodSettings, base: TrainingBase) -> float:
-    return float(config.rank)
-
-
-def _loha_rank(config: MethodSettings, base: TrainingBase) -> int:
-    sizes = module_sizes(base.arch, expand_targets(base.arch, config.targets))
-    return max(1, min(_RANK, *(highest_rank(inner, out) for _, out, inner in sizes)))
-
-
-_RANK = 8
-
-
-_LOHA_KEYS = {"r": "rank", "alpha": "alpha", "rank_dropout": "dropout"}
-_LOKR_KEYS = {
-    **_LOHA_KEYS,
-    "decompose_both": "decompose_both",
-    "decompose_factor": "decompose_factor",
-}
-
-
-def _decomposed_rank(config: MethodSettings, base: TrainingBase) -> int:
-    """The rank to serve; 0 if PEFT decomposes no factor, so that the rank only divides alpha."""
-    for _, *sides in module_sizes(base.arch, config.targets):
-        if config.rank < max(factorization(side, config.decompose_factor)[1] for side in sides) / 2:
-            return config.rank
-    return 0
-
-
-LOHA = PeftMethod(
-    name="loha",
-    peft_config=linear_config(peft.LoHaConfig, _LOHA_KEYS),
-    computed={"rank": _loha_rank, "alpha": _own_rank},
-)
-LOKR = PeftMethod(
-    name="lokr",
-    peft_config=linear_config(peft.LoKrConfig, _LOKR_KEYS),
-    computed={"alpha": _own_rank},
-    served_rank=_decomposed_rank,
-)

@@ -24,20 +24,20 @@ from turret.kernels.gpu.tables import (
     SegmentTable,
     upload,
 )
-from turret.server.adapters.device.gpu.pack import GpuPack, StepForm, padded
-from turret.server.adapters.device.gpu.uploads import aligned, apart
-from turret.server.adapters.device.store import (
+from turret.server.adapters.device import (
     ExpertPairs,
     Members,
     Part,
     ProjectionLayout,
     has_kernel,
 )
+from turret.server.adapters.device.gpu_pack import GpuPack, StepForm, padded
+from turret.server.adapters.device.gpu_uploads import aligned, apart
+from turret.server.adapters.operators import Operator
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.kronecker import Kronecker
 from turret.server.adapters.operators.low_rank import ExpertLowRank
-from turret.server.adapters.operators.operator import Operator
 
 
 class GpuTables(Protocol):

@@ -1,1 +1,0 @@
-"""The gpu path: tables of slots for Triton kernels, and the copies that fill them."""

@@ -1,1 +1,0 @@
-"""Steps on a GPU: tables on the device, captured steps, and sampling on the device."""
