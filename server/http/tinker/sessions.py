@@ -191,6 +191,6 @@ async def cancel(exchange: Exchange) -> Json:
     """Cancel sampling; other work runs to its end."""
     body = exchange.take_body().checked(OfRequest)
     future = tenants_of(exchange).futures.find(owner_of(exchange), body.request_id)
-    if future is not None and future.task is not None:
-        future.task.cancel()
+    if future is not None:
+        future.cancel()
     return {}
