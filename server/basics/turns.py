@@ -7,7 +7,7 @@ import contextlib
 import functools
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Coroutine, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
@@ -144,6 +144,15 @@ class LoopTurns:
                 break
         if self._waiting:
             asyncio.get_running_loop().call_soon(self._next)
+
+
+async def completed(work: Coroutine[Any, Any, _T]) -> _T:
+    """The result of work that runs to its end before a cancelled caller continues."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    finally:
+        await asyncio.wait([task])
 
 
 # Limits on what is open at the same time.

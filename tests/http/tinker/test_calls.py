@@ -29,6 +29,7 @@ from turret.server.api import checkpoints
 from turret.server.api import tenants as sessions
 from turret.server.api.access import MessageMemory, Shares, TokenTable
 from turret.server.api.checkpoints import Checkpoints
+from turret.server.api.futures import Future, Futures
 from turret.server.api.tenants import Tenants
 from turret.server.errors import InvalidRequestError, QueueFullError
 from turret.server.http.tinker import listing, wire
@@ -340,6 +341,43 @@ async def test_samples_are_retrieved_once_and_can_be_cancelled(one: Served) -> N
     await one.ask("/cancel_future", {"request_id": promise["request_id"]})
     assert (await one.result(promise))["category"] == "server"
     assert one.server.engine.streams[-1].cancelled.is_set()
+
+
+async def test_samples_cancelled_before_they_begin_hold_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with tenant(tmp_path, shares=Shares(messages=MessageMemory(20 << 10))) as one:
+        futures, sampler = one.tenants.futures, await one.sampler()
+
+        def begin(owner: str, request_id: str) -> Future:
+            future = Futures.begin(futures, owner, request_id)
+            # A call to cancel_future may run before the new task.
+            asyncio.get_running_loop().call_soon(future.cancel)
+            return future
+
+        monkeypatch.setattr(futures, "begin", begin)
+        for number in range(4):
+            promise = await one.ask("/asample", sample_of(sampler, seq_id=number))
+            assert (await one.result(promise))["category"] == "server"
+
+
+async def test_samplers_whose_clients_disconnected_end_with_their_sessions(one: Served) -> None:
+    path = (await one.save(await one.model(), 1, "x", "_for_sampler"))["path"]
+    one.tables.may_serve.clear()
+    making = asyncio.ensure_future(one.sampler(model_path=path))
+    assert await asyncio.to_thread(one.tables.serving.wait, 60)
+    making.cancel()
+    await asyncio.wait([making])
+    # Meanwhile, the server notices that the client is gone.
+    for _ in range(5):
+        await one.ask("/session_heartbeat", {"session_id": one.session})
+    one.tables.may_serve.set()
+    # The client's files are written one after another.
+    await one.sampler(1, model_path=path)
+    assert len(one.tables.published) == 2
+    await one.ask(f"/sessions/{one.session}/finish", {})
+    await one.tenants.sessions.close()
+    assert not one.tables.published
 
 
 async def test_samples_that_wait_for_the_queue_take_a_bounded_amount_of_memory(
