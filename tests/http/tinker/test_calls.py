@@ -29,7 +29,7 @@ from turret.server.api import checkpoints
 from turret.server.api import tenants as sessions
 from turret.server.api.access import MessageMemory, Shares, TokenTable
 from turret.server.api.checkpoints import Checkpoints
-from turret.server.api.futures import Future, Futures
+from turret.server.api.futures import Future, Futures, Result
 from turret.server.api.tenants import Tenants
 from turret.server.errors import InvalidRequestError, QueueFullError
 from turret.server.http.tinker import listing, wire
@@ -397,6 +397,17 @@ async def test_samples_that_wait_for_the_queue_take_a_bounded_amount_of_memory(
         one.server.engine.refuse = None
 
 
+async def test_results_count_towards_the_memory_of_messages(tmp_path: Path) -> None:
+    async with tenant(tmp_path, shares=Shares(messages=MessageMemory(200 << 10))) as one:
+        futures, found = one.tenants.futures, []
+        for number, size in enumerate((100 << 10, 300 << 10, 100 << 10)):
+            future = futures.begin("", f"{number}")
+            futures.settle(future, Result(bytes(size)))
+            answer = await one.send("/retrieve_future", {"request_id": future.request_id})
+            found.append(answer.status_code)
+        assert found == [200, 429, 200]
+
+
 async def test_stops_and_settings_reach_the_engine(one: Served) -> None:
     sampler = await one.sampler(base_model="fake")
     for number, (stop, expected) in enumerate(
@@ -553,13 +564,15 @@ async def test_a_token_fills_no_more_than_its_share_of_the_disk(
         path = (await a.save(mine, 1, "first", "_external"))["path"]
         room = 20 * taken()
         monkeypatch.setattr(checkpoints.shutil, "disk_usage", usage)
-        # The token's share is five times the first checkpoint: two checkpoints, and samplers.
+        # The token's share is five times the first checkpoint: two checkpoints, and samplers, of
+        # which one always uses the newest weights.
         refused = []
         for number in range(2, 10):
             if number == 2:
                 said = await a.save(mine, number, "second", "_external")
             else:
-                sampler = {"sampling_session_seq_id": number}
+                kind = "inflight" if number == 3 else "snapshot"
+                sampler = {"sampling_session_seq_id": number, "kind": kind}
                 said = await a.save(mine, number, None, "_for_sampler", **sampler)
             refused.append(said.get("category"))
         assert refused[:4] == [None] * 4
