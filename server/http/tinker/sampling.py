@@ -106,6 +106,7 @@ async def sample(exchange: Exchange) -> Json:
             party=exchange.call.party,
             failures=services.failures,
             is_counted=True,
+            is_private=True,
         )
         call.message_bytes = exchange.call.message_bytes // body.num_samples
         work = _Samples(services, tenants.futures, sampler, body, message, call)

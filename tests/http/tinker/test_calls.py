@@ -397,6 +397,27 @@ async def test_samples_that_wait_for_the_queue_take_a_bounded_amount_of_memory(
         one.server.engine.refuse = None
 
 
+async def test_the_last_failures_have_no_private_names(one: Served) -> None:
+    model_id = await one.model()
+    name = f"training/{one.session}/0"
+    await one.save(model_id, 1, None, "_for_sampler", sampling_session_seq_id=0, kind="inflight")
+    assert name in one.tables.published
+    wrong = {"model": name, "prompt": "a", "temperature": -1}
+    assert (await one.client.post("/v1/completions", json=wrong)).status_code == 400
+    asked = {"tinker_path": f"tinker://{model_id}/weights/x"}
+    assert (await one.send("/weights_info", asked)).status_code == 404
+    outside = {"chunks": [{"type": "encoded_text", "tokens": [MODEL_INFO.vocab_size]}]}
+    sample = sample_of(f"{one.session}:sample:0", prompt=outside)
+    assert (await one.done("/asample", sample))["category"] == "user"
+    failures = list(one.server.services.failures)
+    assert [each.reason for each in failures] == [
+        "INVALID_REQUEST",
+        "TRAINING_NOT_FOUND",
+        "INVALID_REQUEST",
+    ]
+    assert one.session not in str(failures)
+
+
 async def test_results_count_towards_the_memory_of_messages(tmp_path: Path) -> None:
     async with tenant(tmp_path, shares=Shares(messages=MessageMemory(200 << 10))) as one:
         futures, found = one.tenants.futures, []
