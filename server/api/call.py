@@ -194,8 +194,8 @@ class Call:
             deadline: ``time.monotonic()`` seconds, or None.
             failures: Records the call if it fails; None records nothing.
             is_counted: Whether ``turret_requests_total`` counts the call, which runs on adapters.
-            is_private: Whether messages may contain the names of a client's sessions, from which the
-                names of its adapters follow.
+            is_private: Whether messages may contain the names of a client's sessions, and thereby
+                those of its adapters.
             level: The level of the line that is logged when the call ends.
         """
         party = party or Party(Shares())
