@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -36,6 +37,7 @@ from turret.server.basics.files import (
     replace_file,
     reporting_disk_faults,
 )
+from turret.server.basics.turns import completed
 from turret.server.errors import (
     InvalidRequestError,
     StorageFailedError,
@@ -144,6 +146,8 @@ class Checkpoints:
             else:
                 move_directory(replaced, name)
         self._all: dict[str, Checkpoint] = {}
+        # The locks of paths whose files are being changed.
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         for file in sorted(folder.glob(f"*/*/*/{_FACTS}")):
             try:
                 found = _CHECKPOINT.validate_json(read_regular(file))
@@ -248,15 +252,29 @@ class Checkpoints:
             incoming = Path(tempfile.mkdtemp(dir=self._folder / _INCOMING))
             try:
                 await write(incoming)
-                saved = await asyncio.to_thread(self._complete, checkpoint, incoming)
+                async with self._lock(checkpoint):
+                    saved = await asyncio.to_thread(self._complete, checkpoint, incoming)
+                    self._all[saved.path] = saved
             finally:
                 await asyncio.to_thread(remove_directory, incoming)
-        self._all[saved.path] = saved
         return saved
 
     async def remove(self, checkpoint: Checkpoint) -> None:
-        """Remove a checkpoint with its files."""
-        self._all.pop(checkpoint.path, None)
+        """Remove a checkpoint with its files, unless it was replaced or prolonged meanwhile."""
+        async with self._lock(checkpoint):
+            found = self._all.get(checkpoint.path)
+            if found is None or found.time != checkpoint.time:
+                return
+            if checkpoint.is_expired and not found.is_expired:
+                return
+            del self._all[checkpoint.path]
+            await completed(self._remove_files(found))
+
+    def _lock(self, checkpoint: Checkpoint) -> asyncio.Lock:
+        """Lets one thread at a time change the files of a path."""
+        return self._locks.setdefault(checkpoint.path, asyncio.Lock())
+
+    async def _remove_files(self, checkpoint: Checkpoint) -> None:
         with reporting_disk_faults():
             try:
                 await asyncio.to_thread(self._discard, self.folder(checkpoint))
@@ -266,23 +284,29 @@ class Checkpoints:
                 raise
 
     async def expire_at(self, checkpoint: Checkpoint, expires: float | None) -> None:
-        """Change the time at which a checkpoint is removed."""
-        changed = dataclasses.replace(checkpoint, expires=expires)
+        """Change the time at which a checkpoint is removed.
+
+        Raises:
+            TrainingNotFoundError: The checkpoint was removed or replaced meanwhile.
+        """
+        async with self._lock(checkpoint):
+            found = self._all.get(checkpoint.path)
+            if found is None or found.time != checkpoint.time:
+                raise not_found(checkpoint.path)
+            await completed(self._write_facts(dataclasses.replace(found, expires=expires)))
+
+    async def _write_facts(self, checkpoint: Checkpoint) -> None:
         with reporting_disk_faults():
             file = self.folder(checkpoint) / _FACTS
-            await asyncio.to_thread(replace_file, file, _CHECKPOINT.dump_json(changed))
-        # The checkpoint may have been removed meanwhile.
-        if self._all.get(checkpoint.path) is checkpoint:
-            self._all[checkpoint.path] = changed
+            await asyncio.to_thread(replace_file, file, _CHECKPOINT.dump_json(checkpoint))
+        self._all[checkpoint.path] = checkpoint
 
     async def sweep(self) -> None:
         """Remove expired checkpoints."""
         for checkpoint in [each for each in self._all.values() if each.is_expired]:
-            # Meanwhile, its owner may have saved another one with the same path.
-            if self._all.get(checkpoint.path) is checkpoint:
-                # A failure delays only its own checkpoint, which the next sweep tries again.
-                with contextlib.suppress(StorageFullError, StorageFailedError):
-                    await self.remove(checkpoint)
+            # A failure delays only its own checkpoint, which the next sweep tries again.
+            with contextlib.suppress(StorageFullError, StorageFailedError):
+                await self.remove(checkpoint)
 
     def _complete(self, checkpoint: Checkpoint, incoming: Path) -> Checkpoint:
         """Move a written directory to its place, where it replaces an older checkpoint."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx2
 import numpy as np
 import pytest
 from fuzz.mutation import mutated
@@ -31,7 +32,7 @@ from turret.server.api.access import MessageMemory, Shares, TokenTable
 from turret.server.api.checkpoints import Checkpoints
 from turret.server.api.futures import Future, Futures, Result
 from turret.server.api.tenants import Tenants
-from turret.server.errors import InvalidRequestError, QueueFullError
+from turret.server.errors import InvalidRequestError, QueueFullError, TrainingNotFoundError
 from turret.server.http.tinker import listing, wire
 from turret.server.http.tinker import sessions as handlers
 from turret.server.training.trainer import MAX_SEQUENCE_TOKENS, LearnerConfig
@@ -416,6 +417,28 @@ async def test_the_last_failures_have_no_private_names(one: Served) -> None:
         "INVALID_REQUEST",
     ]
     assert one.session not in str(failures)
+
+
+async def test_changes_of_one_checkpoint_at_a_time_leave_its_files_whole(
+    one: Served, tmp_path: Path
+) -> None:
+    path = (await one.save(await one.model(), 1, "x"))["path"]
+    run, kind, name = path.removeprefix("tinker://").split("/")
+    place = f"/training_runs/{run}/checkpoints/{kind}/{name}"
+    bodies = [{"ttl_seconds": number} for number in (None, 10**8, None, 10**4, 10**7)]
+    asked = [one.send(f"{place}/ttl", body, verb="PUT") for body in bodies]
+    assert [answer.status_code for answer in await asyncio.gather(*asked)] == [200] * 5
+    kept = one.tenants.checkpoints.find("", path)
+    assert Checkpoints(tmp_path).find("", path) == kept
+    gone = one.send(place, verb="DELETE")
+    found = await asyncio.gather(
+        gone, one.tenants.checkpoints.expire_at(kept, None), return_exceptions=True
+    )
+    assert isinstance(found[0], httpx2.Response)
+    assert found[0].status_code == 200
+    assert not one.tenants.checkpoints.owned("")
+    with pytest.raises(TrainingNotFoundError):
+        await one.tenants.checkpoints.expire_at(kept, None)
 
 
 async def test_results_count_towards_the_memory_of_messages(tmp_path: Path) -> None:
