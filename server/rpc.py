@@ -471,6 +471,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             deadline=_deadline(context),
             failures=self._services.failures,
             is_counted=method in COUNTED,
+            is_private=_service_of(method) == "turret.v1.Training",
             level=logging.INFO if _service_of(method) in SERVICE_ROLES else logging.DEBUG,
         )
         _current.set(call)

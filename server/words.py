@@ -521,7 +521,7 @@ TEXTS: dict[str, str] = {
     "UNKNOWN_URL": "unknown path: {method} {path}",
     "URL_ELSEWHERE": "{method} {path} is served only at the admin address, over gRPC",
     "METHOD_NOT_ALLOWED": "{path} does not support {method}; use {allowed}",
-    "REQUEST_ENDED": "the server is shutting down and ended the request",
+    "REQUEST_ENDED": "the server ended the request before the answer was complete",
     # Training.
     "SESSION_NOT_FOUND": "the session {session!q} has ended or does not exist",
     "TRAINED_MODEL_NOT_FOUND": "the model {model!q} does not exist or is no longer in training",

@@ -16,6 +16,7 @@ from turret.server.adapters.adapter import Adapter, AdapterRef
 from turret.server.api.access import Party, Shares
 from turret.server.api.limits import MAX_MIX_MEMBERS, MAX_NAME_CHARS, MAX_REQUEST_ID_CHARS
 from turret.server.basics.codes import Code
+from turret.server.basics.names import is_private
 from turret.server.basics.work import turret_error
 from turret.server.errors import VIOLATION_COUNT, TurretError
 from turret.server.metrics import Metrics
@@ -39,8 +40,9 @@ class Failure:
         request_id: The id in the log lines of the call.
         code: Name of the code that the call ended with.
         reason: A constant for programs, such as ``ADAPTER_NOT_FOUND``.
-        message: The message for the client.
-        adapters: The names of the call's adapters, if they were known.
+        message: The message for the client; empty if it may contain names that only the client
+            may know.
+        adapters: The names of the call's adapters, if they were known and are not private.
         time: When the call ended, in Unix seconds.
     """
 
@@ -156,6 +158,7 @@ class Call:
     _metrics: Metrics
     _failures: Failures | None
     _is_counted: bool
+    _is_private: bool
     _level: int
     _started: float = field(default_factory=time.monotonic)
     _at_end: list[Callable[[], None]] = field(default_factory=list)
@@ -175,6 +178,7 @@ class Call:
         deadline: float | None = None,
         failures: Failures | None = None,
         is_counted: bool = False,
+        is_private: bool = False,
         level: int = logging.INFO,
     ) -> Call:
         """Begin a call in the current task.
@@ -190,6 +194,8 @@ class Call:
             deadline: ``time.monotonic()`` seconds, or None.
             failures: Records the call if it fails; None records nothing.
             is_counted: Whether ``turret_requests_total`` counts the call, which runs on adapters.
+            is_private: Whether messages may contain the names of a client's sessions, and thereby
+                those of its adapters.
             level: The level of the line that is logged when the call ends.
         """
         party = party or Party(Shares())
@@ -204,6 +210,7 @@ class Call:
             _metrics=metrics,
             _failures=failures,
             _is_counted=is_counted,
+            _is_private=is_private,
             _level=level,
         )
         log.request_id.set(call.request_id)
@@ -308,6 +315,7 @@ class Call:
                 )
         if self._failures is not None and self._error is not None:
             reason, message = self._error
+            is_hidden = self._is_private or any(map(is_private, names))
             self._failures.append(
                 Failure(
                     method=self.method,
@@ -315,8 +323,8 @@ class Call:
                     request_id=self.request_id,
                     code=code.name,
                     reason=reason,
-                    message=message[:MAX_MESSAGE_CHARS],
-                    adapters=names,
+                    message="" if is_hidden else message[:MAX_MESSAGE_CHARS],
+                    adapters=() if is_hidden else names,
                 )
             )
         # An unregistered name may be any text from the client.

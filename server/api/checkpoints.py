@@ -37,6 +37,7 @@ from turret.server.basics.files import (
     replace_file,
     reporting_disk_faults,
 )
+from turret.server.basics.turns import completed
 from turret.server.errors import (
     InvalidRequestError,
     StorageFailedError,
@@ -145,8 +146,8 @@ class Checkpoints:
             else:
                 move_directory(replaced, name)
         self._all: dict[str, Checkpoint] = {}
-        # Changes of the same path happen one after the other.
-        self._changing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        # The locks of paths whose files are being changed.
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         for file in sorted(folder.glob(f"*/*/*/{_FACTS}")):
             try:
                 found = _CHECKPOINT.validate_json(read_regular(file))
@@ -246,65 +247,66 @@ class Checkpoints:
             raise InvalidRequestError.of("path", text)
         if before is not None and not is_taken:
             # Otherwise ``sweep`` might remove the new one instead.
-            await self.remove(before, only_expired=True)
+            await self.remove(before)
         with reporting_disk_faults():
             incoming = Path(tempfile.mkdtemp(dir=self._folder / _INCOMING))
             try:
                 await write(incoming)
-                async with self._alone(checkpoint.path):
+                async with self._lock(checkpoint):
                     saved = await asyncio.to_thread(self._complete, checkpoint, incoming)
                     self._all[saved.path] = saved
             finally:
                 await asyncio.to_thread(remove_directory, incoming)
         return saved
 
-    async def remove(self, checkpoint: Checkpoint, *, only_expired: bool = False) -> None:
-        """Remove a checkpoint with its files.
-
-        Args:
-            checkpoint: The checkpoint; its owner may have replaced it by another one.
-            only_expired: Whether to keep what is there if it has not expired.
-        """
-        async with self._alone(checkpoint.path):
-            current = self._all.get(checkpoint.path)
-            if current is None or (only_expired and not current.is_expired):
+    async def remove(self, checkpoint: Checkpoint) -> None:
+        """Remove a checkpoint with its files, unless it was replaced or prolonged meanwhile."""
+        async with self._lock(checkpoint):
+            found = self._all.get(checkpoint.path)
+            if found is None or found.time != checkpoint.time:
                 return
-            del self._all[current.path]
-            with reporting_disk_faults():
-                try:
-                    await asyncio.to_thread(self._discard, self.folder(current))
-                except OSError:
-                    # The checkpoint still takes space. Its owner or ``sweep`` can try again.
-                    self._all[current.path] = current
-                    raise
+            if checkpoint.is_expired and not found.is_expired:
+                return
+            del self._all[checkpoint.path]
+            await completed(self._remove_files(found))
+
+    def _lock(self, checkpoint: Checkpoint) -> asyncio.Lock:
+        """Lets one thread at a time change the files of a path."""
+        return self._locks.setdefault(checkpoint.path, asyncio.Lock())
+
+    async def _remove_files(self, checkpoint: Checkpoint) -> None:
+        with reporting_disk_faults():
+            try:
+                await asyncio.to_thread(self._discard, self.folder(checkpoint))
+            except OSError:
+                # The checkpoint still takes space. Its owner or ``sweep`` can try again.
+                self._all.setdefault(checkpoint.path, checkpoint)
+                raise
 
     async def expire_at(self, checkpoint: Checkpoint, expires: float | None) -> None:
-        """Change the time at which a checkpoint, or the one that has replaced it, is removed.
+        """Change the time at which a checkpoint is removed.
 
         Raises:
-            TrainingNotFoundError: The checkpoint was removed.
-            StorageFullError, StorageFailedError: The disk failed.
+            TrainingNotFoundError: The checkpoint was removed or replaced meanwhile.
         """
-        async with self._alone(checkpoint.path):
-            current = self._all.get(checkpoint.path)
-            if current is None:
+        async with self._lock(checkpoint):
+            found = self._all.get(checkpoint.path)
+            if found is None or found.time != checkpoint.time:
                 raise not_found(checkpoint.path)
-            changed = dataclasses.replace(current, expires=expires)
-            with reporting_disk_faults():
-                file = self.folder(current) / _FACTS
-                await asyncio.to_thread(replace_file, file, _CHECKPOINT.dump_json(changed))
-            self._all[current.path] = changed
+            await completed(self._write_facts(dataclasses.replace(found, expires=expires)))
+
+    async def _write_facts(self, checkpoint: Checkpoint) -> None:
+        with reporting_disk_faults():
+            file = self.folder(checkpoint) / _FACTS
+            await asyncio.to_thread(replace_file, file, _CHECKPOINT.dump_json(checkpoint))
+        self._all[checkpoint.path] = checkpoint
 
     async def sweep(self) -> None:
         """Remove expired checkpoints."""
         for checkpoint in [each for each in self._all.values() if each.is_expired]:
             # A failure delays only its own checkpoint, which the next sweep tries again.
             with contextlib.suppress(StorageFullError, StorageFailedError):
-                await self.remove(checkpoint, only_expired=True)
-
-    def _alone(self, path: str) -> asyncio.Lock:
-        """The lock to hold while the files of a checkpoint change."""
-        return self._changing.setdefault(path, asyncio.Lock())
+                await self.remove(checkpoint)
 
     def _complete(self, checkpoint: Checkpoint, incoming: Path) -> Checkpoint:
         """Move a written directory to its place, where it replaces an older checkpoint."""

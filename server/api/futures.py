@@ -94,6 +94,12 @@ class Future:
                 await self._done.wait()
         return self.result
 
+    def cancel(self) -> None:
+        """Cancel the work on the result, if that is possible."""
+        if self.task is not None:
+            # A task that is cancelled before its first step never runs, and would release nothing.
+            asyncio.get_running_loop().call_soon(self.task.cancel)
+
     def fetched(self) -> None:
         """Keep the result only a little longer."""
         self.expires = min(self.expires, time.monotonic() + FETCHED_SECONDS)

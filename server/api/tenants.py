@@ -63,6 +63,7 @@ class TenantModel:
         learner: The number of the adapter for the training; None until it has begun.
         used: The Unix time of the last command.
         inflight: The name under which its weights are registered for sampling; empty if none.
+        size: The size of the files of these weights in bytes.
     """
 
     model_id: str
@@ -73,6 +74,7 @@ class TenantModel:
     learner: int | None = None
     used: float = field(default_factory=unix_time)
     inflight: str = ""
+    size: int = 0
 
     @property
     def adapter(self) -> str:
@@ -214,10 +216,11 @@ class Sessions:
 
     @property
     def bytes_by_owner(self) -> Counter[str]:
-        """The size of each owner's sampler files."""
+        """The size of each owner's files for sampling."""
         found: Counter[str] = Counter()
         for session in self._all.values():
-            found[session.owner] += sum(each.size for each in session.samplers.values())
+            having_files = (*session.samplers.values(), *session.models.values())
+            found[session.owner] += sum(each.size for each in having_files)
         return found
 
     def model(self, owner: str, model_id: str, *, is_numbered: bool = True) -> TenantModel:
@@ -542,7 +545,10 @@ class Tenants:
         """Register the present weights as the next generation of ``model.inflight``."""
         async with self.writing(model.owner):
             model.inflight = model.adapter
-            return await self.sessions.training().publish(model.learner_number, model.inflight)
+            training = self.sessions.training()
+            published = await training.publish(model.learner_number, model.inflight)
+            model.size = published.size
+            return published
 
     async def _sweep(self) -> None:
         while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -108,6 +109,8 @@ class Vocabularies:
         self._made: dict[tuple[TokenizerKey, str], Vocabulary] = {}
         # Reads in progress, so that concurrent requests share one read.
         self._reading: dict[TokenizerKey, asyncio.Future[Tokenizer]] = {}
+        # How many requests wait for each of them.
+        self._num_waiting: Counter[asyncio.Future[Tokenizer]] = Counter()
         # Reading a tokenizer or a template may take a child process several seconds.
         self._readers = FairPool(ThreadPoolExecutor(_READERS, "turret-tokenizers"))
 
@@ -181,15 +184,16 @@ class Vocabularies:
             get = functools.partial(self._tokenizers.get, key, files)
             reading = asyncio.ensure_future(self._readers.run(tenant, get))
             self._reading[key] = reading
-            reading.add_done_callback(functools.partial(self._was_read, key))
-        # Shield the read, because other requests may wait for it.
-        return await asyncio.shield(reading)
-
-    def _was_read(self, key: TokenizerKey, reading: asyncio.Future[Tokenizer]) -> None:
-        del self._reading[key]
-        if not reading.cancelled():
-            # Retrieve the exception: asyncio would log it if no request waits for it any more.
-            reading.exception()
+        self._num_waiting[reading] += 1
+        try:
+            # Shield the read, because other requests may wait for it.
+            return await asyncio.shield(reading)
+        finally:
+            self._num_waiting[reading] -= 1
+            if not self._num_waiting[reading]:
+                del self._num_waiting[reading], self._reading[key]
+                # The template of a client that disconnected must not take memory until its turn.
+                reading.cancel()
 
     def _vocabulary(self, tokenizer: Tokenizer, key: TokenizerKey, own_template: str) -> Vocabulary:
         mine = key, own_template

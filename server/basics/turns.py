@@ -7,7 +7,7 @@ import contextlib
 import functools
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Coroutine, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,7 +15,7 @@ from turret.server.errors import QueueFullError
 from turret.server.words import say
 
 _T = TypeVar("_T")
-_Job = tuple[Future[Any], Callable[[], Any]]
+_Jobs = dict[Future[Any], Callable[[], Any]]
 
 
 class FairPool:
@@ -36,14 +36,15 @@ class FairPool:
         self._running = Counter[bytes]()
         self._lock = threading.Lock()
         # The tenants that wait, in the order of their turns.
-        self._waiting: dict[bytes, deque[_Job]] = {}
+        self._waiting: dict[bytes, _Jobs] = {}
 
     async def run(self, tenant: bytes, job: Callable[[], _T]) -> _T:
         """The result of ``job``, which a thread calls at the tenant's turn.
 
         Args:
             tenant: The tenant of the job; empty for the tenant that everybody shares.
-            job: The work. If the caller is cancelled before the job begins, it never runs.
+            job: The work. If the caller is cancelled before the job begins, it never runs, and its
+                memory is free at once.
 
         Raises:
             RuntimeError: No thread can be started.
@@ -54,7 +55,7 @@ class FairPool:
         """Start no more jobs, and cancel those that wait."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         with self._lock:
-            waiting = [future for jobs in self._waiting.values() for future, _ in jobs]
+            waiting = [future for jobs in self._waiting.values() for future in jobs]
             self._waiting.clear()
         for future in waiting:
             future.cancel()
@@ -63,7 +64,8 @@ class FairPool:
         """Like ``run``, but returns the future of the result."""
         future: Future[_T] = Future()
         with self._lock:
-            self._waiting.setdefault(tenant, deque()).append((future, job))
+            self._waiting.setdefault(tenant, {})[future] = job
+        future.add_done_callback(functools.partial(self._forget, tenant))
         try:
             # The thread chooses its job when it starts.
             self._threads.submit(self._work)
@@ -76,7 +78,7 @@ class FairPool:
         # Continue until no job may start. The job for which this thread was started may have been
         # left to the thread that runs another job of the same tenant.
         while (found := self._next()) is not None:
-            tenant, (future, job) = found
+            tenant, future, job = found
             try:
                 result = job()
             except BaseException as error:
@@ -93,18 +95,27 @@ class FairPool:
             # the cycle, which would keep the job in memory until the next garbage collection.
             del found, future, job, outcome
 
-    def _next(self) -> tuple[bytes, _Job] | None:
-        """The next job that was not cancelled, and its tenant; None if no job may start."""
+    def _next(self) -> tuple[bytes, Future[Any], Callable[[], Any]] | None:
+        """A tenant with its next job that was not cancelled; None if no job may start."""
         with self._lock:
             while (tenant := next(filter(self._may_run, self._waiting), None)) is not None:
                 jobs = self._waiting.pop(tenant)
-                found = jobs.popleft()
+                future = next(iter(jobs))
+                job = jobs.pop(future)
                 if jobs:
                     self._waiting[tenant] = jobs
-                if found[0].set_running_or_notify_cancel():
+                if future.set_running_or_notify_cancel():
                     self._running[tenant] += 1
-                    return tenant, found
+                    return tenant, future, job
         return None
+
+    def _forget(self, tenant: bytes, future: Future[Any]) -> None:
+        """Free the job of a future that was cancelled before the job began."""
+        with self._lock:
+            jobs = self._waiting.get(tenant, {})
+            jobs.pop(future, None)
+            if not jobs:
+                self._waiting.pop(tenant, None)
 
     def _may_run(self, tenant: bytes) -> bool:
         most = self._most_of_one
@@ -144,6 +155,15 @@ class LoopTurns:
                 break
         if self._waiting:
             asyncio.get_running_loop().call_soon(self._next)
+
+
+async def completed(work: Coroutine[Any, Any, _T]) -> _T:
+    """The result of work that runs to its end before a cancelled caller continues."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    finally:
+        await asyncio.wait([task])
 
 
 # Limits on what is open at the same time.

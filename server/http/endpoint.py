@@ -423,6 +423,7 @@ class Endpoint:
             # Failures of polled endpoints would crowd out all others.
             failures=None if route.is_polled else services.failures,
             is_counted=route.is_counted,
+            is_private=route.service == TRAINING,
             level=logging.DEBUG if route.is_polled else logging.INFO,
         )
         exchange = Exchange(

@@ -104,6 +104,25 @@ async def test_slow_reads_delay_only_other_reads_and_take_turns(
     assert adapters.read_names.index("b") <= 4
 
 
+async def test_reads_for_which_nobody_waits_are_not_made(
+    adapters: Adapters, vocabularies: Vocabularies
+) -> None:
+    adapters.may_read.clear()
+    asking = [asyncio.create_task(vocabularies.of(weights(name))) for name in "abcdde"]
+    await asyncio.sleep(0)
+    gone = [asking.pop(index) for index in (5, 3, 2)]
+    for task in gone:
+        task.cancel()
+    await asyncio.wait(gone)
+    # A tokenizer whose read was cancelled can be asked for again at once.
+    asking.append(asyncio.create_task(vocabularies.of(weights("c"))))
+    await asyncio.sleep(0)
+    adapters.may_read.set()
+    found = await asyncio.gather(*asking)
+    assert [type(each) for each in found] == [Vocabulary] * 4
+    assert sorted(adapters.read_names) == ["a", "b", "c", "d"]
+
+
 async def test_an_error_reaches_every_caller_and_is_not_cached(
     adapters: Adapters, vocabularies: Vocabularies, monkeypatch: pytest.MonkeyPatch
 ) -> None:

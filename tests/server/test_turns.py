@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import threading
 import weakref
@@ -40,6 +41,21 @@ async def test_tenants_take_turns_and_a_cancelled_job_never_runs() -> None:
     is_open.set()
     await asyncio.gather(*asked, return_exceptions=True)
     assert ran == [0, 2, 4, 1, 5, 6]
+
+
+async def test_a_cancelled_job_is_freed_while_all_threads_are_busy() -> None:
+    pool, is_open = FairPool(ThreadPoolExecutor(1)), threading.Event()
+    first, kept = pool.submit(b"a", is_open.wait), []
+    for tenant in (b"a", b"b"):
+        job = functools.partial(print, "never")
+        kept.append(weakref.ref(job))
+        asked = pool.submit(tenant, job)
+        asked.cancel()
+        del asked, job
+    found = [each() for each in kept]
+    is_open.set()
+    assert first.result(30)
+    assert found == [None, None]
 
 
 async def test_running_jobs_of_one_tenant_leave_threads_for_others() -> None:

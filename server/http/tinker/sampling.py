@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 from turret.server import errors
 from turret.server.api.call import Call
+from turret.server.api.checkpoints import Checkpoint
 from turret.server.api.futures import Future, Futures, Result
 from turret.server.api.inference import converted, together
 from turret.server.api.services import Services
-from turret.server.api.tenants import SavedSampler
+from turret.server.api.tenants import SavedSampler, Session, Tenants
 from turret.server.basics.codes import Code
+from turret.server.basics.turns import completed
 from turret.server.basics.work import turret_error
 from turret.server.http.choices import blamed_on
 from turret.server.http.endpoint import Exchange, Json
@@ -45,24 +47,35 @@ async def create_sampler(exchange: Exchange) -> Json:
     if sampler_id not in session.samplers:
         sampler = SavedSampler(sampler_id=sampler_id, owner=owner, path=body.model_path)
         if body.model_path is not None:
-            checkpoints = tenants.checkpoints
-            checkpoint = checkpoints.find(owner, body.model_path)
-            name = f"training/{session.session_id}/s{body.sampling_session_seq_id}"
+            checkpoint = tenants.checkpoints.find(owner, body.model_path)
+            number = body.sampling_session_seq_id
+            sampler.adapter, sampler.is_own = f"training/{session.session_id}/s{number}", True
             async with tenants.writing(owner):
-                with checkpoints.reading(checkpoint) as folder:
-                    published = await tenants.sessions.training().serve(folder, name)
-            sampler.generation, sampler.size = published.generation, published.size
-            sampler.adapter, sampler.is_own = name, True
+                await completed(_serve(tenants, session, sampler, checkpoint))
         elif body.base_model is not None:
             check_base(exchange, body.base_model)
+            _add(tenants, session, sampler)
         else:
             choices = "base_model, model_path"
             raise errors.InvalidRequestError.of("model_path", say("ONE_REQUIRED", choices=choices))
-        try:
-            tenants.sessions.add_sampler(session, sampler)
-        except errors.TrainingNotFoundError:
-            raise session_gone(session.session_id) from None
     return {"type": "create_sampling_session", "sampling_session_id": sampler_id}
+
+
+async def _serve(
+    tenants: Tenants, session: Session, sampler: SavedSampler, checkpoint: Checkpoint
+) -> None:
+    """Register a checkpoint for a sampler, which is added so that its files end with it."""
+    with tenants.checkpoints.reading(checkpoint) as folder:
+        published = await tenants.sessions.training().serve(folder, sampler.adapter)
+    sampler.generation, sampler.size = published.generation, published.size
+    _add(tenants, session, sampler)
+
+
+def _add(tenants: Tenants, session: Session, sampler: SavedSampler) -> None:
+    try:
+        tenants.sessions.add_sampler(session, sampler)
+    except errors.TrainingNotFoundError:
+        raise session_gone(session.session_id) from None
 
 
 async def get_sampler(exchange: Exchange) -> Json:
@@ -93,6 +106,7 @@ async def sample(exchange: Exchange) -> Json:
             party=exchange.call.party,
             failures=services.failures,
             is_counted=True,
+            is_private=True,
         )
         call.message_bytes = exchange.call.message_bytes // body.num_samples
         work = _Samples(services, tenants.futures, sampler, body, message, call)

@@ -167,7 +167,11 @@ async def finish(exchange: Exchange) -> Json:
 
 
 async def retrieve(exchange: Exchange) -> None:
-    """Wait for a result."""
+    """Wait for a result.
+
+    Raises:
+        QueueFullError: See ``Call.send``.
+    """
     body = exchange.take_body().checked(OfRequest)
     future = tenants_of(exchange).futures.find(owner_of(exchange), body.request_id)
     if future is None:
@@ -184,6 +188,8 @@ async def retrieve(exchange: Exchange) -> None:
         await exchange.reply.json(again, 408)
         return
     future.fetched()
+    # The result may be dropped elsewhere before the client has read it.
+    exchange.call.send(len(result.body))
     await exchange.reply.whole(result.body, 200, {"content-type": result.kind})
 
 
@@ -191,6 +197,6 @@ async def cancel(exchange: Exchange) -> Json:
     """Cancel sampling; other work runs to its end."""
     body = exchange.take_body().checked(OfRequest)
     future = tenants_of(exchange).futures.find(owner_of(exchange), body.request_id)
-    if future is not None and future.task is not None:
-        future.task.cancel()
+    if future is not None:
+        future.cancel()
     return {}

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx2
 import numpy as np
 import pytest
 from fuzz.mutation import mutated
@@ -29,8 +30,9 @@ from turret.server.api import checkpoints
 from turret.server.api import tenants as sessions
 from turret.server.api.access import MessageMemory, Shares, TokenTable
 from turret.server.api.checkpoints import Checkpoints
+from turret.server.api.futures import Future, Futures, Result
 from turret.server.api.tenants import Tenants
-from turret.server.errors import InvalidRequestError, QueueFullError
+from turret.server.errors import InvalidRequestError, QueueFullError, TrainingNotFoundError
 from turret.server.http.tinker import listing, wire
 from turret.server.http.tinker import sessions as handlers
 from turret.server.training import MAX_SEQUENCE_TOKENS, LearnerConfig
@@ -342,6 +344,43 @@ async def test_samples_are_retrieved_once_and_can_be_cancelled(one: Served) -> N
     assert one.server.engine.streams[-1].cancelled.is_set()
 
 
+async def test_samples_cancelled_before_they_begin_hold_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with tenant(tmp_path, shares=Shares(messages=MessageMemory(20 << 10))) as one:
+        futures, sampler = one.tenants.futures, await one.sampler()
+
+        def begin(owner: str, request_id: str) -> Future:
+            future = Futures.begin(futures, owner, request_id)
+            # A call to cancel_future may run before the new task.
+            asyncio.get_running_loop().call_soon(future.cancel)
+            return future
+
+        monkeypatch.setattr(futures, "begin", begin)
+        for number in range(4):
+            promise = await one.ask("/asample", sample_of(sampler, seq_id=number))
+            assert (await one.result(promise))["category"] == "server"
+
+
+async def test_samplers_whose_clients_disconnected_end_with_their_sessions(one: Served) -> None:
+    path = (await one.save(await one.model(), 1, "x", "_for_sampler"))["path"]
+    one.tables.may_serve.clear()
+    making = asyncio.ensure_future(one.sampler(model_path=path))
+    assert await asyncio.to_thread(one.tables.serving.wait, 60)
+    making.cancel()
+    await asyncio.wait([making])
+    # Meanwhile, the server notices that the client is gone.
+    for _ in range(5):
+        await one.ask("/session_heartbeat", {"session_id": one.session})
+    one.tables.may_serve.set()
+    # The client's files are written one after another.
+    await one.sampler(1, model_path=path)
+    assert len(one.tables.published) == 2
+    await one.ask(f"/sessions/{one.session}/finish", {})
+    await one.tenants.sessions.close()
+    assert not one.tables.published
+
+
 async def test_samples_that_wait_for_the_queue_take_a_bounded_amount_of_memory(
     tmp_path: Path,
 ) -> None:
@@ -357,6 +396,60 @@ async def test_samples_that_wait_for_the_queue_take_a_bounded_amount_of_memory(
         await one.result({"request_id": f"{sampler}:0"})
         await one.ask("/asample", asked[-1])
         one.server.engine.refuse = None
+
+
+async def test_the_last_failures_have_no_private_names(one: Served) -> None:
+    model_id = await one.model()
+    name = f"training/{one.session}/0"
+    await one.save(model_id, 1, None, "_for_sampler", sampling_session_seq_id=0, kind="inflight")
+    assert name in one.tables.published
+    wrong = {"model": name, "prompt": "a", "temperature": -1}
+    assert (await one.client.post("/v1/completions", json=wrong)).status_code == 400
+    asked = {"tinker_path": f"tinker://{model_id}/weights/x"}
+    assert (await one.send("/weights_info", asked)).status_code == 404
+    outside = {"chunks": [{"type": "encoded_text", "tokens": [MODEL_INFO.vocab_size]}]}
+    sample = sample_of(f"{one.session}:sample:0", prompt=outside)
+    assert (await one.done("/asample", sample))["category"] == "user"
+    failures = list(one.server.services.failures)
+    assert [each.reason for each in failures] == [
+        "INVALID_REQUEST",
+        "TRAINING_NOT_FOUND",
+        "INVALID_REQUEST",
+    ]
+    assert one.session not in str(failures)
+
+
+async def test_changes_of_one_checkpoint_at_a_time_leave_its_files_whole(
+    one: Served, tmp_path: Path
+) -> None:
+    path = (await one.save(await one.model(), 1, "x"))["path"]
+    run, kind, name = path.removeprefix("tinker://").split("/")
+    place = f"/training_runs/{run}/checkpoints/{kind}/{name}"
+    bodies = [{"ttl_seconds": number} for number in (None, 10**8, None, 10**4, 10**7)]
+    asked = [one.send(f"{place}/ttl", body, verb="PUT") for body in bodies]
+    assert [answer.status_code for answer in await asyncio.gather(*asked)] == [200] * 5
+    kept = one.tenants.checkpoints.find("", path)
+    assert Checkpoints(tmp_path).find("", path) == kept
+    gone = one.send(place, verb="DELETE")
+    found = await asyncio.gather(
+        gone, one.tenants.checkpoints.expire_at(kept, None), return_exceptions=True
+    )
+    assert isinstance(found[0], httpx2.Response)
+    assert found[0].status_code == 200
+    assert not one.tenants.checkpoints.owned("")
+    with pytest.raises(TrainingNotFoundError):
+        await one.tenants.checkpoints.expire_at(kept, None)
+
+
+async def test_results_count_towards_the_memory_of_messages(tmp_path: Path) -> None:
+    async with tenant(tmp_path, shares=Shares(messages=MessageMemory(200 << 10))) as one:
+        futures, found = one.tenants.futures, []
+        for number, size in enumerate((100 << 10, 300 << 10, 100 << 10)):
+            future = futures.begin("", f"{number}")
+            futures.settle(future, Result(bytes(size)))
+            answer = await one.send("/retrieve_future", {"request_id": future.request_id})
+            found.append(answer.status_code)
+        assert found == [200, 429, 200]
 
 
 async def test_stops_and_settings_reach_the_engine(one: Served) -> None:
@@ -515,13 +608,15 @@ async def test_a_token_fills_no_more_than_its_share_of_the_disk(
         path = (await a.save(mine, 1, "first", "_external"))["path"]
         room = 20 * taken()
         monkeypatch.setattr(checkpoints.shutil, "disk_usage", usage)
-        # The token's share is five times the first checkpoint: two checkpoints, and samplers.
+        # The token's share is five times the first checkpoint: two checkpoints, and samplers, of
+        # which one always uses the newest weights.
         refused = []
         for number in range(2, 10):
             if number == 2:
                 said = await a.save(mine, number, "second", "_external")
             else:
-                sampler = {"sampling_session_seq_id": number}
+                kind = "inflight" if number == 3 else "snapshot"
+                sampler = {"sampling_session_seq_id": number, "kind": kind}
                 said = await a.save(mine, number, None, "_for_sampler", **sampler)
             refused.append(said.get("category"))
         assert refused[:4] == [None] * 4

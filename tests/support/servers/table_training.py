@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -43,6 +44,8 @@ class TableTraining:
         learners: The adapters in training.
         published: The tables that are registered for sampling, by name.
         may_run: Passes wait until it is set.
+        may_serve: ``serve`` waits until it is set, on a thread, which a cancelled caller leaves.
+        serving: Set when ``serve`` has begun.
     """
 
     def __init__(self, vocab_size: int) -> None:
@@ -53,6 +56,8 @@ class TableTraining:
         self.published: dict[str, torch.Tensor] = {}
         self.may_run = asyncio.Event()
         self.may_run.set()
+        self.may_serve, self.serving = threading.Event(), threading.Event()
+        self.may_serve.set()
 
     async def create(self, config: LearnerConfig, owner: str = "") -> int:
         if config.method != "lora":
@@ -130,8 +135,13 @@ class TableTraining:
         return Published(next(self._generations), self.published[name].nbytes)
 
     async def serve(self, folder: Path, name: str) -> Published:
-        self.published[name] = _tensor(folder)
-        return self._published(name)
+        def run() -> Published:
+            self.serving.set()
+            assert self.may_serve.wait(60)
+            self.published[name] = _tensor(folder)
+            return self._published(name)
+
+        return await asyncio.to_thread(run)
 
     async def withdraw(self, name: str) -> None:
         self.published.pop(name, None)
