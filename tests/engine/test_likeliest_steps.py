@@ -206,7 +206,8 @@ async def test_negative_biases_need_all_logits_only_for_their_tokens(
             ]
         )
     assert [answer.token_ids for answer in answers] == [expected.token_ids, free.token_ids]
-    assert asked["screen"]
+    # With speculation, all tokens can be drafts of one step, which has too many rows for the screen.
+    assert asked["screen"] or speculation == "auto"
     assert whole, "the likeliest token has a bias"
 
 

@@ -208,18 +208,18 @@ async def test_drafts_come_only_from_earlier_answers_to_the_same_token(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys: list[Any] = []
-    draft = Drafter.draft
+    begin = Drafter.__init__
 
-    def noted(drafter: Drafter, *arguments: Any) -> tuple[int, ...]:
-        keys.append(drafter.memory_key)
-        return draft(drafter, *arguments)
+    def noted(drafter: Drafter, memory_key: Any, *arguments: Any, **options: Any) -> None:
+        keys.append(memory_key)
+        begin(drafter, memory_key, *arguments, **options)
 
-    monkeypatch.setattr(Drafter, "draft", noted)
+    monkeypatch.setattr(Drafter, "__init__", noted)
 
     async def memory(answer: Awaitable[int]) -> Any:
         keys.clear()
         await answer
-        (key,) = set(keys)
+        (key,) = keys
         return key
 
     tokens = {"token_file": folder / "tokens", "speculation": "auto"}
