@@ -22,11 +22,11 @@ _FLAGS: command.Flags = {
         metavar="PATH",
     ),
     "targets": command.flag(
-        "generations that the alias stands for; requests are split between them in"
-        " proportion to the weights",
+        "generation that the alias stands for, NAME[@GENERATION][=WEIGHT]; requests are split"
+        " between several in proportion to the weights",
         type=command.adapter_weight,
         nargs="+",
-        metavar="NAME[@GENERATION][=WEIGHT]",
+        metavar="TARGET",
     ),
     "--method": command.flag("only adapters of this method", metavar="METHOD"),
     "--residency": command.flag("only adapters in this tier", choices=("disk", "host", "device")),

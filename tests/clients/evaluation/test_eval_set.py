@@ -36,7 +36,7 @@ READERS: dict[str, tuple[Callable[[Path], Any], type[RowError] | type[DataError]
         (b'[\n  {"text": "a"}\n]\n', ":1: column 2", "LINE_NOT_JSON"),
         (b'{\n  "prompt": "a",\n  "completion": "b"\n}\n', ":1: column 2", "LINE_NOT_JSON"),
         (b'{"prompt": "a", "completion": "b"},\n', ":1: column 35", "LINE_NOT_JSON"),
-        (b'{"prompt": "a", "labels": []}\n{"text": "b",}\n', ":2: column 14", "LINE_NOT_JSON"),
+        (b'{"prompt": "a", "labels": []}\n{"text": b}\n', ":2: column 10", "LINE_NOT_JSON"),
         (b'{"prompt": "a", "completion": "b", "prompt": "c"}', ":1: prompt", "DUPLICATE_KEY"),
         # Python's parser raises a different error for each of them.
         (b"[" * 100_000, ":1", "NOT_JSON"),

@@ -18,7 +18,14 @@ def certify(
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not installed")
     signs = authority or name
-    own = () if authority else ("basicConstraints=CA:TRUE",)
+    # Python 3.13 and newer require these extensions.
+    own = ("authorityKeyIdentifier=keyid",)
+    if authority is None:
+        own = (
+            "subjectKeyIdentifier=hash",
+            "basicConstraints=critical,CA:TRUE",
+            "keyUsage=digitalSignature,keyEncipherment,keyCertSign",
+        )
     (folder / "extensions").write_text("\n".join((*extensions, *own)))
     request = ["req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}"]
     by = ["-CA", f"{signs}.crt", "-CAkey", f"{signs}.key", "-CAcreateserial"]
