@@ -229,8 +229,9 @@ class Engine:
                 raise
 
         if self._draining or self._thread is None or self.is_dead:
-            raise UnavailableError(say("SHUTTING_DOWN"))
-        self._loop.post_background(run)
+            outcome.set_exception(UnavailableError(say("SHUTTING_DOWN")))
+        else:
+            self._loop.post_background(run)
         return outcome
 
     async def drain(self, grace_seconds: float) -> None:
