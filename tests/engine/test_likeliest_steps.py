@@ -206,7 +206,7 @@ async def test_negative_biases_need_all_logits_only_for_their_tokens(
             ]
         )
     assert [answer.token_ids for answer in answers] == [expected.token_ids, free.token_ids]
-    # With speculation, all tokens can be drafts of one step, which has too many rows for the screen.
+    # With speculation, all tokens can be drafts of one step, which has too many rows to screen.
     assert asked["screen"] or speculation == "auto"
     assert whole, "the likeliest token has a bias"
 
