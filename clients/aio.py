@@ -360,7 +360,7 @@ class AsyncTurretClient(InferenceBase):
         request_id: str = "",
         timeout: float | None = None,
     ) -> Classifications:
-        """Label each input with an adapter that has a classification head.
+        """Label each input, using an adapter that has a classification head.
 
         Args:
             inputs: A text, or a list of prompts as in :meth:`generate`.
@@ -687,7 +687,8 @@ class AsyncTrainingClient(TrainingBase):
 
     The calls for one model run one after the other, in the order in which they arrive. Every method
     raises :class:`~turret.clients.errors.TurretRpcError` if the server rejects the call or fails.
-    ``timeout`` is a deadline in seconds; the server completes a call that it has accepted.
+    ``timeout`` is a deadline in seconds. The server completes a call that it has accepted, even
+    after the deadline.
     """
 
     @_rpc("CreateModel", TrainedModel)
@@ -710,7 +711,7 @@ class AsyncTrainingClient(TrainingBase):
             rank: Its rank.
             method: Such as ``lora``; see docs/tenants.md.
             seed: Determines the initial weights; None for random ones.
-            alpha: The scale of the update, which is divided by the rank; None for 32.
+            alpha: The update is scaled by alpha divided by the rank; None for 32.
             targets: The trained modules, such as ``q_proj``; empty if the next three arguments
                 choose them.
             train_attn: Whether the projections of attention are trained.
@@ -777,7 +778,7 @@ class AsyncTrainingClient(TrainingBase):
         grad_clip_norm: float = 0.0,
         timeout: float | None = None,
     ) -> StepResult:
-        """Update the weights with AdamW, by the gradients added since the last step.
+        """Update the weights with AdamW, using the gradients added since the last step.
 
         Args:
             model_id: The model.

@@ -103,7 +103,7 @@ def perplexity(scores: Sequence[tuple[float, int]]) -> float:
 def estimate(values: Sequence[_T], statistic: Callable[[Sequence[_T]], float]) -> Estimate:
     """A statistic of the examples with its 95% bootstrap interval, the same in every run.
 
-    If all draws have the same value, as for one example or for answers that are all right, the
+    If all draws have the same value, as for one example or for answers that are all correct, the
     bootstrap gives no interval, and there are no bounds.
     """
     rng = random.Random(0)
@@ -143,9 +143,11 @@ class LabelFigures:
 
     Attributes:
         f1: ``2 TP / (2 TP + FP + FN)``, in [0, 1].
-        precision: The share of the texts with this label found for which it is right, or None.
-        recall: The share of the texts with this right label for which it was found, or None.
-        examples: The number of texts for which it is right.
+        precision: The share of right answers among the texts for which this label was found, or
+            None if there are no such texts.
+        recall: The share of the texts with this label for which it was found, or None if there are
+            no such texts.
+        examples: The number of texts for which this label is right.
     """
 
     f1: float

@@ -314,7 +314,7 @@ def _deadline(context: Any) -> float | None:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps unary and streaming handlers alike.
+    """Checks every call, unary or streaming, and wraps its handler in ``run``.
 
     Args:
         services: The services that answer.
@@ -527,7 +527,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 def _limits(method: str, tenant: bytes) -> Iterator[Limit]:
     """The limits on concurrent calls.
 
-    Services that require no token have a separate limit, so that their calls keep no others out.
+    Services that require no token have a separate limit, so their calls do not keep others out.
     """
     is_open = _service_of(method) not in SERVICE_ROLES
     yield Limit(is_open, MOST_OPEN_CALLS if is_open else MOST_CALLS, "TOO_MANY_CALLS")

@@ -552,7 +552,7 @@ TEXTS: dict[str, str] = {
     "HUB_ORGANISATION_NOT_ALLOWED": "belongs to {organisation}; --adapter-hub allows {choices}",
     "ADAPTER_BELOW_TOP": "contains no adapter_config.json at its top level, only in {folder};"
     " download that directory and load it from --adapter-root",
-    "TOO_MANY_DOWNLOADS": "{most} downloads from the hub are already under way",
+    "TOO_MANY_DOWNLOADS": "{most} downloads of adapters are already under way",
     # Adapters in buckets and registries.
     "REMOTE_UNSUPPORTED": "needs a server with --adapter-remote, which lists where it may load"
     " adapters from",

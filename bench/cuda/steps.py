@@ -14,7 +14,7 @@ from turret.server.engine.scheduling.sequence import Step
 
 
 def scenarios(setting: Setting) -> list[Scenario]:
-    """LoRA adapters of one rank and of mixed ranks, and 8 adapters of each other method."""
+    """LoRA adapters of one rank and of mixed ranks, and up to 8 DoRA, LoHa or LoKr adapters."""
 
     def in_turn(count: int) -> tuple[int, ...]:
         return tuple(1 + row % count for row in range(setting.rows))
@@ -85,7 +85,7 @@ def same_bits(setting: Setting) -> None:
 
 
 def prefill(setting: Setting) -> None:
-    """Time a prompt of the base in two steps, as the server computes it."""
+    """Time a prompt without adapters, in two steps, as the server computes it."""
     length, size = setting.prompt, setting.prompt // 2
     model, layers = setting.model, setting.num_layers
     step = DecodeStep(model, layers, 1, length, setting.dtype, setting.device, num_tokens=size)

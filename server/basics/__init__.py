@@ -1,1 +1,4 @@
-"""Helpers for all packages, such as sizes, names, addresses and files. They import no package."""
+"""Helpers for all packages, such as sizes, names, addresses and files.
+
+They import no other package of the server.
+"""

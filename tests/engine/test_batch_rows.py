@@ -29,7 +29,7 @@ class Recorder:
 
 
 def scheduled(number: int, num_new: int, *mix: tuple[str, float]) -> Scheduled:
-    """A sequence with its number as all of its token ids."""
+    """A sequence whose token ids all equal ``number``."""
     mixed = Mix(tuple((adapter_of(name), weight) for name, weight in mix))
     sequence = sequence_of([number] * num_new, mix=mixed)
     sequence.blocks = [number, number + 100]

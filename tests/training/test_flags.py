@@ -90,7 +90,7 @@ def test_impossible_numbers_are_refused(flag: str, value: str, capsys: pytest.Ca
         (("sweep", "--ranks", "2,5000"), ["--ranks"]),
         # Lists are joined.
         (("sweep", "--ranks", "5000", "--ranks", "2"), ["--ranks"]),
-        # The sweep has no such flag, because it would have no effect.
+        # For a sweep, --rank is another spelling of --ranks.
         (("sweep", "--rank", "5000"), ["--ranks"]),
     ],
 )

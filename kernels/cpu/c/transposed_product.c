@@ -5,7 +5,7 @@ struct Source {
     const bf16 *w;
 };
 
-#define AHEAD 128 /* outputs whose weights are prefetched: a panel reads one line of each */
+#define AHEAD 128 /* distance of the prefetch, in outputs: a panel reads one cache line of each output */
 
 static void write_weights(const Transposed *t, int64_t panel, int64_t first, int64_t count, Numbers *to) {
     const bf16 *w = t->source->w + first * t->in_features + panel * PANEL;

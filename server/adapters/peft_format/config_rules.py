@@ -183,8 +183,8 @@ class MethodKeys:
         conflicts: Returns pairs of a key and the reason why it conflicts with others. Each key
             alone is well-formed.
         accepts: Whether a config means this method, and no other one with the same ``peft_type``.
-        is_dense: Whether the updates of an adapter with this config are whole matrices, which a
-            server has to allow.
+        is_dense: Whether the updates of an adapter with this config are whole matrices, which
+            need ``--allow-dense-adapters``.
         on_vocabulary: Whether it may also adapt the embedding and experts.
         more_integers: Parts of the names of further tensors that may hold integers.
     """

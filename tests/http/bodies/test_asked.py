@@ -103,7 +103,7 @@ async def test_numbers_that_no_float_holds_are_refused(
 
 
 def test_the_ranges_of_fields_match_the_engine() -> None:
-    """Both accept each bound, and neither accepts a value beyond it."""
+    """The engine accepts values just inside each bound of a field, but none just outside."""
     for name, info in Generating.model_fields.items():
         if name not in SamplingParams.__dataclass_fields__:
             continue

@@ -1,7 +1,8 @@
 """Hadamard and Kronecker kernels compared with float64.
 
 Each of these faults was planted once and made tests fail: every part begins at 0, ranks past r
-read, x dropped, first part only, weight dropped, output order swapped, x read past in_n.
+are read, x is dropped, only the first part is used, the weight is dropped, the output order is
+swapped, x is read past in_n.
 """
 
 from __future__ import annotations

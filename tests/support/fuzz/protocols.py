@@ -1,4 +1,4 @@
-"""Both protocols without sockets, with a real registry and fuser: bytes in, a code out."""
+"""gRPC and HTTP without sockets, with a real registry and fuser: bytes in, a code out."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ PATHS = (
 )
 _TINKER = "/api/v1"
 PASS = f"{_TINKER}/forward_backward"
-# The same for training; the body of a pass is a message.
+# The same for training; the body of ``PASS`` is a protobuf message instead.
 TRAINING_PATHS = tuple(
     f"{_TINKER}/{name}"
     for name in (
@@ -64,7 +64,7 @@ TRAINING_PATHS = tuple(
         *("create_sampling_session", "asample", "weights_info"),
     )
 )
-# The ids in bodies for training, which differ each time.
+# Placeholders in bodies for training; the ids that replace them differ each time.
 SESSION, MODEL = b"@session", b"@model"
 # The maximum wait for a result; only results of invalid bodies take longer.
 _RESULT_SECONDS = 0.3
