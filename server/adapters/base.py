@@ -168,7 +168,7 @@ class BaseModel:
         weights_shown: The same for each kind as readable text, with the quantisation error.
         generation: The version of the weights, from 1; each merge and each unmerge increases it.
         text_prefix: The prefix of the adapter that is being read, if it was trained on a model of
-            text and images (``adapter_checkpoint.text_prefix``).
+            text and images (``checkpoint.text_prefix``).
         beside: A context manager. Inside ``with base.beside():``, a thread's work on the device
             does not block steps.
     """

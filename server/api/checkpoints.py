@@ -245,15 +245,12 @@ class Checkpoints:
         if not is_taken and len(self.owned(checkpoint.owner)) >= MAX_CHECKPOINTS:
             text = say("TRAINING_LIMIT_REACHED", most=MAX_CHECKPOINTS, what="checkpoints")
             raise InvalidRequestError.of("path", text)
-        if before is not None and not is_taken:
-            # Otherwise ``sweep`` might remove the new one instead.
-            await self.remove(before)
         with reporting_disk_faults():
             incoming = Path(tempfile.mkdtemp(dir=self._folder / _INCOMING))
             try:
                 await write(incoming)
                 async with self._lock(checkpoint):
-                    saved = await asyncio.to_thread(self._complete, checkpoint, incoming)
+                    saved = await completed(asyncio.to_thread(self._complete, checkpoint, incoming))
                     self._all[saved.path] = saved
             finally:
                 await asyncio.to_thread(remove_directory, incoming)

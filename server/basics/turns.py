@@ -159,11 +159,18 @@ class LoopTurns:
 
 async def completed(work: Coroutine[Any, Any, _T]) -> _T:
     """The result of work that runs to its end before a cancelled caller continues."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    finally:
-        await asyncio.wait([task])
+    task, is_cancelled = asyncio.ensure_future(work), False
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            is_cancelled = True
+    if not is_cancelled:
+        return task.result()
+    if not task.cancelled():
+        # Retrieve the exception: nobody waits for it any more, and asyncio would log it.
+        task.exception()
+    raise asyncio.CancelledError
 
 
 # Limits on what is open at the same time.

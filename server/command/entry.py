@@ -1,4 +1,4 @@
-"""The entry point of the ``turret`` command, and its signals. It loads quickly, and then the rest.
+"""The entry point of the ``turret`` command, which loads quickly, and its signals.
 
 Ctrl-C, SIGTERM and SIGHUP raise exceptions, or end the process while libraries load: an exception
 would pass through C++ code, some of which aborts.

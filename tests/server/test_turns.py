@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from turret.server.basics.turns import FairPool, LoopTurns
+from turret.server.basics.turns import FairPool, LoopTurns, completed
 from turret.server.basics.work import Cancellation
 from turret.server.errors import InvalidRequestError, UnavailableError
 
@@ -127,6 +127,32 @@ async def test_one_coroutine_continues_per_turn_of_the_event_loop() -> None:
     assert len(set(ticks)) == 5
     assert tenants == (b"a", b"b", b"a", b"b", b"a")
     await asyncio.wait_for(turns.wait(b"a"), 10)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_work_is_completed_however_often_its_caller_is_cancelled(fails: bool) -> None:
+    may_end, is_done, logged = asyncio.Event(), False, []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context))
+
+    async def work() -> None:
+        nonlocal is_done
+        await may_end.wait()
+        is_done = True
+        if fails:
+            raise InvalidRequestError("late")
+
+    caller = asyncio.create_task(completed(work()))
+    for _ in range(3):
+        await asyncio.sleep(0)
+        caller.cancel()
+    await asyncio.sleep(0)
+    assert not caller.done()
+    may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert is_done
+    gc.collect()
+    assert not logged, "nobody waits for the error any more"
 
 
 def test_the_first_error_counts() -> None:

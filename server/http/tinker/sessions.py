@@ -187,9 +187,9 @@ async def retrieve(exchange: Exchange) -> None:
         again = {"type": "try_again", "request_id": body.request_id, "queue_state": "active"}
         await exchange.reply.json(again, 408)
         return
-    future.fetched()
     # The result may be dropped elsewhere before the client has read it.
     exchange.call.send(len(result.body))
+    future.fetched()
     await exchange.reply.whole(result.body, 200, {"content-type": result.kind})
 
 
