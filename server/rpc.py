@@ -32,7 +32,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from turret.server import log
-from turret.server.api.access import SERVICE_ROLES, Party, WatchedFiles, authorize, peer_address
+from turret.server.api.access import (
+    SERVICE_ROLES,
+    TRAINING,
+    Party,
+    WatchedFiles,
+    authorize,
+    peer_address,
+)
 from turret.server.api.admin import Adapters
 from turret.server.api.call import REQUEST_ID_KEY, Call, fault_of
 from turret.server.api.inference import Inference
@@ -471,7 +478,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             deadline=_deadline(context),
             failures=self._services.failures,
             is_counted=method in COUNTED,
-            is_private=_service_of(method) == "turret.v1.Training",
+            is_private=_service_of(method) == TRAINING,
             level=logging.INFO if _service_of(method) in SERVICE_ROLES else logging.DEBUG,
         )
         _current.set(call)

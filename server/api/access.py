@@ -243,13 +243,17 @@ class TokenReloader:
                 self._tokens.replace(self._files.newest)
 
 
+INFERENCE = "turret.v1.Inference"
+ADAPTERS = "turret.v1.Adapters"
+TRAINING = "turret.v1.Training"
+
 # The role that each service requires.
 
 # Services that are not listed (health, reflection) are open: they reveal nothing about the content.
 SERVICE_ROLES = {
-    "turret.v1.Inference": "inference",
-    "turret.v1.Adapters": "admin",
-    "turret.v1.Training": "training",
+    INFERENCE: "inference",
+    ADAPTERS: "admin",
+    TRAINING: "training",
     # The metrics are not a service of turret.v1, but a listening address may serve them too.
     "metrics": "metrics",
 }

@@ -17,7 +17,14 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from turret.server import log
-from turret.server.api.access import Party, authorize, bearer_token, roles_of
+from turret.server.api.access import (
+    INFERENCE,
+    TRAINING,
+    Party,
+    authorize,
+    bearer_token,
+    roles_of,
+)
 from turret.server.api.call import REQUEST_ID_KEY, Call
 from turret.server.api.inference import converted
 from turret.server.api.services import Services
@@ -254,8 +261,6 @@ def _too_large() -> HttpRefusal:
     return HttpRefusal(413, say("REQUEST_TOO_LARGE", most=MAX_BODY_BYTES))
 
 
-INFERENCE, ADAPTERS = "turret.v1.Inference", "turret.v1.Adapters"
-TRAINING = "turret.v1.Training"
 # A stream that has been quiet for this long gets a comment.
 HEARTBEAT_SECONDS = 15.0
 _log = logging.getLogger(__name__)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
+from turret.server.api.access import ADAPTERS, INFERENCE
 from turret.server.http import answer_models as answers
 from turret.server.http import completions, console, messages, models, pages, responses, texts
 from turret.server.http import request_models as requests
-from turret.server.http.endpoint import ADAPTERS, INFERENCE, Route
+from turret.server.http.endpoint import Route
 
 _ask = partial(Route, service=INFERENCE)
 # Metrics count these paths, which run on adapters.

@@ -20,13 +20,13 @@ from starlette.responses import Response
 from starlette.routing import Route as StarletteRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from turret.server.api.access import is_own_host
+from turret.server.api.access import ADAPTERS, is_own_host
 from turret.server.api.call import REQUEST_ID_KEY, request_id_of
 from turret.server.api.services import Services
 from turret.server.basics.settings import split_address
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http.connection import Connection, Listener, tls_context
-from turret.server.http.endpoint import ADAPTERS, Endpoint, Route, dumps
+from turret.server.http.endpoint import Endpoint, Route, dumps
 from turret.server.http.fields import slip_of
 from turret.server.http.openapi import sender
 from turret.server.http.refusals import HttpRefusal, refusal_of

@@ -22,11 +22,11 @@ from checkout import ROOT, line_that_hides_extras
 import turret
 from turret.fleet.config import REFUSED, ClusterConfig, FleetConfig
 from turret.fleet.serving.ingress import ingress_environment
+from turret.server.api.access import INFERENCE
 from turret.server.basics.settings import SettingsError
 from turret.server.cli import build_parser
 from turret.server.command.flags import Settings, read_file, read_settings
 from turret.server.config import Config, ListenConfig
-from turret.server.http.endpoint import INFERENCE
 from turret.server.http.routes import ROUTES
 from turret.server.metrics import Metrics
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from turret.server.http.endpoint import TRAINING, Handler, Route
+from turret.server.api.access import TRAINING
+from turret.server.http.endpoint import Handler, Route
 from turret.server.http.fields import Body
 from turret.server.http.tinker import listing, sampling, schemas, sessions, training
 
