@@ -55,7 +55,7 @@ class Component:
 FindComponent = Callable[[ComponentRef], Component]
 
 
-def is_components(value: Any) -> Text | None:
+def fault_of_components(value: Any) -> Text | None:
     """The fault in the value of ``components``, or None."""
     if not isinstance(value, list) or not MIN_COMPONENTS <= len(value) <= MAX_COMPONENTS:
         return invalid(value, f"a list of {MIN_COMPONENTS} to {MAX_COMPONENTS} components")
@@ -82,7 +82,7 @@ def unfit(component: Component, why: str) -> Text:
 def component_refs(config: Mapping[str, Any]) -> tuple[ComponentRef, ...]:
     """The components that a config lists; empty if there are none or the list is malformed."""
     value = config.get(COMPONENTS_KEY)
-    if value is None or is_components(value) is not None:
+    if value is None or fault_of_components(value) is not None:
         return ()
     return tuple(ComponentRef(item["name"], item["digest"]) for item in value)
 

@@ -18,8 +18,8 @@ from turret.server.adapters.methods.kit import (
     LinearFormat,
     Module,
     extent,
-    is_integer,
-    is_seed,
+    fault_of_integer,
+    fault_of_seed,
     optionally,
     torch,
 )
@@ -34,7 +34,7 @@ _CLUSTERING: Any = {"init": "random", "n_init": 1, "max_iter": 10, "random_state
 _FAR = 2e-2
 _TRAINING = "chooses what is trained; the tensors show the result"
 
-_is_few = is_integer(1, _MAX_CLUSTERS)
+_fault_of_count = fault_of_integer(1, _MAX_CLUSTERS)
 # Config keys that only training uses.
 _CHOOSING = (
     *("use_asa", "asa_target_subspaces", "init_warmup", "final_warmup", "mask_interval"),
@@ -48,11 +48,11 @@ _RANK = Dim(lambda m: min(m.rank, m.outputs, _WIDTH.of(m)), is_served=True)
 def format_of(config: Mapping[str, Any]) -> LinearFormat:
     """The format of the checkpoint."""
     count = config.get("num_subspaces", 5)
-    some = range(count if _is_few(count) is None else 0)
+    some = range(count if _fault_of_count(count) is None else 0)
     return LinearFormat(
         name="adamss",
         peft_types={"ADAMSS"},
-        keys={"num_subspaces": _is_few, "random_seed": is_seed},
+        keys={"num_subspaces": _fault_of_count, "random_seed": fault_of_seed},
         ignored={
             "subspace_rank": "the tensors show the rank of every cluster",
             **dict.fromkeys(_CHOOSING, _TRAINING),

@@ -22,7 +22,7 @@ _UNREAD = "AdaLoRA does not read it"
 _TOGETHER = "it cannot be combined with AdaLoRA"
 
 
-def _is_mask(value: Any) -> Text | None:
+def _fault_of_mask(value: Any) -> Text | None:
     is_mask = isinstance(value, list) and all(isinstance(kept, bool) for kept in value)
     return None if is_mask else invalid(value, "a list of true and false")
 
@@ -61,8 +61,8 @@ METHOD = LinearMethod(
     keys={
         **without(LORA_KEYS, "target_modules"),
         # PEFT would replace an alpha of 0 by a rank, and that rank changes during training.
-        "lora_alpha": is_positive,
-        "rank_pattern": is_pattern_of(_is_mask),
+        "lora_alpha": fault_of_positive,
+        "rank_pattern": fault_of_patterns(_fault_of_mask),
     },
     ignored={
         **LORA_IGNORED,

@@ -102,9 +102,9 @@ METHOD = Method(
     name="adaption_prompt",
     peft_types={"ADAPTION_PROMPT"},
     keys={
-        "target_modules": is_one_of("self_attn", None),
-        "adapter_len": is_rank,
-        "adapter_layers": is_rank,
+        "target_modules": fault_of_choice("self_attn", None),
+        "adapter_len": fault_of_rank,
+        "adapter_layers": fault_of_rank,
     },
     required=("adapter_len", "adapter_layers"),
     check=lambda reading: reading.once(_layers),

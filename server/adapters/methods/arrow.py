@@ -27,24 +27,24 @@ _NO_UPDATE = "a router has no update of its own"
 _PLAIN = "a router from create_arrow_model has none"
 
 
-def _is_names(value: Any) -> Text | None:
+def _fault_of_names(value: Any) -> Text | None:
     is_list = isinstance(value, list) and all(isinstance(name, str) for name in value)
     return listed_twice(value) if is_list else invalid(value, "a list of names of components")
 
 
-def _is_arrow(value: Any) -> Text | None:
+def _fault_of_arrow(value: Any) -> Text | None:
     problem = LORA.keys[ARROW](value)
     if problem is not None or not isinstance(value, Mapping):
         return problem or invalid(value, "an object")
     config = {**_DEFAULTS, **value}
     general = config.get("gks_adapter_names") or []
     checks = (
-        ("top_k", is_rank(config["top_k"])),
-        ("router_temperature", is_positive(config["router_temperature"])),
-        ("use_gks", is_bool(config["use_gks"])),
-        ("rng_seed", None if config.get("rng_seed") is None else is_seed(config["rng_seed"])),
-        ("task_adapter_names", _is_names(config.get("task_adapter_names"))),
-        ("gks_adapter_names", _is_names(general)),
+        ("top_k", fault_of_rank(config["top_k"])),
+        ("router_temperature", fault_of_positive(config["router_temperature"])),
+        ("use_gks", fault_of_bool(config["use_gks"])),
+        ("rng_seed", None if config.get("rng_seed") is None else fault_of_seed(config["rng_seed"])),
+        ("task_adapter_names", _fault_of_names(config.get("task_adapter_names"))),
+        ("gks_adapter_names", _fault_of_names(general)),
     )
     for key, why in checks:
         if why is not None:
@@ -173,7 +173,7 @@ METHOD = replace(
     LORA,
     name="arrow",
     accepts=lambda config: isinstance(config.get(ARROW), Mapping),
-    keys={**LORA.keys, ARROW: _is_arrow, COMPONENTS_KEY: is_components},
+    keys={**LORA.keys, ARROW: _fault_of_arrow, COMPONENTS_KEY: fault_of_components},
     ignored={**LORA.ignored, **dict.fromkeys(_UNREAD, _NO_UPDATE)},
     refused={
         **LORA.refused,

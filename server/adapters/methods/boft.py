@@ -77,9 +77,9 @@ METHOD = LinearMethod(
     name="boft",
     peft_types={"BOFT"},
     keys={
-        "boft_block_size": is_count,
-        "boft_block_num": is_count,
-        "boft_n_butterfly_factor": is_rank,
+        "boft_block_size": fault_of_count,
+        "boft_block_num": fault_of_count,
+        "boft_n_butterfly_factor": fault_of_rank,
     },
     ignored={"boft_dropout": DROPOUT},
     bias=("boft_only",),

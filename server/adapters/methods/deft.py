@@ -31,9 +31,9 @@ METHOD = LinearMethod(
     name="deft",
     peft_types={"DEFT"},
     keys={
-        "alpha": optional(is_number),
-        "decomposition_method": is_one_of("relu", "qr"),
-        "para": is_bool,
+        "alpha": optional(fault_of_number),
+        "decomposition_method": fault_of_choice("relu", "qr"),
+        "para": fault_of_bool,
     },
     ignored={"deft_dropout": DROPOUT, "init_scale": START},
     bias=("deft_only",),

@@ -22,7 +22,7 @@ def _operators(m: Module) -> Piece:
 METHOD = LinearMethod(
     name="fourierft",
     peft_types={"FOURIERFT"},
-    keys={"scaling": is_number, "random_loc_seed": is_seed},
+    keys={"scaling": fault_of_number, "random_loc_seed": fault_of_seed},
     ignored={"n_frequency": IN_TENSORS, "n_frequency_pattern": IN_TENSORS},
     bias=("fourier_only",),
     rank=None,

@@ -89,9 +89,9 @@ METHOD = LinearMethod(
     name="glora",
     peft_types={"GLORA"},
     keys={
-        "config_A_B": is_one_of(*_WEIGHT),
-        "config_C": is_one_of(*_COLUMN),
-        "config_D_E": is_one_of("constant", "vector", "none"),
+        "config_A_B": fault_of_choice(*_WEIGHT),
+        "config_C": fault_of_choice(*_COLUMN),
+        "config_D_E": fault_of_choice("constant", "vector", "none"),
     },
     refused={
         "bias": (("none", None), "biases trained in addition to GLoRA's own are not used"),

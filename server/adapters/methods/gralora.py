@@ -48,7 +48,7 @@ def _operators(m: Module) -> Piece:
 METHOD = LinearMethod(
     name="gralora",
     peft_types={"GRALORA"},
-    keys={"hybrid_r": is_count, "alpha": is_number, "gralora_k": is_rank},
+    keys={"hybrid_r": fault_of_count, "alpha": fault_of_number, "gralora_k": fault_of_rank},
     ignored={"gralora_dropout": DROPOUT},
     bias=("gralora_only",),
     required=("alpha", "gralora_k", "hybrid_r"),

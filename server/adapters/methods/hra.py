@@ -55,7 +55,7 @@ def _orthonormal(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 METHOD = LinearMethod(
     name="hra",
     peft_types={"HRA"},
-    keys={"apply_GS": is_bool},
+    keys={"apply_GS": fault_of_bool},
     bias=("hra_only",),
     most_rank=lambda inputs, outputs: inputs,
     required=("apply_GS",),

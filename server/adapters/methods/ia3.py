@@ -12,10 +12,10 @@ from turret.server.adapters.peft_format.targets import Pattern, match_all
 _VECTOR, _KEY = "ia3_l", "feedforward_modules"
 
 
-def _is_selector(value: Any) -> Text | None:
+def _fault_of_selector(value: Any) -> Text | None:
     if value is None:
         return invalid(value, "a list of module names or a regular expression")
-    return is_optional_module_selector(value)
+    return fault_of_optional_selector(value)
 
 
 def _feedforward(adapter: Reading) -> frozenset[str]:
@@ -67,7 +67,7 @@ def _start_config(rank: int, targets: Sequence[str]) -> dict[str, Any]:
 METHOD = LinearMethod(
     name="ia3",
     peft_types={"IA3"},
-    keys={_KEY: _is_selector},
+    keys={_KEY: _fault_of_selector},
     ignored={"init_ia3_weights": START},
     rank=None,
     required=(_KEY,),

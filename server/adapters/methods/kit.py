@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from turret.lazy_torch import torch
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.component import COMPONENTS_KEY, Component, is_components, unfit
+from turret.server.adapters.component import COMPONENTS_KEY, Component, fault_of_components, unfit
 from turret.server.adapters.lowering import (
     Assembly,
     LinearMethod,
@@ -56,16 +56,16 @@ from turret.server.adapters.peft_format.config_rules import (
     PEFTS_WORK,
     START,
     TRAINING,
+    fault_of_bool,
+    fault_of_choice,
+    fault_of_count,
+    fault_of_integer,
+    fault_of_number,
+    fault_of_positive,
+    fault_of_rank,
+    fault_of_seed,
+    fault_of_text,
     invalid,
-    is_bool,
-    is_count,
-    is_integer,
-    is_number,
-    is_one_of,
-    is_positive,
-    is_rank,
-    is_seed,
-    is_text,
     optional,
 )
 from turret.server.adapters.peft_format.linear_format import (
@@ -90,9 +90,9 @@ from turret.server.adapters.peft_format.linear_format import (
 from turret.server.adapters.peft_format.reading import Module, Reading
 from turret.server.adapters.peft_format.targets import (
     MAX_LIST_ITEMS,
-    is_optional_module_selector,
-    is_pattern_of,
-    is_rank_pattern,
+    fault_of_optional_selector,
+    fault_of_patterns,
+    fault_of_rank_pattern,
 )
 from turret.server.words import Text, say
 

@@ -30,7 +30,7 @@ def _operators(m: Module) -> Pieces:
 METHOD = LinearMethod(
     name="learned_fusion",
     peft_types={"TURRET_FUSION"},
-    keys={COMPONENTS_KEY: is_components},
+    keys={COMPONENTS_KEY: fault_of_components},
     # A query costs as much as a factor A of rank d_k.
     rank="d_k",
     rank_name="d_k",

@@ -16,7 +16,7 @@ _TENSORS = {"MISS": "miss_block", "BONE": "bone_block"}
 _MINI = key("mini_r", 1)
 
 
-def _is_start(value: Any) -> Text | None:
+def _fault_of_start(value: Any) -> Text | None:
     is_known = value in ("mini", "bat") or isinstance(value, bool)
     return None if is_known else invalid(value, "mini, bat, true or false")
 
@@ -70,7 +70,7 @@ def _turned(blocks: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 METHOD = LinearMethod(
     name="miss",
     peft_types=set(_TENSORS),
-    keys={"mini_r": is_rank, "init_weights": _is_start},
+    keys={"mini_r": fault_of_rank, "init_weights": _fault_of_start},
     ignored={"miss_dropout": DROPOUT},
     bias=("MiSS_only", "bone_only"),
     # With "bat", r is the side of a block, and the update can have any rank.

@@ -30,7 +30,7 @@ def _prompt(tensors: Mapping[str, torch.Tensor], task: int) -> torch.Tensor:
 METHOD = SoftTokens(
     name="multitask_prompt",
     peft_types={"MULTITASK_PROMPT_TUNING"},
-    keys={"num_tasks": is_rank, "num_ranks": is_rank},
+    keys={"num_tasks": fault_of_rank, "num_ranks": fault_of_rank},
     ignored={
         "prompt_tuning_init": START,
         "prompt_tuning_init_text": START,

@@ -23,7 +23,7 @@ _MAX_TERMS = 100
 _NEW_SERIES = (0, 18)
 
 
-def _no_pattern(value: Any) -> Text | None:
+def _fault_of_pattern(value: Any) -> Text | None:
     return invalid(value, "empty") if value else None
 
 
@@ -148,16 +148,16 @@ METHOD = LinearMethod(
     name="oft",
     peft_types={"OFT"},
     keys={
-        "r": is_count,
-        "oft_block_size": is_count,
-        "block_share": is_bool,
-        "coft": is_bool,
-        "eps": is_number,
-        "use_cayley_neumann": is_bool,
-        "num_cayley_neumann_terms": is_integer(1, _MAX_TERMS),
-        "peft_version": optional(is_text),
-        "rank_pattern": _no_pattern,
-        "alpha_pattern": _no_pattern,
+        "r": fault_of_count,
+        "oft_block_size": fault_of_count,
+        "block_share": fault_of_bool,
+        "coft": fault_of_bool,
+        "eps": fault_of_number,
+        "use_cayley_neumann": fault_of_bool,
+        "num_cayley_neumann_terms": fault_of_integer(1, _MAX_TERMS),
+        "peft_version": optional(fault_of_text),
+        "rank_pattern": _fault_of_pattern,
+        "alpha_pattern": _fault_of_pattern,
     },
     ignored={"module_dropout": DROPOUT},
     bias=("oft_only",),

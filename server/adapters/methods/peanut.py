@@ -54,9 +54,9 @@ METHOD = LinearMethod(
     name="peanut",
     peft_types={"PEANUT"},
     keys={
-        "depth": is_integer(0, _MAX_DEPTH),
-        "act_fn": is_one_of(*ACTIVATIONS),
-        "scaling": is_number,
+        "depth": fault_of_integer(0, _MAX_DEPTH),
+        "act_fn": fault_of_choice(*ACTIVATIONS),
+        "scaling": fault_of_number,
     },
     required=("depth", "act_fn", "scaling"),
     tensors={

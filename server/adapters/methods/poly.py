@@ -28,7 +28,7 @@ def _operators(m: Module) -> Piece:
 METHOD = LinearMethod(
     name="poly",
     peft_types={"POLY"},
-    keys={"poly_type": is_one_of("poly"), **dict.fromkeys(_COUNTS, is_rank)},
+    keys={"poly_type": fault_of_choice("poly"), **dict.fromkeys(_COUNTS, fault_of_rank)},
     required=_COUNTS,
     tasks="n_tasks",
     tensors={

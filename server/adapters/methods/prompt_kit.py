@@ -20,20 +20,20 @@ from turret.server.adapters.peft_format.config_rules import (
     Irrelevant,
     Rules,
     Used,
-    is_head_to_save,
-    is_modules_to_save,
-    is_one_of,
-    is_rank,
+    fault_of_choice,
+    fault_of_head_to_save,
+    fault_of_modules_to_save,
+    fault_of_rank,
     optional,
 )
 from turret.server.adapters.peft_format.reading import Base, FileFormat, Reading
 from turret.server.words import say
 
 _SIZES: Rules = {
-    "num_virtual_tokens": Used(is_rank),
-    "token_dim": Used(is_rank),
+    "num_virtual_tokens": Used(fault_of_rank),
+    "token_dim": Used(fault_of_rank),
     # PEFT uses two submodules for an encoder and a decoder.
-    "num_transformer_submodules": Used(is_one_of(1, None)),
+    "num_transformer_submodules": Used(fault_of_choice(1, None)),
 }
 # Keys that PEFT's configs have for a text from which training starts.
 WITH_TEXT = dict.fromkeys(("tokenizer_name_or_path", "tokenizer_kwargs"), START)
@@ -69,7 +69,7 @@ class SoftTokens(FileFormat):
         """The keys for the size, and those that only prefixes need."""
         return {
             **_SIZES,
-            "modules_to_save": Used(is_head_to_save),
+            "modules_to_save": Used(fault_of_head_to_save),
             "num_attention_heads": Irrelevant(_INDEPENDENT),
             "num_layers": Irrelevant(_INDEPENDENT),
         }
@@ -128,8 +128,8 @@ class KeysAndValues(SoftTokens):
     @property
     def common(self) -> Rules:
         """The keys for the size."""
-        counts = dict.fromkeys(("num_layers", "num_attention_heads"), Used(optional(is_rank)))
-        return {**_SIZES, **counts, "modules_to_save": Used(is_modules_to_save)}
+        counts = dict.fromkeys(("num_layers", "num_attention_heads"), Used(optional(fault_of_rank)))
+        return {**_SIZES, **counts, "modules_to_save": Used(fault_of_modules_to_save)}
 
     def _sizes_of(self, base: Base) -> Mapping[str, int]:
         sizes = {"num_layers": base.num_layers, "token_dim": base.kv_width}

@@ -24,7 +24,7 @@ METHOD = replace(
     LORA,
     name="qalora",
     accepts=lambda config: config.get("use_qalora") is True,
-    keys={**LORA.keys, _GROUP: is_rank},
+    keys={**LORA.keys, _GROUP: fault_of_rank},
     ignored=without(LORA.ignored, _GROUP),
     required=(_GROUP,),
     factors=None,

@@ -15,7 +15,7 @@ from turret.server.adapters.methods.kit import *
 _THETA, _ALPHA = "road_theta", "road_alpha"
 
 
-def _is_group(value: Any) -> Text | None:
+def _fault_of_group(value: Any) -> Text | None:
     is_even = isinstance(value, int) and not isinstance(value, bool) and value > 0
     return None if is_even and value % 2 == 0 else invalid(value, "an even number above 0")
 
@@ -62,7 +62,7 @@ def _columns(
 METHOD = LinearMethod(
     name="road",
     peft_types={"ROAD"},
-    keys={"variant": is_one_of("road_1", "road_2", "road_4"), "group_size": _is_group},
+    keys={"variant": fault_of_choice("road_1", "road_2", "road_4"), "group_size": _fault_of_group},
     rank=None,
     required=("variant", "group_size"),
     tensors={_THETA: _shape, _ALPHA: _shape},

@@ -32,7 +32,7 @@ def _operators(m: Module) -> Iterator[Piece]:
 METHOD = LinearMethod(
     name="supertuning",
     peft_types={"SUPERTUNING"},
-    keys={"r": optional(is_rank), "lora_alpha": optional(is_number)},
+    keys={"r": optional(fault_of_rank), "lora_alpha": optional(fault_of_number)},
     ignored={"lora_dropout": DROPOUT, "sparsity": IN_TENSORS, "select_top": IN_TENSORS},
     refused={
         "save_precomputed_indices": (

@@ -13,8 +13,8 @@ _V = "base_model.tinylora_v."
 _U = key("u")
 
 
-def _is_share(value: Any) -> Text | None:
-    problem = is_number(value)
+def _fault_of_share(value: Any) -> Text | None:
+    problem = fault_of_number(value)
     if problem is None and not 0 <= value <= 1:
         return invalid(value, "from 0 to 1")
     return problem
@@ -52,10 +52,10 @@ METHOD = LinearMethod(
     name="tinylora",
     peft_types={"TINYLORA"},
     keys={
-        "u": is_rank,
-        "weight_tying": _is_share,
-        "projection_seed": is_seed,
-        "save_projection": is_bool,
+        "u": fault_of_rank,
+        "weight_tying": _fault_of_share,
+        "projection_seed": fault_of_seed,
+        "save_projection": fault_of_bool,
     },
     ignored={"tinylora_dropout": DROPOUT, "init_v_bound": START},
     bias=("tinylora_only",),

@@ -8,7 +8,7 @@ methods train in addition to their own tensors.
 from __future__ import annotations
 
 from turret.server.adapters.methods.kit import *
-from turret.server.adapters.peft_format.config_rules import is_token_list
+from turret.server.adapters.peft_format.config_rules import fault_of_token_list
 from turret.server.adapters.peft_format.vocabulary_checkpoint import trained_modules
 
 
@@ -28,7 +28,10 @@ def _lower(reading: Reading) -> Lowered:
 METHOD = Method(
     name="trainable_tokens",
     peft_types={"TRAINABLE_TOKENS"},
-    keys={"token_indices": is_token_list, "target_modules": is_optional_module_selector},
+    keys={
+        "token_indices": fault_of_token_list,
+        "target_modules": fault_of_optional_selector,
+    },
     check=_check,
     lower=_lower,
 )

@@ -64,7 +64,11 @@ def draw_indices(seed: int, length: int, total: int) -> torch.Tensor:
 METHOD = LinearMethod(
     name="unilora",
     peft_types={"UNILORA"},
-    keys={"proj_seed": is_seed, "theta_d_length": is_rank, "save_indices": is_bool},
+    keys={
+        "proj_seed": fault_of_seed,
+        "theta_d_length": fault_of_rank,
+        "save_indices": fault_of_bool,
+    },
     ignored={"unilora_dropout": DROPOUT, "init_theta_d_bound": START},
     bias=("unilora_only",),
     required=("theta_d_length", "proj_seed"),

@@ -62,7 +62,7 @@ def _vectors(m: Module, factor: str) -> torch.Tensor:
 METHOD = LinearMethod(
     name="vblora",
     peft_types={"VBLORA"},
-    keys={_KEPT: is_bool, **dict.fromkeys(_SIZES, is_rank)},
+    keys={_KEPT: fault_of_bool, **dict.fromkeys(_SIZES, fault_of_rank)},
     ignored={"vblora_dropout": DROPOUT, "init_vector_bank_bound": START, "init_logits_std": START},
     bias=("vblora_only",),
     required=_SIZES,

@@ -30,7 +30,7 @@ def method(name: str, copies: int = 1) -> LinearMethod:
     return LinearMethod(
         name=name,
         peft_types={name.upper()},
-        keys={"save_projection": is_bool, "projection_prng_key": is_seed},
+        keys={"save_projection": fault_of_bool, "projection_prng_key": fault_of_seed},
         ignored={f"{name}_dropout": DROPOUT, "d_initial": START},
         bias=(f"{name}_only",),
         conflicts=needs_seed,

@@ -34,10 +34,10 @@ METHOD = LinearMethod(
     name="waveft",
     peft_types={"WAVEFT"},
     keys={
-        "scaling": is_number,
-        "wavelet_family": is_one_of(*WAVELETS),
-        "use_idwt": is_bool,
-        "random_loc_seed": is_seed,
+        "scaling": fault_of_number,
+        "wavelet_family": fault_of_choice(*WAVELETS),
+        "use_idwt": fault_of_bool,
+        "random_loc_seed": fault_of_seed,
     },
     ignored={
         "n_frequency": IN_TENSORS,

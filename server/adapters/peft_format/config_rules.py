@@ -59,35 +59,35 @@ def invalid(value: Any, wanted: str) -> Text:
     return say("INVALID_VALUE", value=value, wanted=wanted)
 
 
-def is_bool(value: Any) -> Text | None:
+def fault_of_bool(value: Any) -> Text | None:
     return None if isinstance(value, bool) else invalid(value, "true or false")
 
 
-def is_integer(least: int, most: float, wanted: str = "") -> Check:
-    """A check for integers other than true and false; ``wanted`` describes them in errors."""
+def fault_of_integer(least: int, most: float, wanted: str = "") -> Check:
+    """Makes a check for integers other than true and false; ``wanted`` describes them in errors."""
     wanted = wanted or f"an integer from {least} to {most}"
     return lambda value: (
         None if type(value) is int and least <= value <= most else invalid(value, wanted)
     )
 
 
-is_rank = is_integer(1, math.inf, "an integer of at least 1")
-is_count = is_integer(0, math.inf, "an integer of at least 0")
-is_seed = is_integer(-(2**63), 2**63 - 1, "a 64-bit integer")
+fault_of_rank = fault_of_integer(1, math.inf, "an integer of at least 1")
+fault_of_count = fault_of_integer(0, math.inf, "an integer of at least 0")
+fault_of_seed = fault_of_integer(-(2**63), 2**63 - 1, "a 64-bit integer")
 
 
-def is_number(value: Any) -> Text | None:
+def fault_of_number(value: Any) -> Text | None:
     # Values up to this limit are far from an overflow in fp32 arithmetic. The limit also excludes
     # infinities.
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e9
     return None if ok else invalid(value, "a number from -1e9 to 1e9")
 
 
-def is_positive(value: Any) -> Text | None:
-    return is_number(value) or (None if value > 0 else invalid(value, "greater than 0"))
+def fault_of_positive(value: Any) -> Text | None:
+    return fault_of_number(value) or (None if value > 0 else invalid(value, "greater than 0"))
 
 
-def is_text(value: Any) -> Text | None:
+def fault_of_text(value: Any) -> Text | None:
     return None if isinstance(value, str) else invalid(value, "a string")
 
 
@@ -96,7 +96,7 @@ def optional(check: Check) -> Check:
     return lambda value: None if value is None else check(value)
 
 
-def is_one_of(*allowed: Any) -> Check:
+def fault_of_choice(*allowed: Any) -> Check:
     def check(value: Any) -> Text | None:
         if any(same(value, one) for one in allowed):
             return None
@@ -107,7 +107,7 @@ def is_one_of(*allowed: Any) -> Check:
     return check
 
 
-def _is_task(value: Any) -> Text | None:
+def _fault_of_task(value: Any) -> Text | None:
     if value in (None, "CAUSAL_LM", "FEATURE_EXTRACTION"):
         return None
     return invalid(value, "CAUSAL_LM, SEQ_CLS, FEATURE_EXTRACTION or null")
@@ -120,10 +120,10 @@ TRAINING = "matters only in training"
 IN_TENSORS = "the tensors already contain its effect"
 PEFTS_WORK = "controls how PEFT loads or trains a model"
 COMMON_RULES: Rules = {
-    "peft_type": Used(is_text),
+    "peft_type": Used(fault_of_text),
     # Models with a head and without one are accepted; ``take_classifier`` handles SEQ_CLS earlier.
-    "task_type": Used(_is_task),
-    "base_model_name_or_path": Used(optional(is_text)),
+    "task_type": Used(_fault_of_task),
+    "base_model_name_or_path": Used(optional(fault_of_text)),
     "revision": Irrelevant("commit of the base; turret compares the base's name and shapes"),
     "auto_mapping": Irrelevant(PEFTS_WORK),
     "inference_mode": Irrelevant(TRAINING),
@@ -223,7 +223,7 @@ class MethodKeys:
         """A rule for every key that the config may have."""
         rules: dict[str, Rule] = {**COMMON_RULES, **self.common}
         if self.bias:
-            rules["bias"] = Used(is_one_of("none", "all", *self.bias))
+            rules["bias"] = Used(fault_of_choice("none", "all", *self.bias))
         rules |= {name: Used(check) for name, check in self.keys.items()}
         rules |= {name: Irrelevant(why) for name, why in self.ignored.items()}
         return rules | {name: Rejected(*rejected) for name, rejected in self.refused.items()}
@@ -256,7 +256,7 @@ def vocabulary_module(name: str) -> str | None:
     return _NAMES.get(name)
 
 
-def is_modules_to_save(value: Any) -> Text | None:
+def fault_of_modules_to_save(value: Any) -> Text | None:
     """Checks ``modules_to_save``: only the embedding and the head are supported."""
     if value is None:
         return None
@@ -269,31 +269,31 @@ def is_modules_to_save(value: Any) -> Text | None:
     return say("UNSUPPORTED_VALUE", value=others, why=why)
 
 
-def is_head_to_save(value: Any) -> Text | None:
+def fault_of_head_to_save(value: Any) -> Text | None:
     """Checks ``modules_to_save`` of methods whose prompt PEFT embeds with the base's matrix."""
-    problem = is_modules_to_save(value)
+    problem = fault_of_modules_to_save(value)
     if problem is None and EMBEDDING in map(vocabulary_module, value or ()):
         why = "PEFT does not combine a saved embedding with soft tokens; use another method"
         return say("UNSUPPORTED_VALUE", value=value, why=why)
     return problem
 
 
-def is_token_indices(value: Any) -> Text | None:
+def fault_of_token_indices(value: Any) -> Text | None:
     """Checks ``trainable_token_indices``: a list of ids for the embedding, or a list per module."""
     if value is None or isinstance(value, list):
-        return None if value is None else is_token_list(value)
+        return None if value is None else fault_of_token_list(value)
     if not isinstance(value, Mapping):
         return invalid(value, "a list of token ids, an object of such lists by module, or null")
     for name, ids in value.items():
         if vocabulary_module(name) is None:
             return say("NOT_ADAPTABLE", module=name, method="trainable_tokens")
-        problem = is_token_list(ids)
+        problem = fault_of_token_list(ids)
         if problem is not None:
             return say("INVALID_ENTRY", entry=name, why=problem)
     return None
 
 
-def is_token_list(value: Any) -> Text | None:
+def fault_of_token_list(value: Any) -> Text | None:
     ok = isinstance(value, list) and 0 < len(value) <= _MAX_IDS
     if not ok or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value):
         return invalid(value, "a non-empty list of token ids")

@@ -23,10 +23,10 @@ from turret.server.adapters.peft_format.config_rules import (
     Check,
     Rules,
     Used,
-    is_bool,
-    is_modules_to_save,
-    is_number,
-    is_rank,
+    fault_of_bool,
+    fault_of_modules_to_save,
+    fault_of_number,
+    fault_of_rank,
     optional,
 )
 from turret.server.adapters.peft_format.reading import Base, FileFormat, Module, Reading, TensorMap
@@ -38,11 +38,11 @@ from turret.server.adapters.peft_format.refusals import (
 )
 from turret.server.adapters.peft_format.targets import (
     Targets,
-    is_alpha_pattern,
-    is_layer_indexes,
-    is_module_selector,
-    is_optional_module_selector,
-    is_rank_pattern,
+    fault_of_alpha_pattern,
+    fault_of_layer_indexes,
+    fault_of_module_selector,
+    fault_of_optional_selector,
+    fault_of_rank_pattern,
     resolve_targets,
 )
 from turret.server.words import Text, say
@@ -229,18 +229,18 @@ _BIAS = "bias"
 _BIAS_SUFFIXES = (".base_layer.bias", ".bias")
 # Keys with which PEFT's configs select modules. Some methods do not have all of them.
 SELECTION: Mapping[str, Check] = {
-    "target_modules": is_module_selector,
-    "exclude_modules": is_optional_module_selector,
-    "layers_to_transform": is_layer_indexes,
-    "layers_pattern": is_optional_module_selector,
-    "modules_to_save": is_modules_to_save,
+    "target_modules": fault_of_module_selector,
+    "exclude_modules": fault_of_optional_selector,
+    "layers_to_transform": fault_of_layer_indexes,
+    "layers_pattern": fault_of_optional_selector,
+    "modules_to_save": fault_of_modules_to_save,
     # For Conv1D bases such as GPT-2. On linear modules PEFT sets it to false and then loads the
     # same weights; the adapter gets a warning.
-    "fan_in_fan_out": optional(is_bool),
+    "fan_in_fan_out": optional(fault_of_bool),
 }
 PATTERNS: Mapping[str, Check] = {
-    "rank_pattern": is_rank_pattern,
-    "alpha_pattern": is_alpha_pattern,
+    "rank_pattern": fault_of_rank_pattern,
+    "alpha_pattern": fault_of_alpha_pattern,
 }
 # Maps the full names of tensors that modules share to their shapes.
 Shared = Mapping[str, DeclaredShape]
@@ -317,11 +317,11 @@ class LinearFormat(FileFormat):
     def common(self) -> Rules:
         """The keys that select modules, and those of ranks and alphas."""
         keys: dict[str, Check] = {**SELECTION}
-        for key, check in ((self.rank, is_rank), (self.alpha, is_number)):
+        for key, check in ((self.rank, fault_of_rank), (self.alpha, fault_of_number)):
             if key is not None:
                 keys[key] = check
         if self.has_patterns:
-            keys |= PATTERNS if self.alpha else {"rank_pattern": is_rank_pattern}
+            keys |= PATTERNS if self.alpha else {"rank_pattern": fault_of_rank_pattern}
         return {key: Used(check) for key, check in keys.items()}
 
     @property

@@ -10,15 +10,15 @@ from turret.server.adapters.peft_format.config_rules import (
     PEFTS_WORK,
     START,
     Check,
+    fault_of_bool,
+    fault_of_number,
+    fault_of_rank,
+    fault_of_token_indices,
     invalid,
-    is_bool,
-    is_number,
-    is_rank,
-    is_token_indices,
     optional,
 )
 from turret.server.adapters.peft_format.linear_format import PATTERNS, SELECTION
-from turret.server.adapters.peft_format.targets import MAX_LIST_ITEMS, is_module_selector
+from turret.server.adapters.peft_format.targets import MAX_LIST_ITEMS, fault_of_module_selector
 from turret.server.words import Text, say
 
 # Initialisations that leave the base weights unchanged and only set the starting point.
@@ -27,7 +27,7 @@ PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga")
 
 
-def is_served_init(value: Any) -> Text | None:
+def fault_of_init(value: Any) -> Text | None:
     """Checks ``init_lora_weights``: rejects the kinds whose adapters only fit a changed base."""
     if isinstance(value, bool) or (isinstance(value, str) and value.lower() in PLAIN_INITS):
         return None
@@ -70,14 +70,14 @@ _ARROW_KEYS = (
 _BD_LORA_LISTS = ("target_modules_bd_a", "target_modules_bd_b")
 
 
-def _is_names(value: Any) -> Text | None:
+def _fault_of_names(value: Any) -> Text | None:
     is_list = isinstance(value, list) and len(value) <= MAX_LIST_ITEMS
     if value is None or (is_list and all(isinstance(name, str) and name for name in value)):
         return None
     return invalid(value, "a list of names or null")
 
 
-def _is_invocation(value: Any) -> Text | None:
+def _fault_of_invocation(value: Any) -> Text | None:
     """Rejects an empty invocation, because PEFT searches for at least one token."""
     is_list = isinstance(value, list) and 0 < len(value) <= MAX_LIST_ITEMS
     if value is None or (is_list and all(type(token) is int and token >= 0 for token in value)):
@@ -85,11 +85,11 @@ def _is_invocation(value: Any) -> Text | None:
     return invalid(value, "a list of one or more token ids, or null")
 
 
-def _is_selector(value: Any) -> Text | None:
-    return None if value == [] else is_module_selector(value)
+def _fault_of_selector(value: Any) -> Text | None:
+    return None if value == [] else fault_of_module_selector(value)
 
 
-def _is_object_of(*keys: str) -> Check:
+def _fault_of_object(*keys: str) -> Check:
     def check(value: Any) -> Text | None:
         if value is None or (isinstance(value, dict) and value.keys() <= set(keys)):
             return None
@@ -98,37 +98,37 @@ def _is_object_of(*keys: str) -> Check:
     return check
 
 
-def _is_bd_lora(value: Any) -> Text | None:
+def _fault_of_bd_lora(value: Any) -> Text | None:
     if value is False:
         return None
-    problem = _is_object_of(*_BD_LORA_LISTS, "nblocks", "match_strict")(value)
+    problem = _fault_of_object(*_BD_LORA_LISTS, "nblocks", "match_strict")(value)
     if value is None or problem is not None:
         return problem
     for key in _BD_LORA_LISTS:
-        problem = problem or _is_names(value.get(key))
-    return problem or is_rank(value.get("nblocks"))
+        problem = problem or _fault_of_names(value.get(key))
+    return problem or fault_of_rank(value.get("nblocks"))
 
 
 LORA_KEYS: Mapping[str, Check] = {
     **SELECTION,
     **PATTERNS,
-    "target_modules": _is_selector,
-    "r": is_rank,
-    "lora_alpha": is_number,
-    "use_rslora": is_bool,
-    "use_dora": is_bool,
-    "lora_bias": is_bool,
-    "init_lora_weights": is_served_init,
-    "trainable_token_indices": is_token_indices,
-    "ensure_weight_tying": optional(is_bool),
-    "target_parameters": _is_names,
-    INVOCATION: _is_invocation,
-    "use_qalora": optional(is_bool),
-    "use_bdlora": _is_bd_lora,
-    "kasa_config": _is_object_of("beta", "gamma"),
-    "velora_config": _is_object_of("num_groups", "scale", "init_type"),
-    "monteclora_config": _is_object_of(*_MONTECLORA_KEYS),
-    ARROW: _is_object_of(*_ARROW_KEYS),
+    "target_modules": _fault_of_selector,
+    "r": fault_of_rank,
+    "lora_alpha": fault_of_number,
+    "use_rslora": fault_of_bool,
+    "use_dora": fault_of_bool,
+    "lora_bias": fault_of_bool,
+    "init_lora_weights": fault_of_init,
+    "trainable_token_indices": fault_of_token_indices,
+    "ensure_weight_tying": optional(fault_of_bool),
+    "target_parameters": _fault_of_names,
+    INVOCATION: _fault_of_invocation,
+    "use_qalora": optional(fault_of_bool),
+    "use_bdlora": _fault_of_bd_lora,
+    "kasa_config": _fault_of_object("beta", "gamma"),
+    "velora_config": _fault_of_object("num_groups", "scale", "init_type"),
+    "monteclora_config": _fault_of_object(*_MONTECLORA_KEYS),
+    ARROW: _fault_of_object(*_ARROW_KEYS),
 }
 # The keys that determine ranks and alphas, and those that select modules.
 SIZES = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")

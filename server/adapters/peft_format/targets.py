@@ -20,7 +20,12 @@ from typing import Any, Literal
 
 from turret.server.adapters.checkpoint import Findings, name_in_training
 from turret.server.adapters.operators.vocabulary import HEAD
-from turret.server.adapters.peft_format.config_rules import Check, invalid, is_number, is_rank
+from turret.server.adapters.peft_format.config_rules import (
+    Check,
+    fault_of_number,
+    fault_of_rank,
+    invalid,
+)
 from turret.server.basics.confined import Confined, ConfinedError
 from turret.server.words import Text, say
 
@@ -197,27 +202,27 @@ def _is_string_list(value: Any) -> bool:
     )
 
 
-def is_module_selector(value: Any) -> Text | None:
+def fault_of_module_selector(value: Any) -> Text | None:
     """Accepts a non-empty list of names, or one regular expression."""
     if (isinstance(value, str) and value) or (_is_string_list(value) and value):
         return None
     return invalid(value, "a non-empty list of module names or a regular expression")
 
 
-def is_optional_module_selector(value: Any) -> Text | None:
+def fault_of_optional_selector(value: Any) -> Text | None:
     if value is None or isinstance(value, str) or _is_string_list(value):
         return None
     return invalid(value, "a list of module names, a regular expression or null")
 
 
-def is_layer_indexes(value: Any) -> Text | None:
+def fault_of_layer_indexes(value: Any) -> Text | None:
     items = value if isinstance(value, list) else [value]
     if value is None or all(isinstance(i, int) and not isinstance(i, bool) for i in items):
         return None
     return invalid(value, "an integer, a list of integers or null")
 
 
-def is_pattern_of(check: Check) -> Check:
+def fault_of_patterns(check: Check) -> Check:
     """Makes a check for a ``{regular expression: value}`` object (null counts as empty)."""
 
     def check_pattern(value: Any) -> Text | None:
@@ -234,8 +239,8 @@ def is_pattern_of(check: Check) -> Check:
     return check_pattern
 
 
-is_rank_pattern = is_pattern_of(is_rank)
-is_alpha_pattern = is_pattern_of(is_number)
+fault_of_rank_pattern = fault_of_patterns(fault_of_rank)
+fault_of_alpha_pattern = fault_of_patterns(fault_of_number)
 
 
 class _Patterns:
@@ -315,7 +320,7 @@ def resolve_targets(
     """Applies the selection keys of a config to a base model's module names.
 
     Args:
-        config: Checked by the ``is_*`` functions above, with ``target_modules``.
+        config: Checked by the ``fault_of_*`` functions above, with ``target_modules``.
         linear_names: Linear modules.
         other_names: Modules that exist but are not linear.
         findings: Receives bad patterns and contradictory keys.

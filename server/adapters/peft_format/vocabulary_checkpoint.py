@@ -27,9 +27,9 @@ from turret.server.adapters.operators.vocabulary import (
     VocabularyRows,
 )
 from turret.server.adapters.peft_format.config_rules import (
-    is_modules_to_save,
-    is_token_indices,
-    is_token_list,
+    fault_of_modules_to_save,
+    fault_of_token_indices,
+    fault_of_token_list,
     token_ids_by_module,
     vocabulary_module,
 )
@@ -37,7 +37,7 @@ from turret.server.adapters.peft_format.lora_rules import CHOICE, SIZES, well_fo
 from turret.server.adapters.peft_format.reading import dora_gain
 from turret.server.adapters.peft_format.targets import (
     Targets,
-    is_optional_module_selector,
+    fault_of_optional_selector,
     resolve_targets,
 )
 from turret.server.words import say
@@ -285,10 +285,10 @@ def _trained_ids(config: Mapping[str, Any], base: BaseModel) -> dict[str, list[i
     if _METHOD_TOKENS in config:
         findings = Findings("")
         modules = trained_modules(config, base, findings)
-        if findings.fields or is_token_list(config[_METHOD_TOKENS]) is not None:
+        if findings.fields or fault_of_token_list(config[_METHOD_TOKENS]) is not None:
             return None
         value = dict.fromkeys(modules, config[_METHOD_TOKENS])
-    if is_token_indices(value) is not None:
+    if fault_of_token_indices(value) is not None:
         return None
     return token_ids_by_module(value, is_tied=base.vocabulary.is_tied)
 
@@ -298,7 +298,7 @@ def trained_modules(
 ) -> frozenset[str]:
     """The matrices that the method for trained rows adapts: by default, the embedding."""
     chosen = config.get("target_modules") or [EMBEDDING]
-    if (why := is_optional_module_selector(chosen)) is not None:
+    if (why := fault_of_optional_selector(chosen)) is not None:
         findings.add("target_modules", why)
         return frozenset()
     selection = {"target_modules": chosen}
@@ -347,7 +347,7 @@ def _trained_rows(
 def _saved_modules(config: Mapping[str, Any], base: BaseModel) -> set[str]:
     """See ``VocabularyPart.saved``; the method's rules report a malformed value."""
     value = config.get("modules_to_save")
-    if is_modules_to_save(value) is not None:
+    if fault_of_modules_to_save(value) is not None:
         return set()
     saved = {module for name in value or () if (module := vocabulary_module(name)) is not None}
     is_tied = config.get("ensure_weight_tying") is True and base.vocabulary.is_tied
