@@ -44,8 +44,6 @@ class AdapterRef:
             raise InvalidRequestError.of("adapters.weight", why)
 
 
-# Aliases: names that stand for generations of adapters.
-
 MAX_ALIASES = 100
 
 
@@ -141,8 +139,6 @@ def kept_generations(
     )
 
 
-# The files of an adapter, and where a generation's files are.
-
 # The two files of an adapter, as PEFT names them.
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -207,9 +203,6 @@ class Source:
     def came_from(self) -> str:
         """Where the files came from, for clients; empty if a client uploaded them."""
         return self.origin if self.is_upload else self.path
-
-
-# Classification heads.
 
 
 SINGLE_LABEL = "single_label_classification"
@@ -444,9 +437,6 @@ class Adapter:
 Residency = Literal["disk", "host", "device"]
 
 
-# The description of an adapter for clients.
-
-
 State = Literal["LOADING", "ACTIVE", "DELETING"]
 
 
@@ -484,9 +474,6 @@ class AdapterInfo:
     state: State
     source: str = ""
     kept_generations: tuple[int, ...] = ()
-
-
-# Mixes: the adapters of one request, resolved from names to generations.
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,6 @@ from turret.server.adapters.checkpoint import Finding, refuse_all
 from turret.server.adapters.peft_format.config_rules import invalid
 from turret.server.words import say
 
-# The result of a fusion, and its error against the exact sum.
-
 
 @dataclass(frozen=True, slots=True)
 class ModuleReport:

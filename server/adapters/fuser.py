@@ -181,9 +181,6 @@ def lora_config(
     }
 
 
-# The members of a fusion: they are read again in fp32 and checked against the request.
-
-
 @dataclass(frozen=True, slots=True)
 class FusionMember:
     """One adapter of the mix.

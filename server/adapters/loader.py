@@ -54,8 +54,6 @@ from turret.server.words import Text, say
 
 _log = logging.getLogger(__name__)
 
-# The errors for a registered adapter whose files have changed or are missing.
-
 
 def changed(name: str, source: Source, digest: str, found: str) -> AdapterChangedError:
     """The error for files that were replaced by others.

@@ -109,15 +109,12 @@ class Start:
     config: Callable[[int, Sequence[str]], Mapping[str, Any]] = _nothing
 
 
-# Products of a base weight with a few vectors, block by block, on the weight's device.
-
-
 # Maximum number of elements of the weight that are converted at once: 67 MB in fp32.
 _ELEMENTS_PER_BLOCK = 1 << 24
 
 
 def weight_times(weight: WeightRows, right: torch.Tensor) -> torch.Tensor:
-    """``W @ right``.
+    """``W @ right``, block by block on the weight's device.
 
     Args:
         weight: ``[out_features, in_features]``; not modified.
@@ -131,7 +128,7 @@ def weight_times(weight: WeightRows, right: torch.Tensor) -> torch.Tensor:
 
 
 def times_weight(left: torch.Tensor, weight: WeightRows) -> torch.Tensor:
-    """``left @ W``.
+    """``left @ W``, block by block on the weight's device.
 
     Args:
         left: ``[count, out_features]``, fp32 or wider.
@@ -402,9 +399,6 @@ def _map_memory(num_bytes: int) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-# The last step of lowering: it moves the operators to one block, checks them and summarises them.
-
-
 _NOTHING: Mapping[str, ModuleOperators] = MappingProxyType({})
 
 
@@ -592,8 +586,8 @@ def gate_of(
             components.
     """
     some = [update for update in updates if update is not None]
-    a = filled_up(torch.cat([update.a for update in some]), GATE_MULTIPLE)
-    b = filled_up(torch.cat([update.b for update in some]), GATE_MULTIPLE)
+    a = filled_up(torch.cat([update.a for update in some]))
+    b = filled_up(torch.cat([update.b for update in some]))
     ranks = [0 if update is None else update.rank for update in updates]
     return Gate(a, b, score_of(b), (0, *accumulate(ranks)))
 
@@ -603,10 +597,10 @@ def query_score(
 ) -> QueryScore:
     """The score of a learned fusion, from ``[d_k, in]`` and ``[d_k, out]``."""
     wide = torch.promote_types(dtype, torch.float32)
-    folded = b.to(wide) @ filled_up(keys.to(wide), GATE_MULTIPLE).T
-    return QueryScore(filled_up(query.to(dtype), GATE_MULTIPLE), folded)
+    folded = b.to(wide) @ filled_up(keys.to(wide)).T
+    return QueryScore(filled_up(query.to(dtype)), folded)
 
 
-def filled_up(rows: torch.Tensor, multiple: int) -> torch.Tensor:
-    """Pads rows with zeros to a multiple."""
-    return torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[0] % multiple)).contiguous()
+def filled_up(rows: torch.Tensor) -> torch.Tensor:
+    """Appends rows of zeros, up to a multiple of ``GATE_MULTIPLE`` rows."""
+    return torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[0] % GATE_MULTIPLE)).contiguous()

@@ -40,8 +40,6 @@ from turret.server.errors import (
 from turret.server.metrics import Metrics
 from turret.server.words import say
 
-# The state of the base: the merged adapters and the error of the merge.
-
 
 @dataclass(frozen=True, slots=True)
 class MergedAdapter:

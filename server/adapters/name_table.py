@@ -319,8 +319,8 @@ class NameTable:
         with self._changed:
             return self._kept(registration.current, registration.kept)
 
-    # Aliases. Their targets are current or kept: ``kept_generations`` keeps the generations, and
-    # ``check_not_aliased`` the names.
+    # The targets of aliases are always current or kept: ``kept_generations`` keeps the generations,
+    # and ``check_not_aliased`` the names.
 
     def aliases(self) -> list[Alias]:
         """All aliases, by name."""
@@ -384,8 +384,6 @@ class NameTable:
             self._leases.set_pinned(adapter, False)
             self._metrics.adapter_removed(registration.name)
         self._part_with(gone)
-
-    # Components: an adapter from which a fusion is built stays registered as long as the fusion.
 
     def source_of(self, ref: ComponentRef) -> Source:
         """The directory with the files of a component.

@@ -423,8 +423,6 @@ class AdapterRegistry:
                     _log.error("cannot pin", extra=log.fields(adapter=saved.name, reason=error))
         return len(found)
 
-    # New weights
-
     def load(
         self,
         name: str,
@@ -619,8 +617,6 @@ class AdapterRegistry:
             self._installer.roll_back(registration, generation)
             return self._record(registration)
 
-    # Aliases
-
     def aliases(self) -> list[Alias]:
         """All aliases, by name."""
         return self._table.aliases()
@@ -727,8 +723,6 @@ class AdapterRegistry:
         else:
             self._table.swap(registration, current, kept)
 
-    # Lookups
-
     def get(self, name: str, generation: int | None = None) -> AdapterInfo:
         """A snapshot of one adapter, with its current generation or the given one.
 
@@ -774,8 +768,6 @@ class AdapterRegistry:
         """
         return self._loader.reread(adapter.name, adapter.source, adapter.digest, base)
 
-    # Pins
-
     def pin(self, name: str) -> AdapterInfo:
         """Keeps an adapter in host memory and registered; reads it first if it is on disk.
 
@@ -802,8 +794,6 @@ class AdapterRegistry:
             registration = self._table.find(name)
             self._installer.unpin(registration)
             return self._record(registration)
-
-    # Unloading
 
     def unload(
         self,
@@ -841,8 +831,6 @@ class AdapterRegistry:
     def _notify_gone(self, adapter: Adapter) -> None:
         if self.on_unloaded is not None:
             self.on_unloaded(adapter.key)
-
-    # Requests
 
     def find(self, ref: AdapterRef) -> Adapter | None:
         """The generation that a reference names now, without holding it; None if there is none."""

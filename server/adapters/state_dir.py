@@ -55,9 +55,6 @@ from turret.server.errors import (
 )
 from turret.server.words import Text, say
 
-# Registrations, each saved in a file of the state directory.
-
-
 # Raise the version when fields change, and continue to read older ones. Version 2 added components
 # to the facts, 3 a source's task, 4 the invocation, 5 labels, 6 the size of the vocabulary and the
 # tokenizer, 7 the first pass, 8 the chat template, 9 kept generations, 10 a source's origin.
@@ -146,9 +143,6 @@ def _parse(kind: str, adapter: TypeAdapter[_S], data: bytes, versions: Sequence[
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         raise ValueError(f"is not {kind}: {field}: {first['msg']}") from None
-
-
-# Uploads: either all files of an adapter arrive, or none are kept.
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,6 @@ from turret.server.adapters.adapter import TokenizerFiles
 from turret.server.errors import AdapterCheckpointError, AdapterMismatchError, InvalidRequestError
 from turret.server.words import Text, say
 
-# Findings: all faults of an adapter are collected, so that one error reports them together.
-
-
 # A hostile file can break thousands of rules; the answer stays readable and small.
 MAX_REPORTED = 64
 # Maximum number of kinds of findings that a message describes, and of further fields that it lists
@@ -36,6 +33,8 @@ class HasShape(Protocol):
 
 class Findings:
     """The faults of a checkpoint and its mismatches with the base, in the order found.
+
+    All of them are collected, so that one error reports them together.
 
     Args:
         path: The adapter's name in messages.
@@ -148,9 +147,6 @@ def _summary(found: Iterable[Finding], causes: Iterable[Text] = ()) -> Text:
     if hidden := sum(map(len, kinds[_MOST_KINDS:])):
         lines.append(say("MORE", count=hidden))
     return say("FINDINGS", found="; ".join(lines), first=lines[0])
-
-
-# Names of tensors in a PEFT file, without the noise that wrappers leave in them.
 
 
 # Name of the tensor in methods that learn a prompt.

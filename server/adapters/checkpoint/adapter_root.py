@@ -376,9 +376,6 @@ def _open_or_read_link(directory: int, name: str, flags: int) -> int | str:
             raise error from None
 
 
-# The check that a directory contains an adapter. If not, the error reports what it contains.
-
-
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Files of the trainer itself, which do not show in which format the weights are saved.
 _TRAINERS_OWN = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")

@@ -45,9 +45,6 @@ from turret.server.basics.files import why_lfs_pointer
 from turret.server.errors import AdapterCheckpointError, BudgetExceededError
 from turret.server.words import Text, say
 
-# Strict JSON: one object without repeated keys, NaN or invalid Unicode.
-
-
 # Maximum length of a key in the outermost object. Error messages repeat keys, and no format needs
 # longer ones.
 MAX_KEY_CHARS = 512
@@ -79,7 +76,7 @@ def _constant(name: str) -> Any:
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """Parses UTF-8 JSON whose top level is an object.
+    """Parses UTF-8 JSON whose top level is an object, without repeated keys or NaN.
 
     Returns:
         The object. All of its strings can be encoded as UTF-8, and so be sent to clients.
@@ -125,9 +122,6 @@ def _is_text(value: Any) -> bool:
         elif isinstance(part, list):
             waiting += part
     return True
-
-
-# The JSON files of an adapter's directory, read without torch.
 
 
 # Values of these keys stay in memory and on disk, and go to every client that lists adapters.

@@ -1,7 +1,7 @@
 """AdaLoRA (arXiv 2303.10512): ``Δ(x) = s·B (E ⊙ (A x))``, ranks pruned during training.
 
-``s`` is PEFT's ``lora_alpha / (init_r + 1e-5)``. Every module uses the initial rank there, even if
-it was pruned to a lower rank or to 0.
+``s`` is PEFT's ``lora_alpha / (init_r + 1e-5)``. All modules have the same ``s``, even those that
+were pruned to a lower rank or to 0.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 
 from turret.server.adapters.checkpoint.reader import all_finite
-from turret.server.adapters.lowering import weight_times
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.operators.constant_kv import ConstantKv
 
@@ -21,10 +20,8 @@ _NAME = re.compile(r"model\.layers\.(0|[1-9]\d{0,5})\.self_attn\.adaption_(promp
 # The supported models that PEFT can train this method on.
 _MODEL_TYPES = ("llama", "mistral")
 
-_Layers = Mapping[int, Mapping[str, Any]]
 
-
-def _layers(reading: Reading) -> _Layers:
+def _layers(reading: Reading) -> Mapping[int, Mapping[str, Any]]:
     """Prompt ``[1, adapter_len, hidden]`` and gate ``[1]`` of the last layers, by number."""
     base, findings = reading.base, reading.findings
     if base.model_type not in _MODEL_TYPES:
@@ -43,7 +40,7 @@ def _layers(reading: Reading) -> _Layers:
     return found
 
 
-def _check(found: _Layers, reading: Reading) -> None:
+def _check(found: Mapping[int, Mapping[str, Any]], reading: Reading) -> None:
     config, base, findings = reading.config, reading.base, reading.findings
     count = config["adapter_layers"]
     if count > base.num_layers:

@@ -1,4 +1,4 @@
-"""Arrow (arXiv 2405.11157, `arrow_config`): each token is routed to the LoRAs it resembles most.
+"""Arrow (arXiv 2405.11157, ``arrow_config``): each token is routed to the LoRAs it resembles most.
 
 Every expert ``e`` has a prototype ``p_e`` per module, the direction of inputs to which ``B_e A_e``
 responds most. Prototypes need no training::

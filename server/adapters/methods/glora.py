@@ -36,14 +36,10 @@ _PATHS = {
 def _shape(m: Module, path: str, part: str) -> Shape | None:
     table, name = _PATHS[path]
     kind = m.config[name]
-    if path in "CDE" and not m.has_bias:
-        if m.has_bias is None:
-            # The base has not been read yet, so go by the tensor.
-            is_empty = f"glora_{path}.zeros" in m
-            kind = "none" if is_empty else kind
-        else:
-            # Without a bias in the base, PEFT has nothing to train here.
-            kind = "none"
+    # Without a bias in the base, PEFT has nothing to train here. If the base has not been read yet,
+    # go by the tensor.
+    if path in "CDE" and not m.has_bias and (m.has_bias is False or f"glora_{path}.zeros" in m):
+        kind = "none"
     return table[kind].get(part)
 
 

@@ -2,10 +2,10 @@
 
 Outputs form groups, and the outputs in the two halves of a group are partners. With ``z = W x +
 b``, ``y_o = c_o z_o − s_o z_p(o)`` in the first half, and ``c_o z_o + s_o z_p(o)`` in the second.
-``c = α cos θ`` and ``s = α sin θ``. Both outputs of a pair share ``α`` and ``θ`` (``road_1``), each
-output has its own (``road_2``), or ``c`` and ``s`` of an output also have different ones
-(``road_4``). The operators are a gain ``c``, the additions of partners, and ``R b − b`` added to
-the bias.
+``c = α cos θ`` and ``s = α sin θ``. With ``road_1``, two partners share one ``α`` and one ``θ``.
+With ``road_2``, each output has its own. With ``road_4``, each output has one ``α`` and ``θ`` for
+``c``, and another ``α`` and ``θ`` for ``s``. The operators are a gain ``c``, the additions of
+partners, and ``R b − b`` added to the bias.
 """
 
 from __future__ import annotations

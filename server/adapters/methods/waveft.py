@@ -19,7 +19,6 @@ def _check(m: Module) -> None:
 
 
 def _operators(m: Module) -> Piece:
-
     spectrum, shape = m.exact(_SPECTRUM), (m.outputs, m.inputs)
     places = drawn_places(m, len(spectrum))
     rows, columns = places // m.inputs, places % m.inputs

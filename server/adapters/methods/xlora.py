@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import re
 
-from turret.kernels.fusion_gate import GATE_MULTIPLE, given_gate_reference
-from turret.server.adapters.lowering import filled_up, find_components, update_of
+from turret.kernels.fusion_gate import given_gate_reference
+from turret.server.adapters.lowering import filled_up
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.operators.gate import GivenScore
 from turret.server.adapters.operators.token_router import TokenRouter
@@ -30,10 +30,6 @@ _MADE_FIRST: Mapping[str, frozenset[str]] = {
     "phi3": frozenset({"o_proj"}),
 }
 
-
-_Layers = Sequence[tuple[Any, Any]]
-
-
 _DEFAULTS: Mapping[str, Any] = {
     "enable_softmax": True,
     "enable_softmax_topk": False,
@@ -44,7 +40,7 @@ _DEFAULTS: Mapping[str, Any] = {
 }
 
 
-def _layers(reading: Reading) -> _Layers:
+def _layers(reading: Reading) -> Sequence[tuple[Any, Any]]:
     """The classifier's weights and biases in order.
 
     Checks all sizes except the number of outputs of the last layer.
@@ -133,8 +129,8 @@ def _router(reading: Reading, modules: int) -> TokenRouter:
         wide = weight.float()
         if weights:
             wide = torch.nn.functional.pad(wide, (0, len(weights[-1]) - wide.shape[1]))
-        weights.append(filled_up(wide, GATE_MULTIPLE))
-        biases.append(filled_up(bias.float()[:, None], GATE_MULTIPLE)[:, 0].contiguous())
+        weights.append(filled_up(wide))
+        biases.append(filled_up(bias.float()[:, None])[:, 0].contiguous())
     router = TokenRouter(
         tuple(weights),
         tuple(biases),

@@ -155,11 +155,10 @@ class AdapterOperators:
     classifier: Classifier | None = None
     router: TokenRouter | None = None
 
-    # Summed once, because the scheduler asks for all running adapters at every admission.
-
     @cached_property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
+        # Summed once, because the scheduler asks for all running adapters at every admission.
         others = (self.soft_prompt, self.head, self.tokens, self.classifier, self.router)
         experts = () if self.experts is None else self.experts.values()
         constants = () if self.attention is None else self.attention.values()
@@ -183,11 +182,6 @@ class AdapterOperators:
     def changes_vocabulary(self) -> bool:
         """Whether the adapter changes the embedding or the head."""
         return self.head is not None or self.tokens is not None
-
-
-# The dense update ``ΔW`` of one module: the sum of its operators' dense forms.
-#
-# For DoRA this is ``g ⊙ (W + s·B A) − W``, because ``B`` already contains ``g``.
 
 
 _WORDS = {"experts": "update of experts", "attention": "prompt that layers attend to"}
@@ -224,7 +218,9 @@ def has_update(module: ModuleOperators) -> bool:
 def add_delta(
     total: torch.Tensor, operators: ModuleOperators, module: BaseModule, weight: float = 1.0
 ) -> torch.Tensor:
-    """Adds ``weight · ΔW`` in place.
+    """Adds ``weight · ΔW`` in place, where ``ΔW`` is the sum of the operators' dense forms.
+
+    For DoRA this is ``g ⊙ (W + s·B A) − W``, because ``B`` already contains ``g``.
 
     Args:
         total: ``[out_features, in_features]``, fp32, on the CPU.

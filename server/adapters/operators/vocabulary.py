@@ -15,8 +15,6 @@ from turret.lazy_torch import torch
 from turret.server.adapters.operators import Tensors
 
 # Names of the two vocabulary matrices, the embedding and the head, in checkpoints and modules.
-
-
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 

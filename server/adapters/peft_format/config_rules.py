@@ -244,9 +244,6 @@ class MethodKeys:
                 findings.add(name, say("REQUIRED"))
 
 
-# The config keys for the embedding and the head. All methods share them.
-
-
 _NAMES = {name: module for module in (EMBEDDING, HEAD) for name in (module, module.split(".")[-1])}
 _MAX_IDS = 1 << 20
 

@@ -33,9 +33,6 @@ from turret.server.adapters.peft_format.refusals import check_rank
 from turret.server.adapters.peft_format.targets import ALL_LINEAR, Targets, resolve_targets
 from turret.server.words import say
 
-# LoRA on parameters chosen by name (``target_parameters``); on linear modules it is a plain LoRA.
-
-
 _KEY = "target_parameters"
 # Keys that PEFT ignores for parameters, or rejects in combination with them.
 _ALONE = (

@@ -47,11 +47,10 @@ from turret.server.adapters.peft_format.targets import (
 )
 from turret.server.words import Text, say
 
-# Shapes of tensors, declared in terms of the module they belong to.
-#
-# ``IN``, ``OUT`` and ``R`` are a module's inputs, outputs and rank, and ``key("k")`` is a number
-# of the config. They can be added, multiplied and divided: ``(key("k"), IN / key("k"), R)``. A
-# division with a remainder means that the adapter does not fit the module.
+# In the declared shapes, ``IN``, ``OUT`` and ``R`` are the inputs, outputs and rank of the tensor's
+# module, and ``key("k")`` is a number of the config. They can be added, multiplied and divided:
+# ``(key("k"), IN / key("k"), R)``. A division with a remainder means that the adapter does not fit
+# the module.
 #
 # For a tensor that all modules share, ``IN`` and ``OUT`` are those of the widest module, and ``R``
 # is the config's rank.

@@ -171,11 +171,8 @@ class Module:
         size = reading.base.modules[name]
         self.name, self.rank, self.tensors = name, rank, tensors
         self.reading: Reading = weakref.proxy(reading)
-        self.inputs, self.outputs, self.has_bias = (
-            size.in_features,
-            size.out_features,
-            size.has_bias,
-        )
+        self.inputs, self.outputs = size.in_features, size.out_features
+        self.has_bias = size.has_bias
         # Role of the tensor that ``rank`` was taken from, if it is not the config's rank.
         self.ranked_by = ""
 

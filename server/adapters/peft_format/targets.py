@@ -29,14 +29,11 @@ from turret.server.adapters.peft_format.config_rules import (
 from turret.server.basics.confined import Confined, ConfinedError
 from turret.server.words import Text, say
 
-# Safe matching of regular expressions from uploaded configs.
-#
 # Python's ``re`` has no time limit and keeps the interpreter lock while it backtracks, so one
-# hostile pattern would stop the whole server. Plain patterns are matched here. A pattern that can
-# backtrack is matched by a child interpreter with limits on processor time and memory, one child at
-# a time. A pattern that was too slow once is not tried again, although a config's patterns are
-# matched several times.
-
+# hostile pattern in an uploaded config would stop the whole server. Plain patterns are matched
+# here. A pattern that can backtrack is matched by a child interpreter with limits on processor time
+# and memory, one child at a time. A pattern that was too slow once is not tried again, although a
+# config's patterns are matched several times.
 
 # Processor time rather than elapsed time, so that a busy machine does not reject more patterns.
 CPU_SECONDS = 2

@@ -42,9 +42,6 @@ from turret.server.adapters.peft_format.targets import (
 )
 from turret.server.words import say
 
-# The names under which PEFT saves tensors of the embedding and the head.
-
-
 WHOLE, FROZEN, ROWS, A, B, MAGNITUDE = "weight", "base", "rows", "a", "b", "magnitude"
 _SUFFIXES = {
     # PEFT saves the original matrix with an adapter that targets the module.
@@ -146,9 +143,6 @@ class VocabularyPart:
         """A tensor, unless it is missing, or its number of dimensions is wrong."""
         _, tensor = self.found[module].get(role, ("", None))
         return None if tensor is None or (tensor.ndim != 2 and role != MAGNITUDE) else tensor
-
-
-# The rows of the embedding and the head that an adapter changes.
 
 
 # Rows compared at once: 8,192 rows of 4,096 numbers take 128 MB in fp32.
