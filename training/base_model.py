@@ -93,8 +93,6 @@ class FrozenNf4Linear(Linear4bit):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-# Warnings that PEFT causes and that users cannot avoid.
-#
 # PEFT uses names that transformers has deprecated. It makes sparse tensors without choosing whether
 # to check their indices, which for SHiRA are always valid. And it warns for every module whose OFT
 # blocks have another size, which turret reports once in a note.
@@ -111,9 +109,6 @@ def without_peft_warnings() -> Iterator[None]:
         warnings.filterwarnings("ignore", "Invalid `oft_block_size`", UserWarning)
         warnings.filterwarnings("ignore", "Sparse invariant checks", UserWarning)
         yield
-
-
-# ``run.gradient_checkpointing``: the backward pass computes activations again.
 
 
 def compute_activations_twice(model: Any) -> None:

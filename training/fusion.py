@@ -114,8 +114,6 @@ def _weight_of(module: Any) -> Callable[[], torch.Tensor]:
     return lambda: dequantize_4bit(module.weight.data, state).float()
 
 
-# A linear module with a trained gate over frozen low-rank updates.
-#
 # AdapterFusion (arXiv 2005.00247, section 3.2) in rank space, as the server computes it
 # (``kernels/fusion_gate.py``), with gradients for the query and the key alone::
 #
@@ -185,11 +183,10 @@ class FusionLayer(nn.Module):
         return (x @ self.query.T @ keys.T * v) @ self.members.T
 
 
-# A base model in which fusion layers replace the modules that the components adapt.
-
-
 class FusionModel(nn.Module):
-    """Wraps a model and is called like it; only queries and keys have gradients.
+    """A model in which fusion layers replace the modules that the components adapt.
+
+    It is called like the model; only queries and keys have gradients.
 
     Args:
         model: A transformers model; frozen and changed in place.
@@ -327,18 +324,13 @@ class FusionLoss(LossFunction):
             for tokens, targets in zip(batch.tokens, batch.targets, strict=True)
         ]
         if any(key not in self._best for key in keys):
-            losses = torch.stack(
-                [self._component_losses(batch, examples, k) for k in range(self._num_components)]
-            )
+            numbers = range(len(self._fusion.components))
+            losses = torch.stack([self._component_losses(batch, examples, k) for k in numbers])
             self._best.update(zip(keys, losses.argmin(0).unbind(), strict=True))
         found = [self._best[key] for key in keys]
         # Padding counts as one more example, which the row may not have had when it was evaluated.
         pairs = zip(found, examples, strict=True)
         return torch.stack([best[numbers.clamp(max=len(best) - 1)] for best, numbers in pairs])
-
-    @property
-    def _num_components(self) -> int:
-        return len(self._fusion.components)
 
     @torch.no_grad()
     def _component_losses(

@@ -101,10 +101,9 @@ class LossFunction:
         return cross_entropy(logits, targets, reduction=reduction)
 
 
-# The optimizer (AdamW in its variants, with LoRA+'s two learning rates) and its schedule.
-
-# PEFT's names of the second factor; LoRA+ raises its learning rate.
-_B_FACTORS = ("lora_B",)
+# The part of a parameter's name by which PEFT marks the second factor, whose learning rate LoRA+
+# raises.
+_B = ".lora_B."
 
 
 def make_optimizer(
@@ -123,8 +122,7 @@ def make_optimizer(
     ratio = config.lora_plus_ratio or 1.0
     groups: dict[float, list[torch.nn.Parameter]] = {}
     for name, parameter in parameters:
-        is_b = any(f".{factor}." in name for factor in _B_FACTORS)
-        groups.setdefault(ratio if is_b else 1.0, []).append(parameter)
+        groups.setdefault(ratio if _B in name else 1.0, []).append(parameter)
     kinds: dict[str, Any] = {
         "adamw": torch.optim.AdamW,
         "adamw8bit": AdamW8bit,

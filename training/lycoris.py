@@ -8,12 +8,11 @@ import torch
 from peft.tuners.loha import layer as loha
 from peft.tuners.lokr import layer as lokr
 
-# Layers for an NF4 base (QLoRA, arXiv 2305.14314), which PEFT lacks.
-#
 # PEFT treats a ``Linear4bit`` as a linear layer, reads the shape of its packed weight, and adds a
-# dense update of that shape. The layers here take the shape from the features and add the update as
-# a product of its factors. PEFT does everything else (targets, patterns, initial values, saving and
-# loading), so the checkpoints have PEFT's format.
+# dense update of that shape. The layers here support an NF4 base (QLoRA, arXiv 2305.14314): they
+# take the shape from the features and add the update as a product of its factors. PEFT does
+# everything else (targets, patterns, initial values, saving and loading), so the checkpoints have
+# PEFT's format.
 
 
 def hadamard_product(
@@ -102,9 +101,6 @@ class Nf4LokrLinear(lokr.Linear):
         w1, w2 = self._factors(adapter_name)
         y = kronecker_product(input, w1, w2, self.scaling[adapter_name])
         return _dropped(self, adapter_name, y) if self.training else y
-
-
-# PEFT takes the first entry that fits, and a Linear4bit is also a torch.nn.Linear.
 
 
 def _dropped(layer: Nf4LohaLinear | Nf4LokrLinear, name: str, y: torch.Tensor) -> torch.Tensor:

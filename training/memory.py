@@ -35,11 +35,12 @@ from turret.training.settings.resolve import Resolved, resolve
 from turret.training.trainer import make_stream
 from turret.training.words import RunError, Text, say
 
-# A count of the memory that tensors take, which also works on the meta device.
-
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that this context created and that still exist."""
+    """Counts the bytes of the storages that this context created and that still exist.
+
+    It also counts storages on the meta device.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,10 +163,8 @@ def estimate_memory(resolved: Resolved) -> MemoryEstimate:
     )
 
 
-# A pass of the server's engine cannot run on the meta device, so its memory follows from a formula.
-
-
 def _estimate_shared(resolved: Resolved) -> MemoryEstimate:
+    """The estimate by a formula, because a pass of the engine cannot run on the meta device."""
     base, arch = resolved.config.base, resolved.base.arch
     assert base.dtype is not None
     size, num_layers = DTYPES[base.dtype].itemsize, arch.num_layers
@@ -251,14 +250,13 @@ def _base_bytes(resolved: Resolved, model: Any) -> int:
     return sum(parameter.nbytes for parameter in frozen)
 
 
-# A measurement of a run's peak memory: a separate process runs two steps on the largest batch.
-
-
 _STEPS = 2
 
 
 def measure_peak(resolved: Resolved, scratch: Path) -> int:
-    """Peak memory in bytes, of the kind that ``peak_memory_bytes`` reports.
+    """The peak memory of two steps on the largest batch, which a separate process runs.
+
+    The result is in bytes, of the kind that ``peak_memory_bytes`` reports.
 
     Args:
         resolved: The run, which writes nothing.

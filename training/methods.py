@@ -175,8 +175,6 @@ def linear_config(
     return make
 
 
-# Prefix tuning (arXiv 2101.00190), prompt tuning (2104.08691) and p-tuning (2103.10385).
-#
 # The networks of prefix tuning and p-tuning are evaluated when the adapter is saved, so the server
 # gets only the resulting prefix or prompt.
 
@@ -235,9 +233,6 @@ P_TUNING = PeftMethod(
 )
 
 
-# LoRA (arXiv 2106.09685), rsLoRA (2312.03732) and DoRA (2402.09353).
-
-
 def _twice_rank(config: MethodSettings, base: TrainingBase) -> float:
     return 2.0 * config.rank
 
@@ -258,10 +253,6 @@ DORA = PeftMethod(
 )
 
 
-# aLoRA (arXiv 2504.12397): a LoRA that takes effect at its invocation in the prompt. The base
-# computes the tokens before it, so their keys and values are shared with all other requests.
-
-
 def _written_by_the_template(config: MethodSettings, base: TrainingBase) -> str:
     return invocation_before_answers(base.tokenizer)
 
@@ -279,9 +270,6 @@ ALORA = PeftMethod(
 )
 
 
-# IA3 (arXiv 2205.05638): one learned factor per output, or per input of the feed-forward.
-
-
 def _ia3_config(config: MethodSettings, base: TrainingBase) -> peft.PeftConfig:
     # The paper scales the feed-forward's inner activations: the input of the last product.
     scaled = [name for name in config.targets if name == "down_proj"]
@@ -297,9 +285,6 @@ def _keep_dtype(attached: Any, model: Any) -> None:
 
 
 IA3 = PeftMethod(name="ia3", peft_config=_ia3_config, adjust=_keep_dtype)
-
-
-# OFT (arXiv 2306.07280): blocks of the input are rotated before the base layer.
 
 
 def _oft_config(config: MethodSettings, base: TrainingBase) -> peft.PeftConfig:
@@ -335,12 +320,10 @@ OFT = PeftMethod(
 )
 
 
-# HRA (arXiv 2405.17484): the input is reflected at learned planes, one after another.
-#
-# PEFT's layer multiplies the base's weight by a matrix of the reflections, which does not work with
-# a packed weight. It also keeps an ``in × in`` matrix for each reflection until the backward pass,
-# which takes gigabytes even for the smallest model. The layer here reflects the input instead.
-# Everything else is PEFT's.
+# PEFT's layer for HRA multiplies the base's weight by a matrix of the reflections, which does not
+# work with a packed weight. It also keeps an ``in × in`` matrix for each reflection until the
+# backward pass, which takes gigabytes even for the smallest model. The layer here reflects the
+# input instead. Everything else is PEFT's.
 
 
 class ReflectedLinear(hra.HRALinear):
@@ -389,14 +372,9 @@ HRA = PeftMethod(
 )
 
 
-# MiSS (arXiv 2409.15371): one matrix per module, which all pieces of the input share.
-
-
 _MISS_KEYS = {"r": "rank", "miss_dropout": "dropout"}
 MISS = PeftMethod(name="miss", peft_config=linear_config(peft.MissConfig, _MISS_KEYS))
 
-
-# VB-LoRA (arXiv 2405.15179): both factors are composed of vectors from a bank that modules share.
 
 # PEFT's default; smaller if the base's dimensions are not divisible by it.
 _VECTOR_LENGTH = 256
@@ -410,9 +388,6 @@ def _vblora_config(config: MethodSettings, base: TrainingBase) -> peft.PeftConfi
 
 
 VBLORA = PeftMethod(name="vblora", peft_config=_vblora_config)
-
-
-# SHiRA (arXiv 2406.13175): a few entries of each weight, at random positions, are trained.
 
 
 def _shira_config(config: MethodSettings, base: TrainingBase) -> peft.PeftConfig:
@@ -470,9 +445,6 @@ SHIRA = PeftMethod(
 )
 
 
-# Learned fusion (AdapterFusion, arXiv 2005.00247) trains a gate over existing adapters.
-
-
 class LearnedFusionMethod(TrainingMethod):
     def attach(self, model: Any, config: MethodSettings, base: TrainingBase) -> Any:
         try:
@@ -497,8 +469,7 @@ LEARNED_FUSION = LearnedFusionMethod(
 )
 
 
-# LoHa (FedPara, arXiv 2108.06098) and LoKr (LyCORIS, arXiv 2309.14859).
-
+# PEFT takes the first entry that fits, and a Linear4bit is also a torch.nn.Linear.
 LoHaModel.layers_mapping = {Linear4bit: Nf4LohaLinear, **LoHaModel.layers_mapping}
 LoKrModel.layers_mapping = {Linear4bit: Nf4LokrLinear, **LoKrModel.layers_mapping}
 

@@ -1,4 +1,7 @@
-"""The report of a run as an HTML page, with its curves as inline SVG."""
+"""The report of a run: a self-contained HTML page, with its curves as inline SVG.
+
+The page has no scripts and needs no network access.
+"""
 
 from __future__ import annotations
 
@@ -88,8 +91,6 @@ def _ticks(low: float, high: float) -> list[float]:
     last = max(math.ceil(high / step), first + 1)
     return [index * step for index in range(first, last + 1)]
 
-
-# The report of a run: one self-contained HTML page, without scripts and network access.
 
 _STYLE = """
 :root{--ink:#1d2329;--soft:#68727d;--line:#dfe3e8;--back:#fff;--card:#f6f8fa;--a:#2f6db3;--b:#d1622b}

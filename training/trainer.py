@@ -51,14 +51,12 @@ class FinishedRun:
         validation_loss: The loss after the steps, in nats per learned token; None without a
             validation set.
         seconds: Seconds of training, over all attempts.
-        memory_bytes: The peak, as in ``metrics.jsonl``.
     """
 
     folder: RunFolder
     steps: int
     validation_loss: float | None
     seconds: float
-    memory_bytes: int
 
 
 class Trainer:
@@ -139,9 +137,9 @@ class Trainer:
             step, loss = loop.run(step, until, self._folder.checkpoints)
         finally:
             log.close()
-        memory = engine.peak_memory()
         if until < self._num_steps:
-            return FinishedRun(self._folder, step, loss, round(log.seconds, 3), memory)
+            return FinishedRun(self._folder, step, loss, round(log.seconds, 3))
+        memory = engine.peak_memory()
         result = {"validation_loss": loss, "seconds": log.seconds, "memory_bytes": memory}
         self._folder.write_facts(facts | {"result": result})
         # Write the adapter after everything but the samples, because its directory marks the run as
@@ -153,7 +151,7 @@ class Trainer:
         # Wall time of this attempt plus the training time of earlier ones.
         waited = before + time.monotonic() - started
         self._folder.write_facts(facts | {"result": result, "waited_seconds": round(waited, 1)})
-        return FinishedRun(self._folder, until, loss, log.seconds, memory)
+        return FinishedRun(self._folder, until, loss, log.seconds)
 
     @property
     def is_started(self) -> bool:
@@ -167,15 +165,16 @@ class Trainer:
             RunError: The directory contains a run with other inputs.
         """
         if self._folder.is_finished:
-            return FinishedRun(self._folder, self._num_steps, **self.check_same()["result"])
+            result = self.check_same()["result"]
+            loss, seconds = result["validation_loss"], result["seconds"]
+            return FinishedRun(self._folder, self._num_steps, loss, seconds)
         newest = self._folder.newest_checkpoint
         if until is None or newest is None or step_of(newest) < until:
             return None
         self.check_same()
         for row in read_metrics(self._folder.metrics):
             if (row["kind"], row["step"]) == ("validation", until):
-                seconds, memory = row["seconds"], row["memory_bytes"]
-                return FinishedRun(self._folder, until, row["loss"], seconds, memory)
+                return FinishedRun(self._folder, until, row["loss"], row["seconds"])
         return None
 
     def check_same(self) -> dict[str, Any]:

@@ -180,11 +180,8 @@ class NativeLayerGradients(LayerGradients):
     def _with_head_norms(self, layer: DecoderLayer, split: torch.Tensor) -> torch.Tensor:
         if layer.q_norm is None or layer.k_norm is None:
             return split
-        heads, kv_heads, eps = (
-            self._arch.num_heads,
-            self._arch.num_kv_heads,
-            self._arch.rms_norm_eps,
-        )
+        arch = self._arch
+        heads, kv_heads, eps = arch.num_heads, arch.num_kv_heads, arch.rms_norm_eps
         q, k, v = split.float().split((heads, kv_heads, kv_heads), dim=1)
         q = add_rms_norm(_flat(q, layer.q_norm), None, layer.q_norm, eps).view(q.shape)
         k = add_rms_norm(_flat(k, layer.k_norm), None, layer.k_norm, eps).view(k.shape)

@@ -197,8 +197,6 @@ class Learner:
             self._refresh()
             raise
 
-    # Files.
-
     def digest(self) -> str:
         """The digest of the files that ``save`` writes."""
         return digest_of(self.config, self._tensors())
@@ -322,8 +320,6 @@ def _in_file(name: str) -> str:
     """The name of a tensor in PEFT's file."""
     return name if name == PROMPT_EMBEDDINGS else f"{PEFT_PREFIX}{name}"
 
-
-# New adapters.
 
 # A parameter, its gradient and two moments in float32, the same number in an operator, its copy
 # with a gradient, and one more gradient in a pass.

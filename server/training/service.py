@@ -149,8 +149,6 @@ class TrainingService:
         with contextlib.suppress(AdapterNotFoundError, AdapterInUseError):
             self._registry.unload(name, "FORCE")
 
-    # Adapters.
-
     async def create(self, config: LearnerConfig, owner: str = "") -> int:
         """Create an adapter, and return its id.
 
@@ -252,8 +250,6 @@ class TrainingService:
                 if work.learner is learner:
                     self._end(work, UnavailableError(say("TRAINING_ENDED")))
             await self._on_engine(lambda between: self._store.drop(learner.served.key))
-
-    # Passes.
 
     async def pass_over(
         self,
@@ -429,8 +425,6 @@ class TrainingService:
         for work in {work for work, _ in batch}:
             if work.num_begun == len(work.chunks):
                 add_gradients(work.learner.leaves, work.leaves)
-
-    # Steps and files.
 
     async def step(self, adapter_id: int, adam: AdamParams) -> dict[str, float]:
         """Apply an optimizer step, after which the gradients are zero; returns metrics."""

@@ -193,8 +193,6 @@ class TrainingPass:
         self.rows = [slice(*pair) for pair in itertools.pairwise(ends)]
         self._streams: list[torch.Tensor] = []
 
-    # Forward.
-
     def forward(self) -> None:
         """Compute ``hidden``."""
         step, cache = self._prepare()
@@ -293,8 +291,6 @@ class TrainingPass:
             for name, norm in (("o", layer.norm_after_attention), ("down", layer.norm_after_mlp)):
                 streams.append(streams[-1] + decoder.leave(results[number, name].clone(), norm))
         return streams
-
-    # The head and the loss.
 
     def targets(
         self,
@@ -408,8 +404,6 @@ class TrainingPass:
                 grad,
             )
         return beside + row_linear_transposed(grad, head)
-
-    # Backward.
 
     def backward(self, grad: torch.Tensor) -> None:
         """Add the gradients of the adapters to the ``grad`` of their leaves.

@@ -152,8 +152,6 @@ def _write(
     write_adapter(folder, lora, tensors, torch.float32)
 
 
-# The full-precision base of an adapter. Each linear module is read when it is needed.
-
 _WEIGHT, _BIAS = ".weight", ".bias"
 
 

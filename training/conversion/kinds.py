@@ -33,13 +33,13 @@ class ConvertibleKind:
     note: str = ""
 
 
-# X-LoRA is assembled from parts that PEFT saves in several folders; it needs no base.
 ADAMSS = "ADAMSS"
+# X-LoRA is assembled from parts that PEFT saves in several folders; it needs no base.
 (XLORA,) = xlora.METHOD.peft_types
 CONVERTED: Mapping[str, ConvertibleKind] = {
     ADAMSS: ConvertibleKind(adamss.format_of, adamss.convert),
     "PSOFT": ConvertibleKind(
-        psoft.format_of,
+        lambda config: psoft.FORMAT,
         psoft.convert,
         "the signs of singular vectors depend on the linear algebra library; this is the adapter as"
         " PEFT loads it with the torch installed here, on this device",

@@ -48,11 +48,6 @@ def _said(m: Module, name: str) -> Any:
     return m.config.get(name, DEFAULTS[name])
 
 
-def format_of(config: Mapping[str, Any]) -> LinearFormat:
-    """The format of the checkpoint."""
-    return FORMAT
-
-
 def convert(m: Module) -> MadeLora:
     """Convert the update of one module, including the scaling."""
     config, rank = {**DEFAULTS, **m.config}, m.config["r"]

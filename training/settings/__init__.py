@@ -343,9 +343,6 @@ class TrainConfig:
     run: RunConfig
 
 
-# The TOML file of a config: reading it, overriding its keys, writing it with or without comments.
-
-
 _COMMENT_COLUMNS = 96
 
 

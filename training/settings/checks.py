@@ -26,9 +26,6 @@ from turret.training.settings import (
 )
 from turret.training.words import ConfigError, say
 
-# The highest possible rank, for a method's modules and for a server.
-
-
 # The server's default --max-rank.
 SERVED_RANK = AdapterConfig().max_rank
 # (last part of the module path, out_features, in_features).
@@ -66,9 +63,6 @@ _HIGHEST: Mapping[str, Callable[[int, int], int] | None] = {
 }
 
 
-# The modules that a config may name. The model's family lists them, so torch is not needed.
-
-
 PRESETS = ("attention", "mlp", "all-linear")
 _ATTENTION_GROUPS = ("qkv", "o")
 
@@ -99,9 +93,6 @@ def check_names(model_type: str, known: Sequence[str], targets: Sequence[str]) -
                 closest=closest(name, (*known, *PRESETS)),
             )
             raise ConfigError.of("method.targets", text)
-
-
-# Settings that exclude each other, depending on the method. Torch is not needed.
 
 
 # Methods that put a prompt before the text, and methods with factors A and B.
@@ -298,9 +289,6 @@ def check_method(config: MethodConfig, projections: Projections) -> None:
     has_modules = "targets" in DECLARED[config.name].defaults
     if has_modules and (config.targets or config.rank) is not None:
         check_modules(config.name, projections, config.targets or _ALL, config.rank)
-
-
-# Checks of the config's files and of its base, before torch is loaded.
 
 
 _COMPONENTS = "method.components"

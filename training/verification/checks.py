@@ -30,8 +30,6 @@ from turret.training.base_model import TrainingBase, Weights, load_model, withou
 from turret.training.verification.client import Continuation, VerifiedServer
 from turret.training.words import RunError
 
-# The reference: transformers' and PEFT's own forward pass.
-
 
 @torch.no_grad()
 def logprobs_of(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:

@@ -163,8 +163,8 @@ class AdapterDirectory:
             return False
         return True
 
-    def adapter_below(self, file: str) -> str | None:
-        """The path of a directory below this one that has ``file``, if there is one.
+    def adapter_below(self) -> str | None:
+        """The path of a directory below this one that has an adapter's config, if there is one.
 
         A deeper level counts only if no level above has one. If a level has several, the last one
         counts, in the order of the numbers in their names. Links are not followed.
@@ -173,7 +173,7 @@ class AdapterDirectory:
         walk = os.fwalk(".", dir_fd=self._descriptor)
         for folder, below, files, _ in itertools.islice(walk, _MOST_SEARCHED):
             path = PurePosixPath(folder)
-            if file in files:
+            if CONFIG_FILE in files:
                 found.append(path)
             is_lowest = len(path.parts) == _MOST_LEVELS
             below[:] = [] if is_lowest else [name for name in below if name[0] != "."]
@@ -395,7 +395,7 @@ def check_is_adapter(directory: AdapterDirectory, path: str) -> None:
     if not directory.has(CONFIG_FILE):
         if _is_model(directory.names()):
             raise refuse(path, say("WHOLE_MODEL"))
-        raise refuse(path, say("NOT_AN_ADAPTER", closest=directory.adapter_below(CONFIG_FILE)))
+        raise refuse(path, say("NOT_AN_ADAPTER", closest=directory.adapter_below()))
     # Pickle files alongside the tensors do no harm, because they are never opened.
     if not directory.has(TENSORS_FILE):
         refuse_missing_tensors(path, directory.names())

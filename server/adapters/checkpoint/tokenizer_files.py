@@ -124,7 +124,7 @@ def _template(
 ) -> OwnTemplate:
     """The template in a directory, from its own file or the config, without special tokens."""
     if directory.has(TEMPLATE_FILE):
-        origin, value = TEMPLATE_FILE, _text(directory, TEMPLATE_FILE, findings)
+        origin, value = TEMPLATE_FILE, _template_text(directory, findings)
     else:
         origin, value = TOKENIZER_CONFIG_FILE, config.get("chat_template")
     if isinstance(value, list):
@@ -160,12 +160,12 @@ def _object(directory: AdapterDirectory, name: str, findings: Findings) -> dict[
         return {}
 
 
-def _text(directory: AdapterDirectory, name: str, findings: Findings) -> str:
-    """A text file in the directory; empty if it is invalid."""
+def _template_text(directory: AdapterDirectory, findings: Findings) -> str:
+    """The template's own file in the directory; empty if it is invalid."""
     try:
-        return (_data(directory, name, findings) or b"").decode()
+        return (_data(directory, TEMPLATE_FILE, findings) or b"").decode()
     except UnicodeDecodeError:
-        findings.add(name, say("NOT_UTF8"))
+        findings.add(TEMPLATE_FILE, say("NOT_UTF8"))
         return ""
 
 

@@ -121,11 +121,6 @@ def extent(role: str, axis: int) -> Dim:
     return Dim(lambda m: m.extent(role, axis))
 
 
-def is_served(dim: Dim | int) -> bool:
-    """Whether the base determines an extent."""
-    return isinstance(dim, Dim) and dim.is_served
-
-
 # The condition for a tensor: a config key that is set, or a function of the module that is true.
 If = str | Callable[[Any], Any]
 Shape = tuple[Dim | int, ...]
@@ -435,7 +430,7 @@ class LinearFormat(FileFormat):
         if not of_base and len(shape) == len(shapes[0]):
             sizes = zip(shapes[0], wanted[0], shape, strict=True)
             wrong = [(dim, size) for dim, expected, size in sizes if size != expected]
-            of_base = all(is_served(dim) for dim, _ in wrong)
+            of_base = all(isinstance(dim, Dim) and dim.is_served for dim, _ in wrong)
             if isinstance(owner, Module):
                 if all(dim is R for dim, _ in wrong):
                     self._report_rank(owner, role, wrong[0][1])
