@@ -166,7 +166,6 @@ def measure_fairness(
     *,
     count: int,
     rate: float,
-    seed: int = 0,
     token_ids: range = TOKEN_IDS,
 ) -> dict[str, Any]:
     """The queue times of both adapters by the server's clock, with nine in ten requests for one.
@@ -177,16 +176,14 @@ def measure_fairness(
         rare: The adapter of the other requests.
         count: The number of all requests.
         rate: Arrivals per second, clearly more than the server can answer.
-        seed: The seed of the trace.
         token_ids: The token ids for prompts.
     """
-    source = random.Random(seed)
+    source = random.Random(0)
     workload = Workload(
         num_requests=count,
         rate=rate,
         prompt_tokens=(16, 32),
         new_tokens=(8, 8),
-        seed=seed,
         token_ids=token_ids,
     )
     trace = [

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Share of the machine that other processes may use before a measurement is worthless.
 BUSY_SHARE = 0.1
 EXIT_BUSY = 3
+_WATCHED_SECONDS = 3.0
 _PACKAGES = ("torch", "bitsandbytes", "transformers", "grpcio", "protobuf")
 
 
@@ -103,20 +104,15 @@ class CpuMeter:
 
 
 def require_idle(console: Console, is_forced: bool) -> float:
-    """Watch the machine; returns the share of it that other processes use.
+    """Watch the machine; returns the share of it that other processes use, 0 to 1.
 
     Raises:
         SystemExit: The share is too large for a measurement, and --force was not passed.
     """
-    load = measure_load()
+    meter = CpuMeter()
+    time.sleep(_WATCHED_SECONDS)
+    load = meter.foreign_share()
     if load > BUSY_SHARE and not is_forced:
         console.print(f"other processes use {load:.0%} of the cores; wait, or pass --force")
         raise SystemExit(EXIT_BUSY)
     return load
-
-
-def measure_load(seconds: float = 3.0) -> float:
-    """Watch the machine for a while; returns the share that other processes use, 0 to 1."""
-    meter = CpuMeter()
-    time.sleep(seconds)
-    return meter.foreign_share()

@@ -28,8 +28,6 @@ class Workload:
         num_requests: The number of requests.
         rate: The mean number of arrivals per second.
         cv: Coefficient of variation of the Gamma-distributed gaps; 1 is a Poisson process.
-        exponent: Popularity of the ``i``-th most popular adapter is ``i ** -exponent``; 0 is
-            uniform.
         prompt_tokens: The shortest and the longest prompt.
         new_tokens: The minimum and the maximum number of generated tokens.
         seed: The seed of the trace.
@@ -39,7 +37,6 @@ class Workload:
     num_requests: int
     rate: float
     cv: float = 1.0
-    exponent: float = 1.0
     prompt_tokens: tuple[int, int] = (16, 64)
     new_tokens: tuple[int, int] = (8, 32)
     seed: int = 0
@@ -57,11 +54,11 @@ class Arrival:
 
 
 def draw(workload: Workload, adapters: Sequence[str]) -> list[Arrival]:
-    """The trace; ``adapters`` lists popular adapters first."""
+    """The trace. The ``i``-th of ``adapters`` has a popularity of ``1 / i``."""
     source = random.Random(workload.seed)
     shape = 1.0 / workload.cv**2
     scale = 1.0 / (workload.rate * shape)
-    weights = [rank**-workload.exponent for rank in range(1, len(adapters) + 1)]
+    weights = [rank**-1.0 for rank in range(1, len(adapters) + 1)]
     names = source.choices(adapters, weights, k=workload.num_requests)
     trace, now = [], 0.0
     for name in names:

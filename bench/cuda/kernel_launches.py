@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,8 +21,6 @@ from turret.kernels.gpu.rope_kv_write import KvWrite, rope_kv_write
 from turret.kernels.gpu.sample_rows import sample_rows
 from turret.kernels.gpu.tables import AttentionTable, RowTable, SamplingTable, SegmentTable
 from turret.kernels.nf4_matmul import BLOCK, MXFP4, NF4, Format, Nf4Matrix
-
-Launches = Iterable[Callable[[], object]]
 
 _META = torch.device("meta")
 _ROWS = 64
