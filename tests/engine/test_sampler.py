@@ -25,8 +25,8 @@ from turret.server.engine.step.sampler import Draw, Sampler
 VOCAB = 50
 
 
-def logits_of(seed: int = 0, scale: float = 2.0) -> torch.Tensor:
-    return torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed)) * scale
+def logits_of(seed: int = 0) -> torch.Tensor:
+    return torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed)) * 2.0
 
 
 def draw(logits: torch.Tensor, sequence: Sequence, sampler: Sampler | None = None) -> Draw:

@@ -34,9 +34,9 @@ def beat(registry: FleetRegistry, replica: Replica, now: float) -> None:
         follower.done(change)
 
 
-def fleet(count: int = 2, disk: Disk | None = None) -> tuple[FleetRegistry, list[Replica]]:
+def fleet(disk: Disk | None = None) -> tuple[FleetRegistry, list[Replica]]:
     registry = FleetRegistry(disk or Disk(), now=0.0)
-    replicas = [Replica(f"r{i}", 1.0, stops_alone=True) for i in range(count)]
+    replicas = [Replica(f"r{i}", 1.0, stops_alone=True) for i in range(2)]
     for replica in replicas:
         beat(registry, replica, 0.0)
         beat(registry, replica, 0.0)

@@ -316,8 +316,8 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.load(model_files(), frozenset(), 1 << 20)
 
 
-def turns(tokenizer: Tokenizer, content: str, role: str = "user", **options: Any) -> list[int]:
-    return tokenizer.encode_chat([{"role": role, "content": content}], **options)
+def turns(tokenizer: Tokenizer, content: str, **options: Any) -> list[int]:
+    return tokenizer.encode_chat([{"role": "user", "content": content}], **options)
 
 
 def special_in(tokenizer: Tokenizer, ids: list[int]) -> list[str]:

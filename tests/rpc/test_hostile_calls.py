@@ -162,12 +162,12 @@ def test_refused_messages_free_their_memory(guarded: ServerUnderTest) -> None:
         assert polite.usage.completion_tokens == 2
 
 
-def _padded(num_bytes: int, max_tokens: int) -> bytes:
+def _padded(max_tokens: int) -> bytes:
     """A valid request in a large message, with an unknown field."""
     request = _request()
     request.stop.max_tokens = max_tokens
     request.stop.ignore_eos = True
-    length = inference_pb2.GenerateRequest(prompt="x" * num_bytes).SerializeToString()
+    length = inference_pb2.GenerateRequest(prompt="x" * LARGE).SerializeToString()
     # Field 1000, with the length and the bytes of the prompt's field.
     return request.SerializeToString() + b"\xc2\x3e" + length[1:]
 
@@ -184,9 +184,9 @@ def test_requests_that_wait_take_a_bounded_amount_of_memory(tmp_path: Path) -> N
             request_serializer=None,
             response_deserializer=inference_pb2.GenerateResponse.FromString,
         )
-        call(_padded(LARGE, 2), timeout=60)
+        call(_padded(2), timeout=60)
         before = _rss_mib(server)
-        running = call.future(_padded(LARGE, 60_000))
+        running = call.future(_padded(60_000))
         # A request that arrives first would run first.
         while server.metric("turret_sequences", state="running") == 0:
             assert not running.done()
@@ -194,7 +194,7 @@ def test_requests_that_wait_take_a_bounded_amount_of_memory(tmp_path: Path) -> N
         calls: list[Any] = []
         for _ in range(40):
             # Send them one by one, because gRPC keeps messages that are in transit.
-            calls.append(call.future(_padded(LARGE, 2), timeout=120))
+            calls.append(call.future(_padded(2), timeout=120))
             with contextlib.suppress(grpc.FutureTimeoutError):
                 calls[-1].exception(timeout=0.5)
         assert _rss_mib(server) - before < 16 + 2 * LASTING_MIB
@@ -205,7 +205,7 @@ def test_requests_that_wait_take_a_bounded_amount_of_memory(tmp_path: Path) -> N
         assert codes.count(grpc.StatusCode.RESOURCE_EXHAUSTED) == 36
         # Ended requests no longer hold memory.
         for _ in range(10):
-            call(_padded(LARGE, 2), timeout=60)
+            call(_padded(2), timeout=60)
 
 
 def test_a_party_gets_no_more_than_its_share(model: Path, tmp_path: Path) -> None:
@@ -266,16 +266,16 @@ def test_tokens_change_without_a_restart(model: Path, tmp_path: Path) -> None:
                 return False
             return True
 
-        def becomes(token: str, expected: bool) -> bool:
+        def becomes_accepted(token: str) -> bool:
             deadline = time.monotonic() + 20
-            while is_accepted(token) is not expected and time.monotonic() < deadline:
+            while not is_accepted(token) and time.monotonic() < deadline:
                 time.sleep(0.1)
-            return is_accepted(token) is expected
+            return is_accepted(token)
 
         assert is_accepted("old")
         tokens.write_text("new inference\n")
         server.process.send_signal(signal.SIGHUP)
-        assert becomes("new", True)
+        assert becomes_accepted("new")
         assert not is_accepted("old")
         # An invalid file changes nothing; the next valid one is noticed without a signal.
         tokens.write_text("nonsense\n")
@@ -283,7 +283,7 @@ def test_tokens_change_without_a_restart(model: Path, tmp_path: Path) -> None:
         time.sleep(1)
         assert is_accepted("new")
         tokens.write_text("third inference\n")
-        assert becomes("third", True)
+        assert becomes_accepted("third")
         assert not is_accepted("new")
 
 
@@ -300,14 +300,14 @@ def _generate(**fields: object) -> inference_pb2.GenerateRequest:
     return request
 
 
-def _chat(count: int, role: str, content: str) -> inference_pb2.GenerateRequest:
-    turn = inference_pb2.ChatMessage(role=role, content=content)
+def _chat(count: int, role: str) -> inference_pb2.GenerateRequest:
+    turn = inference_pb2.ChatMessage(role=role, content="")
     return _generate(chat=inference_pb2.Chat(messages=[turn] * count))
 
 
-def _called(turns: int, calls: int) -> inference_pb2.Chat:
+def _called(turns: int) -> inference_pb2.Chat:
     call = inference_pb2.ToolCall(name="f", arguments="{}")
-    turn = inference_pb2.ChatMessage(role="assistant", tool_calls=[call] * calls)
+    turn = inference_pb2.ChatMessage(role="assistant", tool_calls=[call] * 128)
     return inference_pb2.Chat(messages=[turn] * turns)
 
 
@@ -327,9 +327,9 @@ def _messages() -> dict[str, object]:
         "as much text as fits": tokenize(prompt="a b " * 1_000),
         "control characters": tokenize(prompt="\x01\x02" * 2_000_000),
         "as many ids as fit": tokenize(token_ids=_ids(131_072, 5)),
-        "as many turns as fit": _chat(4096, "user", ""),
-        "as many tool calls as fit": _generate(chat=_called(64, 128)),
-        "a long role": _chat(1, "a b " * 1_000_000, ""),
+        "as many turns as fit": _chat(4096, "user"),
+        "as many tool calls as fit": _generate(chat=_called(64)),
+        "a long role": _chat(1, "a b " * 1_000_000),
         "biases": biased,
         "a long name": _generate(
             prompt="a", adapters=[adapters_pb2.AdapterWeight(name="x" * 4_000_000)]
@@ -370,13 +370,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerUnderTest
 def test_tool_calls_are_counted_before_they_are_read() -> None:
     violations = Violations()
     limits = InputLimits(vocab_size=1, max_tokens=1 << 20, max_chars=1 << 30)
-    check_chat(_called(4096, 128), limits, violations)
+    check_chat(_called(4096), limits, violations)
     ((path, description),) = violations.found
     assert path == "chat.messages.tool_calls"
     assert isinstance(description, Text)
     assert description.reason == "TOO_MANY_ENTRIES"
     assert description.params == {"most": 8192, "found": 4096 * 128}
-    check_chat(_called(64, 128), limits, allowed := Violations())
+    check_chat(_called(64), limits, allowed := Violations())
     assert not allowed.found
 
 

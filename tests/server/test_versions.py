@@ -91,12 +91,12 @@ def complete(server: ServerUnderTest, model: str) -> Any:
     return http(server, "/v1/completions", body)
 
 
-def load_versions(client: TurretClient, name: str = "dates") -> dict[int, tuple[int, ...]]:
+def load_versions(client: TurretClient) -> dict[int, tuple[int, ...]]:
     """Two generations of an adapter; returns the answer of each."""
-    client.adapters.load(name, "w1")
-    first, _, _ = ask(client, name)
-    client.adapters.replace(name, "w2")
-    second, _, _ = ask(client, name)
+    client.adapters.load("dates", "w1")
+    first, _, _ = ask(client, "dates")
+    client.adapters.replace("dates", "w2")
+    second, _, _ = ask(client, "dates")
     assert first != second
     return {1: first, 2: second}
 

@@ -80,10 +80,8 @@ def adapters_of(gates: Gates) -> dict[str, Resident]:
     return {**found, "other": resident("other", OTHER)}
 
 
-def store_of(
-    dtype: torch.dtype, adapters: Mapping[str, Resident], max_bytes: int = 1 << 22
-) -> GpuStore:
-    store = GpuStore(LAYOUT, dtype, DEVICE, max_bytes)
+def store_of(dtype: torch.dtype, adapters: Mapping[str, Resident]) -> GpuStore:
+    store = GpuStore(LAYOUT, dtype, DEVICE, 1 << 22)
     store.prepare(adapters.values())
     return store
 

@@ -31,9 +31,9 @@ def versions(registry: AdapterRegistry, name: str = "x") -> tuple[int, tuple[int
     return record.generation, record.kept_generations
 
 
-def digest(registry: AdapterRegistry, generation: int | None = None, name: str = "x") -> str:
+def digest(registry: AdapterRegistry, generation: int | None = None) -> str:
     """The digest of the weights that a request gets, which are read if they are on disk."""
-    mix = registry.acquire([AdapterRef(name=name, generation=generation)])
+    mix = registry.acquire([AdapterRef(name="x", generation=generation)])
     waiter = Waiter(mix)
     answer = None if waiter.was_resident else waiter.wait()
     try:

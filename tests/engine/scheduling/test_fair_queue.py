@@ -135,13 +135,13 @@ TestFairQueue = FairQueueMachine.TestCase
 TestFairQueue.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
-def serve_one(queue: FairQueue[Item], tokens: int = 10) -> Item:
+def serve_one(queue: FairQueue[Item]) -> Item:
     """Serve the next item completely."""
     item = queue.peek(is_ready)
     assert item is not None
     queue.start(item)
     queue.remove(item)
-    queue.charge(item.group, tokens)
+    queue.charge(item.group, 10)
     queue.stop(item)
     return item
 

@@ -148,10 +148,10 @@ def test_blocks_that_are_shared_are_counted_once() -> None:
 def test_a_forecast_reduces_recomputation(monkeypatch: pytest.MonkeyPatch) -> None:
     """With more requests than fit, compare the recomputed tokens with and without a forecast."""
 
-    def serve(num_requests: int = 150) -> tuple[int, int]:
+    def serve() -> tuple[int, int]:
         random.seed(0)
         scheduler = make_scheduler(300, max_num_seqs=64)
-        for number in range(num_requests):
+        for number in range(150):
             prompt = [random.randrange(1000) for _ in range(random.randint(2, 128))]
             scheduler.add(sequence_of(prompt, f"{number % 40}", random.randint(2, 128)))
         tokens = preemptions = 0

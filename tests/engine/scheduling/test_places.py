@@ -184,18 +184,18 @@ def taken(clock: Clock, waiting: Sequence, since: float = 0.0) -> list[Sequence]
     return found[1]
 
 
-def short_of_memory(name: str, tenant: bytes) -> tuple[Clock, list[Sequence], Sequence]:
+def short_of_memory(name: str) -> tuple[Clock, list[Sequence], Sequence]:
     """Requests for three adapters, of which one does not run, and one that waits for memory."""
     clock = Clock(
         is_ready=lambda sequence: sequence.mix.members[0][0].name != "new", max_num_seqs=2
     )
     holding = [clock.ask(each, LONG, b"hog") for each in ("first", "second", "third")]
     clock.step()
-    return clock, holding, clock.ask(name, SHORT, tenant)
+    return clock, holding, clock.ask(name, SHORT, b"polite")
 
 
 def test_the_memory_of_another_tenants_mix_is_taken_after_the_waiting_time() -> None:
-    clock, holding, waiting = short_of_memory("new", b"polite")
+    clock, holding, waiting = short_of_memory("new")
     while clock.now - waiting.arrival < AFTER_SECONDS:
         assert taken(clock, waiting) == []
         clock.step()
@@ -222,7 +222,7 @@ def test_a_long_answer_yields_its_memory_to_a_mix_that_was_served_less() -> None
 
 
 def test_memory_is_taken_only_if_that_helps() -> None:
-    clock, holding, waiting = short_of_memory("new+first", b"polite")
+    clock, holding, waiting = short_of_memory("new+first")
     clock.now += AFTER_SECONDS
     for each in holding:
         each.mix.members[0][0].pinned = True
@@ -235,7 +235,7 @@ def test_memory_is_taken_only_if_that_helps() -> None:
 
 
 def test_before_a_change_of_the_base_only_requests_that_have_not_begun_yield_memory() -> None:
-    clock, (first, second, third), waiting = short_of_memory("new", b"polite")
+    clock, (first, second, third), waiting = short_of_memory("new")
     clock.scheduler.is_draining = True
     # The waiting request has not begun either.
     assert taken(clock, waiting) == []

@@ -80,15 +80,15 @@ def test_older_files_without_a_setting_get_a_bos_by_family(
     assert tokenizer.encode("<bos>Hello") == [BOS, *word]
 
 
-def llama3_factors(factor: float, head_dim: int = 32) -> np.ndarray:
+def llama3_factors(factor: float) -> np.ndarray:
     rope = {
         **{"rope_type": "llama3", "factor": factor, "rope_theta": 10000.0},
         **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
         "original_max_position_embeddings": 8192,
     }
-    config = LlamaConfig(head_dim=head_dim, max_position_embeddings=131072, rope_parameters=rope)
+    config = LlamaConfig(head_dim=32, max_position_embeddings=131072, rope_parameters=rope)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    plain = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    plain = 1.0 / 10000.0 ** (torch.arange(0, 32, 2).float() / 32)
     return (plain / scaled).numpy()
 
 

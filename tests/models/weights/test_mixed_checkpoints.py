@@ -202,9 +202,9 @@ async def test_a_mixed_batch_has_the_bits_of_lone_requests(
         await harness.run_together_and_alone(requests)
 
 
-def bases(folder: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) -> dict[str, type]:
+def bases(folder: Path, **options: Any) -> dict[str, type]:
     source = resolve_model(folder, folder.parent / "cache", **options)
-    decoder = load_decoder(source, dtype=dtype, device=torch.device("cpu"))
+    decoder = load_decoder(source, dtype=torch.bfloat16, device=torch.device("cpu"))
     names = ("qkv", "o", "gate_up", "down")
     return {
         f"{number}.{name}": type(getattr(layer, name).base)
@@ -251,8 +251,9 @@ def test_blocks_of_any_multiple_of_64_keep_their_values(block: int, double: bool
     assert (expected - weight).norm() < 0.13 * weight.norm()
 
 
-def store_in_blocks(packed: Path, plain: Path, name: str, block: int) -> None:
+def store_in_blocks(packed: Path, plain: Path, block: int) -> None:
     """Replace a weight of a 4-bit checkpoint with one in NF4 with another block size."""
+    name = "model.layers.0.mlp.down_proj.weight"
     file = packed / "model.safetensors"
     tensors, originals = load_file(file), load_file(plain / "model.safetensors")
     codes, state = bnb_functional.quantize_4bit(originals[name], blocksize=block, quant_type="nf4")
@@ -267,7 +268,7 @@ def test_other_codes_are_requantised(tmp_path: Path, kind: str, block: int) -> N
     packed = tmp_path / "packed"
     save_4bit(plain, packed, ("lm_head", "q_proj"), bnb_4bit_quant_type=kind)
     if block != 64:
-        store_in_blocks(packed, plain, "model.layers.0.mlp.down_proj.weight", block)
+        store_in_blocks(packed, plain, block)
     source = resolve_model(packed, tmp_path / "cache")
     decoder = load_decoder(source, dtype=torch.float32, device=torch.device("cpu"))
     found = {(k.module, k.state): k for k in decoder.fidelity.kinds()}
@@ -434,7 +435,7 @@ def test_training_uses_the_served_weights(kind: str, tmp_path: Path) -> None:
         code = "fp4" if kind == "fp4" else "nf4"
         packed = save_4bit(plain, tmp_path / "packed", UNSLOTH, bnb_4bit_quant_type=code)
         if kind == "large blocks":
-            store_in_blocks(packed, plain, "model.layers.0.mlp.down_proj.weight", 128)
+            store_in_blocks(packed, plain, 128)
     base = find_base(packed)
     model = load_model(base, "nf4", torch.float32, "cpu")
     kept = set(modules_in_16_bits(packed))

@@ -58,7 +58,6 @@ def save_grown(
     rows: int = ROWS,
     seed: int = 1,
     tokenizer: Any = None,
-    save_embedding_layers: bool = True,
 ) -> PeftModel:
     """Create an adapter on a resized copy of a model, and save it with its tokenizer.
 
@@ -70,8 +69,6 @@ def save_grown(
         peft_model = get_peft_model(resized(model, rows, seed), config)
         assert isinstance(peft_model, PeftModel)
         randomise(peft_model, seed)
-        peft_model.save_pretrained(
-            str(directory), save_embedding_layers=save_embedding_layers or "auto"
-        )
+        peft_model.save_pretrained(str(directory), save_embedding_layers=True)
     (tokenizer or grown_tokenizer()).save_pretrained(directory)
     return peft_model.eval()

@@ -48,9 +48,9 @@ class JoinedFleet:
         self._ray_folder = tempfile.mkdtemp(prefix="turret-", dir="/tmp")
         self._processes: list[subprocess.Popen[bytes]] = []
 
-    def start_ray(self, machine: Machine, num_cpus: int) -> subprocess.Popen[bytes]:
+    def start_ray(self, machine: Machine) -> subprocess.Popen[bytes]:
         """Start Ray on a machine; Ray must be started on the network's first machine first."""
-        flags = [f"--num-cpus={num_cpus}", f"--node-ip-address={machine.ip}", "--block"]
+        flags = ["--num-cpus=1", f"--node-ip-address={machine.ip}", "--block"]
         flags += [f"--object-store-memory={100 << 20}", "--disable-usage-stats"]
         if machine is self.machines[0]:
             flags += ["--head", "--port=6379", "--include-dashboard=false"]
@@ -150,18 +150,17 @@ def _tree(pid: int) -> list[psutil.Process]:
 
 
 @contextlib.contextmanager
-def joined_fleet(network: Network, folder: Path, *, num_cpus: int = 1) -> Iterator[JoinedFleet]:
+def joined_fleet(network: Network, folder: Path) -> Iterator[JoinedFleet]:
     """Ray on every machine of a network.
 
     Args:
         network: The machines.
         folder: The directory for logs and the state directory.
-        num_cpus: Ray's number of processors per machine; a replica takes one.
     """
     fleet = JoinedFleet(network, folder)
     try:
         for machine in fleet.machines:
-            fleet.start_ray(machine, num_cpus)
+            fleet.start_ray(machine)
         yield fleet
     finally:
         fleet.close()

@@ -28,9 +28,9 @@ class Shape:
     options: tuple[tuple[str, Any], ...] = ()
 
 
-def make_shapes(seed: int = 0) -> list[Shape]:
+def make_shapes() -> list[Shape]:
     """Short and long prompts, greedy and sampled, streamed, whole and scored."""
-    source = random.Random(seed)
+    source = random.Random(0)
 
     def prompt(length: int) -> tuple[int, ...]:
         return tuple(source.randrange(VOCAB_SIZE - 2) for _ in range(length))

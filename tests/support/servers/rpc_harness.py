@@ -119,10 +119,10 @@ async def failure_of(call: Any) -> Failure:
     raise AssertionError("the call succeeded")
 
 
-async def soon(event: asyncio.Event, seconds: float = 5.0) -> float:
+async def soon(event: asyncio.Event) -> float:
     """Wait for an event that must happen; returns the duration."""
     started = time.monotonic()
-    await asyncio.wait_for(event.wait(), seconds)
+    await asyncio.wait_for(event.wait(), 5.0)
     return time.monotonic() - started
 
 

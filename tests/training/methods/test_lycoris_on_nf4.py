@@ -32,16 +32,16 @@ def random(*shape: int, dtype: torch.dtype = F64, seed: int = 0) -> torch.Tensor
     return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_()
 
 
-def loha_factors(out: int, wide: int, rank: int, dtype=F64) -> list[torch.Tensor]:
+def loha_factors(out: int, wide: int, rank: int) -> list[torch.Tensor]:
     shapes = [(out, rank), (rank, wide), (out, rank), (rank, wide)]
-    return [random(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
+    return [random(*shape, dtype=F64, seed=i) for i, shape in enumerate(shapes)]
 
 
-def lokr_factors(rank: int | None, dtype=F64) -> list[torch.Tensor]:
+def lokr_factors(rank: int | None) -> list[torch.Tensor]:
     """Factors for 12 inputs as 3·4, and 10 outputs as 2·5."""
     w2 = [(5, 4)] if rank is None else [(5, rank), (rank, 4)]
     shapes = [(2, 3), *w2]
-    return [random(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
+    return [random(*shape, dtype=F64, seed=i) for i, shape in enumerate(shapes)]
 
 
 def dense_loha(x, w1a, w1b, w2a, w2b):

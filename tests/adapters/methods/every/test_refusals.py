@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +124,8 @@ def test_missing_tensors_are_refused(method: str, tmp_path: Path) -> None:
         assert any(lost.startswith(field) or field.startswith(lost) for field in fields), lost
 
 
-def _rename(old: str, new: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-    return lambda tensors: {key.replace(old, new): value for key, value in tensors.items()}
+def _rename_layer(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key.replace("layers.1.", "layers.7."): value for key, value in tensors.items()}
 
 
 @pytest.mark.parametrize("method", LINEAR)
@@ -145,7 +144,7 @@ def test_modules_that_only_one_side_names_are_refused(method: str, tmp_path: Pat
 @pytest.mark.parametrize("method", LINEAR)
 def test_another_base_is_a_mismatch_that_names_the_modules(method: str, tmp_path: Path) -> None:
     directory = save(tmp_path, method)
-    edit_tensors(directory, _rename("layers.1.", "layers.7."))
+    edit_tensors(directory, _rename_layer)
     with pytest.raises(AdapterMismatchError) as caught:
         lower_adapter(tmp_path, base_of(tiny_llama()))
     assert any("model.layers.7.mlp.up_proj" in field for field in fields_of(caught.value))
@@ -349,12 +348,10 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def follows(advice: str) -> set[str]:
-    """The kinds with this advice."""
-    return {kind for kind, text in UNSERVED.items() if text.endswith(advice)}
+CONVERTIBLE = {kind for kind, text in UNSERVED.items() if text.endswith(CONVERT)}
 
 
-@pytest.mark.parametrize("kind", sorted(follows(CONVERT)))
+@pytest.mark.parametrize("kind", sorted(CONVERTIBLE))
 def test_the_suggested_conversion_makes_an_adapter_that_is_served(
     kind: str, tmp_path: Path
 ) -> None:
@@ -377,8 +374,8 @@ def test_the_suggested_conversion_makes_an_adapter_that_is_served(
 
 def test_every_unsupported_type_has_advice_that_works() -> None:
     served = {kind for method in METHODS.values() for kind in method.peft_types}
-    assert follows(CONVERT) == CONFIGS.keys()
-    for kind in UNSERVED.keys() - follows(CONVERT):
+    assert CONFIGS.keys() == CONVERTIBLE
+    for kind in UNSERVED.keys() - CONVERTIBLE:
         named = set(re.findall(r"\b[A-Z][A-Z_]{3,}\b", UNSERVED[kind])) - {kind}
         assert named <= served, (kind, named - served)
         assert (

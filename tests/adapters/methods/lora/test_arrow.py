@@ -144,13 +144,13 @@ def model() -> Any:
     return tiny_llama(attention_bias=True, dtype=torch.float64)
 
 
-def lower(root: Path, name: str, base: BaseModel) -> Lowered:
-    others = (folder.name for folder in root.iterdir() if folder.name != name)
-    return lower_with_components(root, name, base, others)
+def lower(root: Path, base: BaseModel) -> Lowered:
+    others = (folder.name for folder in root.iterdir() if folder.name != "router")
+    return lower_with_components(root, "router", base, others)
 
 
-def gate_of(lowered: Lowered, name: str) -> Gate:
-    gate = lowered.operators.modules[name].get(Gate)
+def gate_of(lowered: Lowered) -> Gate:
+    gate = lowered.operators.modules[Q].get(Gate)
     assert gate is not None
     return gate
 
@@ -160,7 +160,7 @@ def check_modules(root: Path, experts: list[str], general: list[str], **keys: An
     """Compare every module's change with PEFT's; returns the largest change."""
     plain = model()
     oracle = save_router(plain, root, "router", experts, general, **keys)
-    lowered = lower(root, "router", base_of(plain))
+    lowered = lower(root, base_of(plain))
     assert lowered.components == tuple(
         read_adapter(root, name).digest for name in (*experts, *general)
     )
@@ -217,7 +217,7 @@ def saved(made: Path, tmp_path: Path, *names: str) -> Path:
 
 def refusal(root: Path, kind: type[TurretError]) -> TurretError:
     with pytest.raises(kind) as caught:
-        lower(root, "router", base_of(model()))
+        lower(root, base_of(model()))
     return caught.value
 
 
@@ -325,8 +325,8 @@ def test_experts_of_other_methods_and_ranks_are_routed(made: Path, tmp_path: Pat
         method, keys = OTHERS[name]
         save_adapter(model(), make_config(method, **keys), root / name, share=True)
     write_router(root, "router", ["wide-0", "vera", "rank-2"], ["q_proj"], router_temperature=0.5)
-    lowered = lower(root, "router", base_of(model()))
-    gate = gate_of(lowered, Q)
+    lowered = lower(root, base_of(model()))
+    gate = gate_of(lowered)
     assert gate.rank_indptr == (0, 4, 20, 22)
     score = gate.score
     assert isinstance(score, PrototypeScore)
@@ -346,7 +346,7 @@ def test_experts_of_other_methods_and_ranks_are_routed(made: Path, tmp_path: Pat
 def test_a_router_saved_by_peft_must_fit_the_base(made: Path, tmp_path: Path) -> None:
     root = saved(made, tmp_path, *TWO)
     save_router(model(), root, "router", TWO)
-    lower(root, "router", base_of(model()))
+    lower(root, base_of(model()))
     key = f"base_model.model.{Q}.lora_A.weight"
     edit_tensors(root / "router", lambda tensors: {**tensors, key: torch.zeros(4, 32)})
     ((field, _),) = refusal(root, AdapterMismatchError).violations

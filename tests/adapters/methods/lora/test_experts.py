@@ -28,11 +28,11 @@ PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 PREFIX = "base_model.model.model.layers"
 
 
-def save_old(architecture: str, folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+def save_old(architecture: str, folder: Path, **changes: Any) -> Path:
     """Save a LoRA on experts that are modules, each with its own factors."""
     config = twin(architecture).model.config
     block, *leaves = EXPERTS[architecture]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     hidden, rank = config.hidden_size, 4
     inner = getattr(config, "moe_intermediate_size", config.intermediate_size)
     tensors = {}
