@@ -111,6 +111,11 @@ class CommandParser(argparse.ArgumentParser):
             f"{self.prog}: error: {message}\nrun `{self.prog} --help` for help\n",
         )
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print a help text or a version. argparse ignores errors of the output."""
+        if message:
+            print(message, end="", file=file or sys.stderr)
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Check as argparse does, but suggest the closest choice."""
         if action.choices is None or value in action.choices:
