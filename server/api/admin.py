@@ -313,13 +313,15 @@ class SlowCalls:
         running = asyncio.ensure_future(self.run(b"", call, *args, **kwargs))
         # If the caller is cancelled, the thread continues, and is counted until it is done.
         running.add_done_callback(ended)
-        return await asyncio.shield(running)
+        await asyncio.wait([running])
+        return running.result()
 
     async def open(self, tenant: bytes, call: Callable[[], _T], undo: Callable[[_T], object]) -> _T:
         """Like ``run``, but undoes the call if the caller is cancelled meanwhile."""
         opening = asyncio.wrap_future(self._pool.submit(tenant, call))
         try:
-            return await asyncio.shield(opening)
+            await asyncio.wait([opening])
+            return opening.result()
         except asyncio.CancelledError:
 
             def close(future: asyncio.Future[_T]) -> None:

@@ -186,8 +186,9 @@ class Vocabularies:
             self._reading[key] = reading
         self._num_waiting[reading] += 1
         try:
-            # Shield the read, because other requests may wait for it.
-            return await asyncio.shield(reading)
+            # A cancelled wait does not cancel the read, because other requests may wait for it.
+            await asyncio.wait([reading])
+            return reading.result()
         finally:
             self._num_waiting[reading] -= 1
             if not self._num_waiting[reading]:

@@ -133,6 +133,19 @@ def read_regular(path: Path) -> bytes:
         return file.read()
 
 
+def is_there(path: Path) -> bool:
+    """Whether a path exists. From Python 3.14, ``Path.exists`` also returns False for other errors.
+
+    Raises:
+        OSError: The system cannot tell, for instance because a directory may not be searched.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def unreadable(path: Path, error: OSError) -> Text:
     """The reason why a file named by a user cannot be read."""
     # Unlike `Path.exists`, this supports names that are too long for the system.

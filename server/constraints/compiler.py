@@ -142,10 +142,11 @@ class ConstraintCompiler:
             self._running[key] = future
             future.add_done_callback(functools.partial(self._keep, key, held))
         try:
-            # Shield the compilation, because other requests may wait for it, and later ones find
-            # its result.
+            # A cancelled wait does not cancel the compilation, because other requests may wait for
+            # it, and later ones find its result.
             async with asyncio.timeout(COMPILE_SECONDS):
-                return await asyncio.shield(future)
+                await asyncio.wait([future])
+                return future.result()
         except TimeoutError:
             said = say("COMPILATION_TOO_SLOW", seconds=COMPILE_SECONDS)
             raise BudgetExceededError(said) from None

@@ -67,8 +67,10 @@ def test_only_authorised_callers_see_the_tokenizer(server: ServerUnderTest) -> N
         info = json.load(answer)
     assert (info["bos_token"], info["eos_token"]) == ("<|im_start|>", "<|im_end|>")
     assert "<|im_start|>" in info["chat_template"]
-    with pytest.raises(urllib.error.HTTPError, check=lambda error: error.code == 401):
+    with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(url, timeout=60)
+    with refused.value as answer:
+        assert answer.status == 401
 
 
 def test_models_are_listed_and_found(client: openai.OpenAI, rpc: TurretClient) -> None:

@@ -83,7 +83,8 @@ def http(server: ServerUnderTest, path: str, body: dict[str, Any] | None = None)
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.loads(answer.read())
     except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())["error"]["code"]
+        with error:
+            return error.code, json.loads(error.read())["error"]["code"]
 
 
 def complete(server: ServerUnderTest, model: str) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from turret.server.basics.files import why_lfs_pointer
+from turret.server.basics.files import is_there, why_lfs_pointer
 from turret.server.basics.names import HubId
 from turret.server.basics.work import OnProgress
 from turret.server.errors import HubError, HubUnavailableError, InvalidRequestError
@@ -47,7 +47,7 @@ def check_model_directory(model: Path) -> dict[str, Any]:
     Raises:
         InvalidRequestError: The error states what is there instead, and what to do.
     """
-    if not model.exists():
+    if not is_there(model):
         raise _refuse(say("MODEL_NOT_FOUND", model=model))
     if not model.is_dir():
         raise _refuse(say("MODEL_IS_A_FILE", model=model))
@@ -268,7 +268,7 @@ def read_config(model: Path) -> dict[str, Any]:
     """
     path = model / "config.json"
     if not path.is_file():
-        if not model.exists():
+        if not is_there(model):
             raise _refuse(say("MODEL_NOT_FOUND", model=model))
         if (model / "adapter_config.json").is_file():
             raise _refuse(say("MODEL_IS_AN_ADAPTER", model=model))
@@ -318,7 +318,7 @@ _ADAPTER_CONFIG = "adapter_config.json"
 
 def hub_model_id(model: Path) -> HubId | None:
     """The hub model that ``--model`` refers to; None if it is a path on this machine."""
-    return None if model.exists() else HubId.find(str(model))
+    return None if is_there(model) else HubId.find(str(model))
 
 
 def check_hub_model(hub_id: HubId) -> dict[str, Any]:
