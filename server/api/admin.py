@@ -37,7 +37,7 @@ from turret.server.api.limits import (
 )
 from turret.server.api.violations import Violations, adapter_refs, message_of, timestamp
 from turret.server.basics.names import HUB_SCHEME, closest, is_private, is_remote
-from turret.server.basics.turns import FairPool
+from turret.server.basics.turns import FairPool, shielded
 from turret.server.basics.work import Cancellation
 from turret.server.errors import InvalidRequestError, QueueFullError, UnavailableError
 from turret.server.words import say
@@ -313,15 +313,13 @@ class SlowCalls:
         running = asyncio.ensure_future(self.run(b"", call, *args, **kwargs))
         # If the caller is cancelled, the thread continues, and is counted until it is done.
         running.add_done_callback(ended)
-        await asyncio.wait([running])
-        return running.result()
+        return await shielded(running)
 
     async def open(self, tenant: bytes, call: Callable[[], _T], undo: Callable[[_T], object]) -> _T:
         """Like ``run``, but undoes the call if the caller is cancelled meanwhile."""
         opening = asyncio.wrap_future(self._pool.submit(tenant, call))
         try:
-            await asyncio.wait([opening])
-            return opening.result()
+            return await shielded(opening)
         except asyncio.CancelledError:
 
             def close(future: asyncio.Future[_T]) -> None:

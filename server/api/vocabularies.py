@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from turret.server.adapters.adapter import IN_CHAT, Adapter, AdapterRef, OwnTemplate
 from turret.server.api.limits import MAX_MIX_MEMBERS, MAX_TEMPLATE_CHARS
-from turret.server.basics.turns import FairPool
+from turret.server.basics.turns import FairPool, shielded
 from turret.server.constraints.matcher import KeptConstraints
 from turret.server.engine.scheduling.request import AdapterTokenizer
 from turret.server.errors import InvalidRequestError
@@ -186,9 +186,8 @@ class Vocabularies:
             self._reading[key] = reading
         self._num_waiting[reading] += 1
         try:
-            # A cancelled wait does not cancel the read, because other requests may wait for it.
-            await asyncio.wait([reading])
-            return reading.result()
+            # Shield the read, because other requests may wait for it.
+            return await shielded(reading)
         finally:
             self._num_waiting[reading] -= 1
             if not self._num_waiting[reading]:

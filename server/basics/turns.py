@@ -157,6 +157,15 @@ class LoopTurns:
             asyncio.get_running_loop().call_soon(self._next)
 
 
+async def shielded(future: asyncio.Future[_T]) -> _T:
+    """Wait for a future without cancelling it when the caller is cancelled.
+
+    From Python 3.14, ``asyncio.shield`` logs a failure of the future after such a cancellation.
+    """
+    await asyncio.wait([future])
+    return future.result()
+
+
 async def completed(work: Coroutine[Any, Any, _T]) -> _T:
     """The result of work that runs to its end before a cancelled caller continues."""
     task, is_cancelled = asyncio.ensure_future(work), False

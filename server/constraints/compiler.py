@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from turret.server.basics.confined import Confined
-from turret.server.basics.turns import FairPool, Limit, Places
+from turret.server.basics.turns import FairPool, Limit, Places, shielded
 from turret.server.basics.work import PANICS_ARE_ERRORS, work_in_background
 from turret.server.constraints.grammar import ConstraintSpec, grammar_of, refusal, unforced
 from turret.server.constraints.matcher import (
@@ -142,11 +142,10 @@ class ConstraintCompiler:
             self._running[key] = future
             future.add_done_callback(functools.partial(self._keep, key, held))
         try:
-            # A cancelled wait does not cancel the compilation, because other requests may wait for
-            # it, and later ones find its result.
+            # Shield the compilation, because other requests may wait for it, and later ones find
+            # its result.
             async with asyncio.timeout(COMPILE_SECONDS):
-                await asyncio.wait([future])
-                return future.result()
+                return await shielded(future)
         except TimeoutError:
             said = say("COMPILATION_TOO_SLOW", seconds=COMPILE_SECONDS)
             raise BudgetExceededError(said) from None

@@ -267,7 +267,7 @@ def read_config(model: Path) -> dict[str, Any]:
         InvalidRequestError: The file is missing, or is not a JSON object.
     """
     path = model / "config.json"
-    if not path.is_file():
+    if not is_there(path):
         if not is_there(model):
             raise _refuse(say("MODEL_NOT_FOUND", model=model))
         if (model / "adapter_config.json").is_file():
