@@ -112,9 +112,11 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """Print a help text or a version. argparse ignores errors of the output."""
-        if message:
-            print(message, end="", file=file or sys.stderr)
+        """Print a text. argparse ignores errors, and so would lose a part of a help text."""
+        if file is sys.stdout:
+            print(message, end="")
+        else:
+            super()._print_message(message, file)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Check as argparse does, but suggest the closest choice."""

@@ -122,6 +122,8 @@ def shell(arguments: str, redirection: str) -> tuple[int, str, str]:
     done = subprocess.run(
         ["sh", "-c", f"exec {sys.executable} -m {ENTRY} {arguments} {redirection}"],
         capture_output=True, text=True, stdin=subprocess.DEVNULL,
+        # Only a buffered output is lost after the command has printed it.
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 
@@ -135,6 +137,8 @@ def test_lost_output_is_reported_on_one_line() -> None:
             code, out, err = shell(arguments, "> /dev/full")
             assert (code, out, err.count("\n")) == (1, "", 1), arguments
             assert err.endswith("No space left on device\n")
+    # The exit code of a misspelt flag does not depend on whether the error can be printed.
+    assert shell("serve --hlp", "2> /dev/full") == (2, "", "")
 
 
 def test_a_closed_output_pipe_is_not_reported_as_an_error() -> None:
