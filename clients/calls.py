@@ -641,7 +641,7 @@ class AnswerProgress:
     Attributes:
         request: The request to send next, with the answer so far.
         retries: The remaining attempts.
-        is_whole: The last part has arrived; only the call's status is missing.
+        is_whole: Whether the last part has arrived, so that only the call's status is missing.
         cut: The last part of an answer that a stopping server ended early, unless it was continued.
     """
 

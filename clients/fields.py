@@ -1,4 +1,4 @@
-"""Conversion of plain values to fields of messages; errors name the argument."""
+"""Converts plain values to fields of messages; errors name the argument."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from turret.clients.words import Text, say
 
 
 class ArgumentError(Exception):
-    """An argument that no request can carry; raised as one of the two classes below.
+    """An argument that fits no request; raised as one of the two classes below.
 
     Attributes:
         argument: The argument, or the part of it that is wrong, such as ``messages[0].role``.
-        problem: The fault.
+        problem: What is wrong with it.
     """
 
     def __init__(self, argument: str, problem: Text) -> None:

@@ -175,7 +175,7 @@ def _converse(
     if is_once:
         return 0
     console.print(
-        f"Serving on {server.address} until Ctrl-C. Look at it in a browser:\n"
+        f"Serving on {server.address} until Ctrl-C. Open it in a browser:\n"
         f"  http://{server.http_address}/\n"
         "or try, in another terminal:\n"
         f"  turret chat --address {server.address} -a pirate\n"

@@ -82,7 +82,7 @@ def _promote(args: argparse.Namespace, client: TurretClient) -> int:
 
 
 def _is_sure(difference: Estimate) -> bool:
-    """Whether a gain is certain; without an interval, all draws gave the same number."""
+    """Whether a gain is certain. It has no interval if all draws gave the same number."""
     return (difference.value if difference.low is None else difference.low) > 0.0
 
 

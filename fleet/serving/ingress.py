@@ -34,16 +34,16 @@ _PAUSE_SECONDS = 0.2
 _watching: set[asyncio.Task[None]] = set()
 VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 # Requests of one mix go to one replica, unless its load is more than 1.5 times the mean. Requests
-# without a mix are distributed evenly. The value is inserted into the defaults of HAProxy's
-# configuration unchanged, hence the further lines.
+# without a mix are distributed evenly. Serve inserts the value unchanged into the defaults of
+# HAProxy's configuration, so it may contain further lines.
 _BALANCE = "\n    ".join(
     (
         "hdr(x-turret-mix)",
         "hash-type consistent sdbm avalanche",
         "hash-balance-factor 150",
         # End the streams of a dead node within ten seconds, although an engine may be silent for
-        # longer. Probes detect such a node or, if data is unacknowledged, the limit that
-        # write_haproxy sets. Health checks cannot end streams: a draining replica also fails them.
+        # longer. Probes detect such a node; if data is unacknowledged, the limit that write_haproxy
+        # sets does. Health checks cannot end streams: a draining replica also fails them.
         "option srvtcpka",
         "srvtcpka-idle 4s",
         "srvtcpka-intvl 2s",
@@ -187,9 +187,9 @@ def _binary(own: Path) -> str:
 
 
 def prepare() -> None:
-    """Corrects Ray Serve in a worker process, before its first task.
+    """Patches Ray Serve in a worker process, before its first task.
 
-    Ray Serve has no setting for any of these corrections. ``ingress_environment`` names this
+    Ray Serve has no setting for any of these patches. ``ingress_environment`` names this
     function to Ray, so that it runs on every machine of the cluster, regardless of how Serve is
     started.
     """
@@ -212,7 +212,7 @@ def _listen_locally() -> None:
     """
     from ray.serve._private.grpc_util import gRPCGenericServer
 
-    # Replicas have a second server for calls between deployments, of the class below Serve's own.
+    # Replicas have a second server for calls between deployments, of the base class.
     server: Any = gRPCGenericServer.__mro__[1]
     add = server.add_insecure_port
 
@@ -226,8 +226,8 @@ def _listen_locally() -> None:
 def _share_no_port() -> None:
     """Lets a replica's gRPC server start only on a port that no other process has.
 
-    Serve asks for this with a text where gRPC expects a number, which gRPC ignores. Replicas of two
-    fleets on one machine would then get the same ports, and answer each other's calls.
+    Serve requests this with a string where gRPC expects a number, so gRPC ignores it. Replicas of
+    two fleets on one machine would then get the same ports, and answer each other's calls.
     """
     from ray.serve._private.grpc_util import gRPCGenericServer
 
@@ -244,8 +244,8 @@ def _share_no_port() -> None:
 def _limit_messages() -> None:
     """Rejects gRPC messages that ``turret serve`` would reject, before they are in memory.
 
-    Ray Serve accepts 2 GiB, and asks for a token only after that. Its setting would also limit
-    answers.
+    Ray Serve accepts 2 GiB, and checks the token only after that. Serve's own setting would also
+    limit answers.
     """
     from ray.serve._private import grpc_util
 
@@ -279,7 +279,7 @@ def _limit_arrivals() -> None:
 def _limit_bodies() -> None:
     """Reads the body of an HTTP request no faster than its handler takes it.
 
-    Serve reads ahead without a limit, so an upload that is faster than the disk would be in memory.
+    Serve reads ahead without a limit, so an upload that is faster than the disk would fill memory.
     """
     from ray.serve._private.direct_ingress_http_util import ASGIDIReceiveProxy
 

@@ -24,7 +24,7 @@ NAMESPACE = "turret"
 NAME = "turret-registry"
 # Time limit of a call, in addition to the time that it waits on purpose.
 _CALL_SECONDS = 10.0
-# Time to wait for the directory of a registry that is still ending.
+# Time to wait until a registry that is ending releases the directory.
 _LOCK_SECONDS = 15.0
 # The number of calls is limited, because every waiting replica or caller takes a thread.
 _MOST_CALLS = 512
@@ -56,7 +56,7 @@ class RegistryActor:
         return self._state_dir
 
     def owner(self, command: str, takes_over: bool = False) -> str:
-        """The command with which the fleet ends: the latest that took over, or the only one."""
+        """The command that ends the fleet when it stops: the last that took over, or the first."""
         if takes_over or self._owner is None:
             self._owner = command
             self._mark()

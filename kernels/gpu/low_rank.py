@@ -1,9 +1,8 @@
 """Low-rank updates: shrink onto the rank space of a row's adapters, and expand from there.
 
-Shrink is bound by the bytes of A. A program takes one item of the segment table (a chunk of rows,
-16 ranks of one of its components), one slice and one part of the inputs, so that a decode step
-of a few adapters still fills the device. The parts are added up by expand, in their order, without
-atomics.
+Shrink is bound by the bytes of A. A program takes one item of the segment table (a chunk of rows
+and 16 ranks of one of its components), one slice and one part of the inputs, so that a decode step
+of a few adapters still fills the device. Expand adds up the parts in their order, without atomics.
 """
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -600,7 +599,8 @@ def nf4_shrink(
         shrink: The arguments of the shrink.
 
     Returns:
-        The bits of ``nf4_matmul`` on the first rows, and of ``segmented_shrink`` on all.
+        The results of ``nf4_matmul`` on the first rows and of ``segmented_shrink`` on all rows,
+        bit for bit.
 
     Raises:
         ValueError: A shape, dtype or stride breaks the contract.

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions and /v1/completions: answers as OpenAI's older APIs write them."""
+"""POST /v1/chat/completions and /v1/completions: answers in the form of OpenAI's older APIs."""
 
 from __future__ import annotations
 

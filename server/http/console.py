@@ -78,7 +78,7 @@ MAX_SEARCH_CHARS = 128
 
 
 async def state(exchange: Exchange) -> None:
-    """The whole state. Each role gets only what it can also read from other paths.
+    """Send the state. Each role gets only what it can also read from other paths.
 
     ``find`` in the query selects the adapters whose names contain it.
 

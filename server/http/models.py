@@ -35,7 +35,7 @@ OWNER = "turret"
 _CREATED = int(time.time())
 # Other servers' scheme for repositories on the hub.
 _HF_SCHEME = "hf://"
-# The tokens with log probabilities that take as long to serialise as one adapter.
+# Serialising one model takes as long as serialising this many tokens with log probabilities.
 _TOKENS_PER_CARD = 2
 _TEXT = {"content-type": "text/plain; charset=utf-8"}
 

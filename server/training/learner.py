@@ -47,15 +47,15 @@ Leaves = Mapping[str, Sequence[torch.Tensor]]
 class Learner:
     """An adapter in training.
 
-    Its numbers exist in three stages. The parameters are the fp32 tensors of the adapter's file,
-    which the optimizer changes. The method lowers them to operators in the serving dtype, as it
-    does for a loaded adapter, so training uses the same formula as serving. The leaves are fp32
-    copies of the operators' tensors: a pass adds its gradients to them, and ``collect`` takes
-    these back through the lowering to the parameters.
+    The adapter's numbers exist in three forms. The parameters are the fp32 tensors of the
+    adapter's file, which the optimizer changes. The method lowers them to operators in the serving
+    dtype, as it does for a loaded adapter, so training uses the same formula as serving. The leaves
+    are fp32 copies of the operators' tensors: a pass adds its gradients to them, and ``collect``
+    takes these back through the lowering to the parameters.
 
     Args:
         config: The adapter's config, as PEFT writes it.
-        tensors: The tensors of its method by the names in its file, without PEFT's prefix.
+        tensors: The method's tensors by their names in the adapter's file, without PEFT's prefix.
         base: The base model.
 
     Attributes:
@@ -273,9 +273,9 @@ class Learner:
 
 
 class _Source(torch.autograd.Function):
-    """A number whose backward pass begins with the gradients of leaves.
+    """A scalar whose backward pass begins with the gradients of the leaves.
 
-    One call with all of them takes less time than ``torch.autograd.backward`` with many tensors.
+    Going back from one scalar takes less time than ``torch.autograd.backward`` with many tensors.
     The graph does not keep the tensors' values.
     """
 
@@ -321,8 +321,8 @@ def _in_file(name: str) -> str:
     return name if name == PROMPT_EMBEDDINGS else f"{PEFT_PREFIX}{name}"
 
 
-# A parameter, its gradient and two moments in float32, the same number in an operator, its copy
-# with a gradient, and one more gradient in a pass.
+# Eight numbers in float32: a parameter, its gradient and two moments, the number in an operator,
+# its copy (the leaf) and the copy's gradient, and one more gradient during a pass.
 BYTES_PER_PARAMETER = 32
 _ALPHA = 32.0
 
@@ -345,7 +345,7 @@ def new_adapter(
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The config and the initial tensors of an adapter.
 
-    Unless it learns a prompt, it does not change the model yet.
+    Unless the adapter is a learned prompt, it does not change the model yet.
 
     Args:
         new: What to train, with a method of ``METHODS`` and a seed.

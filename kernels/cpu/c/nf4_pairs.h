@@ -27,8 +27,8 @@ INLINE __m512bh pair_of(const bf16 *x) {
     return (__m512bh)_mm512_set1_epi32(pair);
 }
 
-/* sums[r] += absmax * (W x_r). Codes are looked up while earlier products are summed. `kept`, [PAIRS, 2], may
- * keep the weights for the next groups. */
+/* sums[r] += absmax * (W x_r). Codes are looked up while earlier products are summed. `codes` selects whether the
+ * weights are stored in `kept`, [PAIRS, 2], for the next groups, or read from it. */
 INLINE void add_block(const int rows, const enum Codes codes, const Block *block,
                                   __m512i *kept) {
     const __m512i values = _mm512_loadu_si512(VALUES);
@@ -46,7 +46,7 @@ INLINE void add_block(const int rows, const enum Codes codes, const Block *block
             look_up(packed, values, w);
             if (k % 2 == 0) __builtin_prefetch(packed + DISTANCE);
         }
-        /* Prefetch one line at a time, because the weight's own reads would wait behind many. */
+        /* Prefetch one line per pair: many at once would delay the reads of this block's weights. */
         if (codes != KEPT && k < block->ahead.count)
             __builtin_prefetch(block->ahead.start + k * LINE, 0, 2); /* to L2 */
         if (codes == LOOK_UP_AND_KEEP) kept[0] = w[0], kept[1] = w[1];
@@ -87,7 +87,7 @@ static void multiply_tile(const Product *p, int64_t tile, int64_t first, int64_t
     __m512i kept[2 * PAIRS];
     const bf16 *absmax = p->absmax + tile * TILE_OUT, *x = p->x + first * p->x_stride;
     const uint8_t *packed = p->packed + tile * TILE_OUT * p->in_features / 2;
-    /* Groups differ by at most one row, because the few sums of a small group would wait for each other. */
+    /* Groups differ by at most one row: in a much smaller group, the few sums would wait for each other. */
     int64_t groups = (rows + GROUP - 1) / GROUP;
     memset(sums, 0, sizeof(float) * rows * TILE_OUT);
     /* Each row's results go to a different page. Stores that miss the cache would delay the next tile. */

@@ -55,8 +55,6 @@ from turret.server.adapters.operators.pair_rotation import PairRotation
 from turret.server.adapters.operators.sparse import Sparse
 from turret.server.adapters.operators.vectors import Bias, Gain, InputGain
 
-# Low-rank updates of experts on the CPU path.
-
 
 @dataclass(frozen=True, slots=True)
 class CpuStepExperts:

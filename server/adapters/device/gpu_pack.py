@@ -30,9 +30,9 @@ from turret.server.adapters.operators.gate import Gate
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.operators.vectors import Gain
 
-# The form of a step, which determines its launches: pairs of a kind of packed operator and a
-# projection, and pairs of a slot table and a position in the mixes. A step can run in any form that
-# contains its own, because the additional kernels find empty tables.
+# The form of a step, which determines its launches: a set of pairs (kind of packed operator,
+# projection) and of pairs (slot table, position in a mix). A step can run in any form that contains
+# its own, because the additional kernels find empty tables.
 StepForm = frozenset[tuple[Hashable, Hashable]]
 
 # The kinds of packed operators in a form. A bias counts as a gain: the kernel looks up both or
@@ -56,7 +56,7 @@ class Placement:
     """Gives places to adapters, by key.
 
     Args:
-        capacity: The number of ranks for which there are places.
+        capacity: The number of ranks that all places together may take.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -118,8 +118,8 @@ class Placement:
         return next(i for i in range(1, len(taken) + 2) if i not in taken)
 
 
-# An adapter takes at least this many ranks, to pay for its slot, which costs rows in the tables of
-# gains and biases.
+# An adapter is charged for at least this many ranks, to pay for its slot, which takes rows in the
+# tables of gains and biases.
 _RANKS_PER_SLOT = 16
 
 
@@ -542,7 +542,7 @@ class GpuGates(Part):
         components: Sequence[int],
         kept: list[torch.Tensor],
     ) -> list[int]:
-        """An adapter's words in a projection, ``[layers, slices, WORDS]`` in one row.
+        """An adapter's words in a projection, ``[layers, slices, WORDS]``, flattened.
 
         Args:
             name: The projection.

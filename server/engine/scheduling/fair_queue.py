@@ -1,8 +1,8 @@
-"""Orders tenants by running items, then groups by service, then parties in turn. No torch.
+"""Orders waiting items by tenant, then by group, then by turn. No torch.
 
-- A *tenant* is a bearer token. Each of its running items has one of its *places*.
+- A *tenant* is a bearer token. Each of its running items takes a *place*.
 - A *group* is one mix of adapters; the base alone is a group, too.
-- A *party* shares a group with others. It is a bearer token, or a call if there are no tokens.
+- A *party* is one of those that share a group: a bearer token, or a call if there are no tokens.
 - A *turn* is a number by which the items of a group are ordered. It counts rounds of the parties.
 
 Each group has a virtual token counter (VTC, arXiv 2401.00588). Every token computed for a group

@@ -78,11 +78,11 @@ SIGHTS, WINDOW, _MAX_FAILURES = 8, 256, 3
 #
 # A step's launches, its *body*, depend on its kind and its form; everything else is data in
 # buffers of fixed address. Its *kind* is its bucket (the number of rows, rounded up), and whether
-# embeddings are computed before. Its *form* is the set of its adapters' operators (``StepForm``).
-# A step can run in a captured form that is larger than its own, because kernels that it does not
-# need find empty tables. Common shapes are captured at startup. Other shapes are launched kernel
-# by kernel, and are captured once they occur often. If there are too many graphs, the least
-# recently used one is dropped.
+# its embeddings are computed before it. Its *form* is the set of its adapters' operators
+# (``StepForm``). A step can run in a captured form that is larger than its own, because kernels
+# that it does not need find empty tables. Common shapes are captured at startup. Other shapes are
+# launched kernel by kernel, and are captured once they occur often. If there are too many graphs,
+# the least recently used one is dropped.
 
 
 class Capture(Protocol):

@@ -61,7 +61,7 @@ KERNEL void kronecker_shrink(const Kronecker *k, const bf16 *x, int64_t low, int
     }
 }
 
-/* t[0:padded rank] = (w1 V)[l], where V is in z. Values past the rank are undefined. */
+/* t[0:padded rank] = (w1 V)[l], where z holds V = X a^T. Values past the rank are undefined. */
 INLINE void mix_ranks(const Kronecker *k, const float *z, int64_t l, float *t) {
     int64_t stride = PADDED(k->rank);
     for (int64_t r = 0; r < stride; r += LANES) {
@@ -72,7 +72,7 @@ INLINE void mix_ranks(const Kronecker *k, const float *z, int64_t l, float *t) {
     }
 }
 
-/* Writes columns [low, high) of row l of the result to out[0:], which has room for a vector before it. */
+/* Writes columns [low, high) of row l of the result to out, before which there is room for a vector. */
 INLINE void make_row(const Kronecker *k, const float *z, const float *t, int64_t l, int64_t low,
                      int64_t high, float *out) {
     int64_t width = k->out_k, stride = PADDED(width);
