@@ -60,7 +60,7 @@ TEXTS = {
     "LABELS_NEED_CLASSIFY": "requires --classify",
     "LABELS_NOT_DISTINCT": "must be distinct and not empty",
     "ANSWER_NOT_A_LABEL": "{value!q} is not one of --labels",
-    "ANSWER_WITHOUT_TOKENS": "line {line}: the answer has no tokens",
+    "ANSWER_WITHOUT_TOKENS": "line {line}: the answer must contain at least one token",
     "NO_LABELS_OF_ADAPTER": "{place}: the adapter predicts numbers, not labels",
     "EVALUATION_CUT": "the server closed the connection {done}; see the server's log",
     # Files of examples.

@@ -42,7 +42,7 @@ TEXTS: dict[str, str] = {
     "NOT_A_DIGEST": "must be empty or 64 lower-case hexadecimal digits",
     "MORE": "and {count} more",
     # Prompts and answers.
-    "NO_TOKENS": "has no tokens",
+    "NO_TOKENS": "must contain at least one token",
     "PROMPT_TOO_LONG": "the prompt has {length} {unit}, more than the limit of {limit}",
     "CONTEXT_TOO_SHORT": "the prompt has {prompt_tokens} tokens, too many for the context length"
     " of {max_model_len}, which includes any answer",
@@ -53,7 +53,7 @@ TEXTS: dict[str, str] = {
     "TRAINING_FULL": "training the adapter needs {bytes!b} of memory, but this client already uses"
     " {used!b} of its {most!b}, and all clients use {all_used!b} of {training_bytes!b}",
     "NOT_A_TOKEN": "token {value} is not in the vocabulary of {size} tokens",
-    "ANSWER_COMPLETE": "already has {found!n:token}, and {other} ({most}) allows no more",
+    "ANSWER_COMPLETE": "must have fewer tokens than {other} ({most}), not {found}",
     "ANSWER_ENDED": "the token at index {index} already ends the answer",
     "TOKEN_FORBIDDEN": "the constraint does not allow the token at index {index}",
     "NO_CHAT_TEMPLATE": "this model has no chat template; send a prompt instead, or start the"
@@ -124,7 +124,7 @@ TEXTS: dict[str, str] = {
     "NO_TASKS": "a {method} adapter has no tasks; omit the task",
     "MISSING_TASK": "is required; choose a task from 0 to {most}",
     # Tensors.
-    "NO_TENSORS": "has no tensors of this method",
+    "NO_TENSORS": "has no tensors of the adapter's method",
     "WRONG_SHAPE": "has shape {shape}, expected {expected}",
     "WRONG_DTYPE": "has dtype {dtype}, expected {expected}",
     "WRONG_RANK": "has rank {rank}, but {by} has {expected}; use the config saved with the weights",
@@ -471,7 +471,8 @@ TEXTS: dict[str, str] = {
     "TOKENIZER_UNREAD": "the tokenizer could not be read: {problem}",
     "TOKENIZER_DIFFERS": "its {part} differs from the base model's tokenizer; an adapter may only"
     " add tokens",
-    "TOKEN_NUMBER_TAKEN": "gives token {token!q} the id {number}, but its id must be {found}",
+    "TOKEN_NUMBER_TAKEN": "gives token {token!q} the id {number} instead of {found}, its id in the"
+    " base model's tokenizer or the next free id",
     "TOKEN_WITHOUT_ROW": "gives token {token!q} the id {number}, but the adapter has rows for only"
     " {rows} tokens",
     "ADDED_TOKEN_TOO_LONG": "an added token has more than {most} characters",

@@ -383,7 +383,7 @@ def _sweep(args: argparse.Namespace) -> None:
     finished = [each for each in results if RunFolder(Path(each.output)).is_finished]
     best = min(finished, key=lambda result: round(result.validation_loss, 4))
     title = variants[results.index(best)].title
-    print(f"the lowest validation loss has {title}", best.what_next, sep="\n")
+    print(f"{title} has the lowest validation loss", best.what_next, sep="\n")
 
 
 def _axes(variants: Sequence[Any]) -> str:

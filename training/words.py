@@ -134,7 +134,7 @@ TEXTS = {
     " 32-bit checkpoint that the adapter was trained on",
     "LORA_COUNT": "the adapter consists of {expected} LoRAs; pass --lora once for each, not {found}"
     " times",
-    "XLORA_NO_LORAS": "adapters in adapter_config.json must map the number of each LoRA to its"
+    "XLORA_NO_LORAS": "adapter_config.json: adapters must map the number of each LoRA to its"
     " directory",
     "XLORA_NAME": "adapter_config.json: adapters has the key {value!q:.60}, but its keys must be"
     " consecutive numbers from 0",
