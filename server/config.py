@@ -261,7 +261,7 @@ class AdapterConfig(Checked):
         False, "serve requests for adapters that are merged into the base, and apply them twice"
     )
     training: Switch = setting(
-        False, "let callers that have the role training train adapters on the served base"
+        False, "let callers with the role 'training' train adapters on the served base"
     )
     training_bytes: Bytes = setting(
         4 * GIB,
@@ -270,7 +270,7 @@ class AdapterConfig(Checked):
     )
     preload: Preloads = setting(
         (),
-        "adapter to load at startup, NAME=PATH: a path relative to --adapter-root,"
+        "adapter to load at startup, as NAME=PATH; PATH is relative to --adapter-root, or is"
         " hub:org/name[@revision], s3://… or oci://…; repeatable",
         shown="NAME=PATH",
     )
@@ -431,7 +431,7 @@ class TelemetryConfig:
     )
     otel: Switch = setting(
         False,
-        "export metrics and a trace of each inference request by OTLP; needs turret[otel]",
+        "export metrics and a trace of each inference request over OTLP; needs turret[otel]",
     )
 
 

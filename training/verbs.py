@@ -60,7 +60,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     report = verbs.add_parser("report", help=text, description=f"{text.capitalize()}.")
     report.add_argument("run", type=Path, metavar="DIR", help="directory of the run")
     report.set_defaults(func=with_errors(_report))
-    text = "train with several values of settings and compare"
+    text = "train with several values of settings, and compare the results"
     sweep = _add(verbs, "sweep", text, _sweep, "--rank")
     sweep.add_argument(
         "--ranks",

@@ -78,7 +78,8 @@ _FLAGS: command.Flags = {
     ),
     "--seed": command.flag("seed of the dare combinations (default: 0)", **_COUNT),
     "--precision": command.flag(
-        "default: auto, which uses nf4 if the update survives rounding, else bf16",
+        "precision of the merged weights (default: auto, which uses nf4 if the update survives"
+        " rounding, else bf16)",
         choices=("auto", "nf4", "bf16"),
         default="auto",
     ),

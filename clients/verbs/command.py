@@ -187,12 +187,14 @@ def add_connection_flags(parser: argparse.ArgumentParser, server: str = "") -> N
     token.add_argument(
         "--token-from", dest="token", type=_token, metavar="FILE", help="file that holds the token"
     )
-    group.add_argument("--tls", action="store_true", help="use TLS, with the system's roots")
+    group.add_argument(
+        "--tls", action="store_true", help="use TLS, with the system's root certificates"
+    )
     group.add_argument(
         "--tls-ca",
         **_PEM,
         default=variable("TURRET_TLS_CA") or None,
-        help="PEM roots; implies --tls (default: $TURRET_TLS_CA)",
+        help="PEM root certificates; implies --tls (default: $TURRET_TLS_CA)",
     )
     group.add_argument("--tls-cert", **_PEM, help="PEM certificate of the client")
     group.add_argument("--tls-key", **_PEM, help="PEM key of --tls-cert")

@@ -134,7 +134,7 @@ class BaseConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class MethodConfig:
-    """The method of the adapter. Keys without meaning for the method are rejected."""
+    """The method of the adapter. Keys that do not apply to the method are rejected."""
 
     name: Annotated[str, AfterValidator(_method)] = _key(
         f"{', '.join(METHOD_NAMES[:-1])} or {METHOD_NAMES[-1]}", "lora"
@@ -258,7 +258,7 @@ class DataConfig:
         "auto",
     )
     loss_on: Literal["completion", "all"] = _key(
-        "completion: learn only completions and assistants' turns; all: learn prompts, too",
+        "completion: learn only completions and assistant turns; all: learn prompts, too",
         "completion",
     )
     packing: Switch = _key(
@@ -319,12 +319,12 @@ class RunConfig:
     checkpoint_every: Whole = _key("steps between checkpoints; 0 writes none", 50, ge=0)
     keep_checkpoints: Whole = _key("number of newest checkpoints to keep", 2, ge=1)
     samples: Whole = _key(
-        "number of validation prompts that base and adapter answer for the report",
+        "number of validation prompts that the base and the adapter answer for the report",
         3,
         ge=0,
     )
     report_to: Literal["none", "tensorboard"] = _key(
-        "tensorboard: also write the metrics as TensorBoard events, in tensorboard/ of the run",
+        "tensorboard: also write the metrics as TensorBoard events, in the run's tensorboard/",
         "none",
     )
     adapter_dtype: Literal["float16", "bfloat16", "float32"] = _key(
@@ -429,7 +429,7 @@ def render_commented() -> str:
         lines.append(f"[{table}]")
         for name, info in fields_of(kind).items():
             extra: Any = info.json_schema_extra
-            note = f" (left out: {extra['chosen']})" if extra["chosen"] else ""
+            note = f" (default: {extra['chosen']})" if extra["chosen"] else ""
             lines += _comment((info.description or "") + note)
             mark = "# " if info.default is None else ""
             shown = extra["sample"] if mark or info.is_required() else info.default
