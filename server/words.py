@@ -267,12 +267,12 @@ TEXTS: dict[str, str] = {
     "MERGE_OVERFLOWS": "the merged weights of {module} are not finite",
     "NOTHING_TO_FUSE": "no adapter of the mix changes any module",
     "NAME_IS_MEMBER": "{adapter!q} is a member of the mix; choose another name",
-    "RANK_REQUIRED": "set rank or energy, because no member has a rank",
-    "UNEQUAL_MEMBERS": "members have different ranks in {module} ({ranks}); use the combination"
-    " {other} instead",
+    "RANK_REQUIRED": "set rank or energy, because no member of the mix has a rank",
+    "UNEQUAL_MEMBERS": "the members of the mix have different ranks in {module} ({ranks}); use the"
+    " combination {other} instead",
     "FUSED_RANK": "the fusion needs rank {rank} in {module}, but the server's --max-rank is"
     " {max_rank}",
-    "MEMBERS_OVER_BUDGET": "the members need {bytes!b} in fp32, but adapters may use"
+    "MEMBERS_OVER_BUDGET": "the members of the mix need {bytes!b} in fp32, but adapters may use"
     " {host_bytes!b}; raise --adapter-host-bytes",
     "FUSION_UNDER_WAY": "another fusion is running; try again when it has ended",
     "UNLOADED_WHILE_FUSED": "adapter {adapter!q} was unloaded while it was being fused",
