@@ -420,8 +420,8 @@ def render_config(config: TrainConfig) -> str:
 def render_commented() -> str:
     """The file of ``turret train init``: every key with its default and its meaning."""
     lines = [
-        "# Settings of a run, for `turret train plan|run|sweep`. Keys that are commented out are",
-        "# chosen for you, by method and machine: `turret train plan` shows the choices.",
+        "# Settings of a run, for `turret train plan|run|sweep`. For keys that are commented out,",
+        "# turret chooses values by method and machine: `turret train plan` shows the choices.",
     ]
     for table, kind in tables_of(TrainConfig).items():
         summary = (kind.__doc__ or "").replace("``", "`").split("\n\n")
