@@ -36,7 +36,7 @@ class Thought:
 class CallBegun:
     """The beginning of a tool call: the answer's ``index``-th, counted from 0.
 
-    ``call_id`` is empty unless the model wrote an id; ``reader.py`` then creates one.
+    ``call_id`` is empty unless the model wrote an id; ``AnswerReader`` then creates one.
     """
 
     index: int

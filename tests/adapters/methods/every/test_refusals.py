@@ -36,7 +36,7 @@ from turret.server.errors import AdapterCheckpointError, AdapterMismatchError, B
 
 Q = "model.layers.0.self_attn.q_proj"
 KEY = f"base_model.model.{Q}"
-# ``method_builders`` name → METHODS name, where they differ.
+# The names in METHODS of the configs that ``make_config`` names differently.
 SERVED = {"rslora": "lora"}
 # Methods that other files test: PEFT does not create learned fusions (test_components.py), creates
 # QA-LoRA only on GPTQ layers (test_lora_variants.py), and routers only for existing LoRAs
