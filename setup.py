@@ -1,8 +1,8 @@
-"""Builds the C libraries and one wheel for every Python; rejects a copy without symbolic links.
+"""Builds the C libraries, and a single wheel for all Python versions.
 
-The compiled libraries are plain C, which ctypes loads. They do not depend on Python, so neither
-their names nor the wheel's have the tag of a Python version: the wheel's tag is ``py3-none`` and
-the platform.
+The compiled libraries are plain C, which ctypes loads. They do not depend on the Python version, so
+neither their names nor the wheel's name contain one: the wheel's tag is ``py3-none`` and the
+platform. A copy of the repository without symbolic links cannot be built, and is rejected.
 """
 
 import copy
@@ -33,7 +33,7 @@ if missing:
 
 
 def isas_of_this_machine(folder: Path, known: list[str]) -> list[str]:
-    """The instruction sets that this machine's server uses; all of them if that is unknown."""
+    """The baseline and this machine's best instruction set; all known ones if detection fails."""
     with tempfile.TemporaryDirectory() as made:
         library = Path(made, "isa.so")
         command = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-o", str(library)]
@@ -47,8 +47,9 @@ def isas_of_this_machine(folder: Path, known: list[str]) -> list[str]:
 def libraries() -> list[Extension]:
     """One library of C kernels per instruction set; the server loads the best one at startup.
 
-    With ``TURRET_BUILD=machine``, only the libraries for this machine are built, in a fifth of the
-    time: its own, and the baseline's, which has the function that detects the instruction set.
+    With ``TURRET_BUILD=machine``, only two libraries are built, in a fifth of the time: the best
+    one for this machine, and the baseline's, which contains the function that detects the
+    instruction set.
     """
     folder = Path("kernels", "cpu", "c")
     isas = runpy.run_path(str(PACKAGE / "kernels" / "cpu" / "isas.py"))
