@@ -112,7 +112,7 @@ def is_own_host(host: str, names: Collection[str] = ()) -> bool:
     browser.
 
     Args:
-        host: The header. One of an unusual form (``localhost:80@evil.example``) is not accepted.
+        host: The header. An unusual form (``localhost:80@evil.example``) is not accepted.
         names: Additional accepted names, in lower case.
     """
     host = host.strip().lower()
@@ -265,7 +265,7 @@ def authorize(tokens: TokenTable | None, service: str, authorization: object) ->
     Args:
         tokens: The accepted tokens; None accepts every caller.
         service: Full name of the service that is called, a key of ``SERVICE_ROLES``. A protocol
-            without services passes the name of the equivalent one.
+            without services passes the name of the equivalent service.
         authorization: The client's ``authorization`` header, ``Bearer TOKEN``. A value that is not
             a string counts as missing.
 

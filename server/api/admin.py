@@ -336,8 +336,8 @@ DEFAULT_UNLOAD_SECONDS = 30.0
 MAX_UNLOAD_SECONDS = 3600.0
 # Concurrent uploads. Each may take up to --max-upload-bytes of the disk before it is validated.
 MAX_UPLOADS = 8
-# Threads for slow calls, so that they do not delay tokenising or listing. One token may take three
-# quarters of the threads.
+# Threads for slow calls, so that they do not delay tokenising or listing. The calls of one bearer
+# token may take three quarters of the threads.
 _SLOW_CALLS = 32
 # The same for calls that download from a hub, a bucket or a registry.
 _DOWNLOADS = 8
@@ -359,8 +359,8 @@ class Adapters:
 
     Every method raises UnavailableError while the gate is closed, and InvalidRequestError, which
     lists all invalid fields of a message. Other errors are those of the registry, the fuser or the
-    merger, whose methods have the same names. Every method records in the call the names of its
-    adapters.
+    merger, whose methods have the same names. Methods that concern particular adapters record their
+    names in the call.
     """
 
     def __init__(self, gate: ServingGate) -> None:
@@ -369,8 +369,8 @@ class Adapters:
         self._downloads = SlowCalls(_DOWNLOADS, _DOWNLOADS * 3 // 4)
         # Drains wait up to an hour for the requests of others, so they have separate threads.
         self._drains = SlowCalls(_DRAINS)
-        # In a fleet, lookups ask the fleet's registry, which may not answer. Clients without the
-        # role admin may list adapters, too.
+        # Lookups have separate threads: in a fleet, they ask the fleet's registry, which may not
+        # answer, and clients without the role admin may list adapters, too.
         self._lookups = FairPool(ThreadPoolExecutor(_LOOKUPS, "turret-lookups"))
 
     def close(self) -> None:
@@ -723,7 +723,7 @@ def _checked_name(name: str, call: Call) -> str:
 
 
 def _generations(message: Any) -> dict[str, int | None]:
-    """The generations that a message names or expects, as arguments; None if it does not."""
+    """The generation that a message names and the one that it expects, as arguments; or None."""
     names = ("generation", "expected_generation")
     known = [name for name in names if name in message.DESCRIPTOR.fields_by_name]
     return {name: getattr(message, name) if message.HasField(name) else None for name in known}

@@ -56,7 +56,7 @@ class Failure:
     time: float = field(default_factory=time.time)
 
 
-# Belongs to one event loop; the newest failure is last.
+# Failed calls, the newest last. Use an instance on one event loop only.
 Failures = deque[Failure]
 
 
@@ -74,7 +74,7 @@ _log = logging.getLogger(__name__)
 
 REQUEST_ID_KEY = "x-request-id"
 # The log holds no prompts. For a rejected call, it holds the reason, names of fields of turret.v1,
-# and these entries of the error's metadata, which contain only names and numbers of the server.
+# and these entries of the error's metadata, which contain only names and numbers.
 _LOGGED = frozenset(
     (
         *("path", "base_model", "peft_type", "repository", "role", "service"),
@@ -121,8 +121,8 @@ class Call:
     """One call: the protocol begins and finishes it, and its handler records what is counted.
 
     The methods are called in this order: ``begin``; ``receive`` for each part of the message;
-    ``about`` once it is read; ``rename`` and ``runs_on`` for each request that it becomes; ``send``
-    for an answer in one piece; ``fail`` in case of an error; ``finish``.
+    ``about`` once the message is read; ``rename`` and ``runs_on`` for each engine request that the
+    call makes; ``send`` for an answer in one piece; ``fail`` in case of an error; ``finish``.
 
     Attributes:
         method: The method, as the log shows it.
@@ -130,7 +130,7 @@ class Call:
         request_id: The id in every line that the current task logs.
         party: The client, whose open requests are counted together.
         deadline: ``time.monotonic()`` seconds, or None.
-        draw: Chooses among the targets of the aliases that the call names.
+        draw: A random number from 0 to 1 that selects a target of each alias that the call names.
         adapters: The names of the call's adapters; None until they are known.
         aliases: Each alias that the call named, and the adapter and generation that it got.
         prompt_tokens: The tokens of all prompts together; 0 until the engine has answered.
@@ -193,9 +193,10 @@ class Call:
             party: The client; None for a client without limits.
             deadline: ``time.monotonic()`` seconds, or None.
             failures: Records the call if it fails; None records nothing.
-            is_counted: Whether ``turret_requests_total`` counts the call, which runs on adapters.
-            is_private: Whether messages may contain the names of a client's sessions, and thereby
-                those of its adapters.
+            is_counted: Whether metrics and traces record the call, as they do for calls that run
+                the model.
+            is_private: Whether error messages may contain the names of a client's sessions, and
+                thereby those of its adapters.
             level: The level of the line that is logged when the call ends.
         """
         party = party or Party(Shares())
@@ -218,11 +219,11 @@ class Call:
 
     @property
     def turn(self) -> bytes:
-        """The party of the call's requests in the queue: the tenant, or one for this call alone."""
+        """The party whose turns in the queue the call uses: the tenant, or else the call itself."""
         return self.tenant or self.request_id.encode()
 
     def receive(self, num_bytes: int) -> None:
-        """Count bytes of the call's message until the call ends.
+        """Count bytes of the call's message as used memory until the call ends.
 
         Raises:
             QueueFullError: See ``MessageMemory.hold``.
@@ -232,7 +233,7 @@ class Call:
         self.hold(max(self.message_bytes - UNCOUNTED_BYTES, 0) - counted)
 
     def send(self, num_bytes: int) -> None:
-        """Count bytes of an answer that is sent as a whole until the call ends.
+        """Count bytes of an answer, which is sent as a whole, as used memory until the call ends.
 
         Raises:
             QueueFullError: See ``MessageMemory.hold``.
@@ -240,7 +241,7 @@ class Call:
         self.hold(max(num_bytes - UNCOUNTED_BYTES, 0))
 
     def hold(self, num_bytes: int) -> None:
-        """Count bytes that belong to the call until it ends.
+        """Count bytes as used memory until the call ends.
 
         Raises:
             QueueFullError: See ``MessageMemory.hold``.
@@ -280,7 +281,7 @@ class Call:
         violations: Iterable[tuple[str, str]] = (),
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """Record the error that the client gets, before ``finish``; the log has no messages."""
+        """Record the error that the client gets; ``finish`` logs it without its message."""
         self._error = (reason, message)
         self._logged = {"reason": reason}
         fields = dict.fromkeys(filter(None, (_known(path) for path, _ in violations)))

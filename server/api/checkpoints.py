@@ -80,7 +80,7 @@ class Checkpoint:
     Attributes:
         run: The id of the model in training that was saved.
         kind: A key of ``KINDS``.
-        name: Its name.
+        name: The name that the client chose.
         owner: The client that saved it.
         base: The digest of the base model.
         config: The config of the adapter.
@@ -268,7 +268,7 @@ class Checkpoints:
             await completed(self._remove_files(found))
 
     def _lock(self, checkpoint: Checkpoint) -> asyncio.Lock:
-        """Lets one thread at a time change the files of a path."""
+        """The lock with which one task at a time changes the files of a checkpoint."""
         return self._locks.setdefault(checkpoint.path, asyncio.Lock())
 
     async def _remove_files(self, checkpoint: Checkpoint) -> None:

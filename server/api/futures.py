@@ -69,7 +69,7 @@ class Future:
     """A result that may not exist yet.
 
     Attributes:
-        request_id: Identifies it to the client.
+        request_id: The id by which the client fetches the result.
         owner: The client that may fetch it.
         result: The result; None until it exists.
         error: The error behind a result that is a failure.
@@ -97,7 +97,8 @@ class Future:
     def cancel(self) -> None:
         """Cancel the work on the result, if that is possible."""
         if self.task is not None:
-            # A task that is cancelled before its first step never runs, and would release nothing.
+            # Cancel the task only after its first step: a task that is cancelled before it never
+            # runs, and so would not release what it holds.
             asyncio.get_running_loop().call_soon(self.task.cancel)
 
     def fetched(self) -> None:

@@ -39,7 +39,7 @@ class Backend:
         model_info: The information about the base model for clients.
         methods: Adapter methods that this build can load, sorted.
         training: Trains adapters; None if the server does not train.
-        turns: The turns in which answers begin.
+        turns: Lets answers begin one at a time, for tenants in turn.
     """
 
     engine: Engine
@@ -64,7 +64,7 @@ class ServingGate:
     """The gate is closed while the model loads and after shutdown begins, and open in between.
 
     Args:
-        check: Called before every call; raises UnavailableError while none may be answered.
+        check: Runs before every call; raises UnavailableError while no call may be answered.
     """
 
     def __init__(self, check: Callable[[], None] = lambda: None) -> None:

@@ -186,7 +186,8 @@ async def together(work: Sequence[Coroutine[Any, Any, _T]], at_a_time: int) -> l
         for index, one in waiting:
             results[index] = await one
 
-    # A task for each coroutine would cost the event loop seconds once many clients have gone.
+    # Do not make a task for each coroutine: if many clients disconnected at once, cancelling all
+    # these tasks would block the event loop for seconds.
     tasks = [asyncio.ensure_future(run_some()) for _ in range(min(at_a_time, len(work)))]
     try:
         await asyncio.gather(*tasks)
@@ -447,7 +448,7 @@ def summed_fields(finishes: Sequence[Finish]) -> dict[str, Any]:
 
 
 def _distinct(finishes: Iterable[Finish]) -> list[AdapterUse]:
-    """The weights that answered, without duplicates; cold starts are kept where they occurred."""
+    """The adapters that answered, each once; a cold start for any input counts as one."""
     places: dict[tuple[int, int], AdapterUse] = {}
     for finish in finishes:
         for place, use in enumerate(finish.adapters_used):
@@ -629,7 +630,8 @@ class Inference:
         call.about(message.adapters)
         if call.trace is not None and message.HasField("chat"):
             call.trace.operation = CHAT
-        # A call may begin 64 answers, and thousands of calls may arrive at once.
+        # A call may begin 64 answers, and thousands of calls may arrive at once, so answers begin
+        # one at a time.
         await backend.turns.wait(call.turn)
         vocabulary, limits = await _vocabulary(backend, message.adapters, message.chat, call)
         request = await generate_request(message, vocabulary, limits, call)
@@ -637,7 +639,8 @@ class Inference:
         # Drop the last reference, so that the message is freed while the request waits and runs.
         del message
         is_echoed = not request.options.echo
-        # Log probabilities of the prompt may wait for the client after the request has ended.
+        # Log probabilities of the prompt may wait for the client after the request has ended, so
+        # count their memory as that of a whole answer.
         is_whole = is_whole or request.wants_prompt_logprobs
         outputs = outputs_of(backend, request, call, is_whole=is_whole)
         num_tokens = 0

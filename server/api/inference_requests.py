@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 TOOL_NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{MAX_TOOL_NAME_CHARS}}}")
 # Cost of every turn, call and tool, in characters, in addition to its text.
 _TURN_CHARS = 32
-# Variables of a chat template that have separate fields.
+# Variables of a chat template that have fields of their own in the message.
 _FIELDS = ("messages", "tools", "add_generation_prompt")
 
 
@@ -135,7 +135,7 @@ def _check_object(text: str, violations: Violations, path: str) -> None:
 def _json(text: str) -> Any:
     """The value of a JSON text: an empty object if it is empty, and None if it is not JSON."""
     try:
-        # Unlike ``json.loads``, this rejects halves of surrogate pairs, which no tokenizer takes.
+        # Unlike ``json.loads``, this rejects halves of surrogate pairs, as tokenizers do.
         return from_json(text, allow_inf_nan=False) if text else {}
     except ValueError:
         return None
@@ -424,7 +424,7 @@ async def generate_request(
         message: The message from the client.
         vocabulary: Turns a prompt or chat into tokens, and compiles what the answer must match.
         limits: The limits that the model sets.
-        call: The call on whose behalf it runs; its id is used if the message has none.
+        call: The call on whose behalf the request runs. Its id is used if the message has none.
 
     Raises:
         InvalidRequestError: Lists every offending field.

@@ -30,7 +30,7 @@ class Services:
         most_connections: The maximum number of open connections of a listening address.
         training: The directory of checkpoints of adapters in training; None if clients cannot
             train.
-        tenants: Who trains what; None if clients cannot train.
+        tenants: The clients' training sessions and checkpoints; None if clients cannot train.
         inference: The Inference service.
         adapters: The Adapters service.
     """

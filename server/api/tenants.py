@@ -55,12 +55,12 @@ class TenantModel:
     """An adapter in training.
 
     Attributes:
-        model_id: Identifies it to the client.
+        model_id: The id by which the client refers to the model.
         owner: The client.
         config: The config of the adapter.
         metadata: The client's own notes.
-        log: The commands.
-        learner: The number of the adapter for the training; None until it has begun.
+        log: The commands for the model.
+        learner: The id of the adapter in the ``TrainingService``; None while there is none.
         used: The Unix time of the last command.
         inflight: The name under which its weights are registered for sampling; empty if none.
         size: The size of the files of these weights in bytes.
@@ -99,7 +99,7 @@ class SavedSampler:
     """Weights to sample from.
 
     Attributes:
-        sampler_id: Identifies it to the client.
+        sampler_id: The id by which the client refers to the sampler.
         owner: The client.
         adapter: The name of the adapter; empty for the base model.
         generation: The generation of the adapter; None for the newest.
@@ -126,7 +126,7 @@ class Session:
     """A client's session.
 
     Attributes:
-        session_id: Identifies it to the client.
+        session_id: The id by which the client refers to the session.
         owner: The client.
         lasts: The session ends after this many seconds without a sign of life; None for
             ``SESSION_SECONDS``.
@@ -164,7 +164,7 @@ class Sessions:
         self._futures = futures
         self._all: dict[str, Session] = {}
         self._waiting_bytes: Counter[str] = Counter()
-        # Models that are being dropped, and names of adapters that are being unregistered.
+        # Tasks that drop models or unregister adapters.
         self._ending: set[asyncio.Task[None]] = set()
 
     def training(self) -> TrainingService:
@@ -181,7 +181,7 @@ class Sessions:
         """A new session; options are other fields of ``Session``.
 
         Raises:
-            QueueFullError: The owner has too many.
+            QueueFullError: The owner has too many sessions.
         """
         self._check_limit(owner, MAX_SESSIONS, "sessions", list(self._all.values()))
         session = Session(session_id=uuid.uuid4().hex, owner=owner, **options)
@@ -189,7 +189,7 @@ class Sessions:
         return session
 
     def find(self, owner: str, session_id: str) -> Session:
-        """A session, which counts as a sign of life.
+        """A session; the call counts as a sign of life.
 
         Raises:
             TrainingNotFoundError: The session has ended, or belongs to another client.
@@ -224,7 +224,7 @@ class Sessions:
         return found
 
     def model(self, owner: str, model_id: str, *, is_numbered: bool = True) -> TenantModel:
-        """A model, whose use counts as a sign of life.
+        """A model; the call counts as a sign of life of its session.
 
         Args:
             owner: The client.
@@ -245,7 +245,7 @@ class Sessions:
         return model
 
     def sampler(self, owner: str, sampler_id: str) -> SavedSampler:
-        """A sampler, whose use counts as a sign of life.
+        """A sampler; the call counts as a sign of life of its session.
 
         Raises:
             TrainingNotFoundError: The sampler does not exist, or belongs to another client.
@@ -264,7 +264,7 @@ class Sessions:
         """A new model; ``number`` identifies it within the session.
 
         Raises:
-            QueueFullError: The owner has too many.
+            QueueFullError: The owner has too many models.
         """
         owner = session.owner
         self._check_limit(owner, MAX_MODELS, "models in training", self.models(owner))
@@ -388,7 +388,7 @@ _T = TypeVar("_T")
 
 
 class Tenants:
-    """Who trains what. Belongs to one event loop.
+    """The clients' training sessions and checkpoints. Belongs to one event loop.
 
     Args:
         gate: Gives access to the training once the model is loaded.
@@ -407,7 +407,8 @@ class Tenants:
         self._folder = folder
         self._has_tokens = tokens is not None
         self._checkpoints: Checkpoints | None = None
-        # Messages with sequences are read one at a time, because each takes memory and a lock.
+        # Messages with sequences are read one at a time, because reading one takes memory and the
+        # interpreter's lock.
         self._reading = FairPool(ThreadPoolExecutor(1, "turret-pass"))
         self._writing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._sweeper: asyncio.Task[None] | None = None
@@ -459,15 +460,15 @@ class Tenants:
     async def writing(self, owner: str) -> AsyncIterator[None]:
         """Let a client write a checkpoint or a sampler within the block.
 
-        A client's files are written one after another. So its share counts all of them, and it
-        takes only one of the threads that write files.
+        A client's files are written one after another, so that its share counts all of them, and
+        that it takes only one of the threads that write files.
 
         Raises:
             InvalidRequestError: The client has used its share of the disk.
         """
         async with self._writing[owner]:
             # All clients together may use half of the disk space that would be free without their
-            # files, and one token half of that.
+            # files. If clients have tokens, each may use half of that.
             used = self.checkpoints.bytes_by_owner + self.sessions.bytes_by_owner
             all_used = used.total()
             most = (self.checkpoints.bytes_free + all_used) // 2

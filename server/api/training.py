@@ -1,6 +1,6 @@
 """The Training service, independent of the protocol: it takes and returns messages.
 
-Each of its models is a separate session, and the server numbers the commands.
+Each model has a session of its own, in which the server numbers the commands.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _MOST_FLOAT32 = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True, slots=True)
 class AskedPass:
-    """A pass as the client asks for it.
+    """A training pass that a client requests.
 
     Attributes:
         data: The sequences.
@@ -70,7 +70,7 @@ class Refused(Exception):
 
 
 class DatumReader:
-    """Checks sequences, and notes violations.
+    """Checks sequences, and records violations.
 
     Args:
         info: The model, which sets the limits on tokens.
@@ -167,7 +167,7 @@ class Training:
     have, and InvalidRequestError for a message with invalid fields, all of which it lists.
 
     Args:
-        tenants: The state that it shares with other protocols.
+        tenants: The state of training, which all protocols share.
     """
 
     def __init__(self, tenants: Tenants) -> None:
@@ -355,7 +355,7 @@ class Training:
 
 @contextlib.contextmanager
 def _renamed(name: Callable[[str], str]) -> Iterator[None]:
-    """Give fields at fault the names that they have in the message."""
+    """Rename the fields in errors to the names that they have in the message."""
     try:
         yield
     except InvalidRequestError as error:
@@ -368,7 +368,7 @@ def _renamed(name: Callable[[str], str]) -> Iterator[None]:
 
 
 def _short(text: str, field: str) -> str:
-    """The name or path of a checkpoint; a command that waits keeps it."""
+    """The name or path of a checkpoint, which must be short because waiting commands keep it."""
     violations = Violations()
     violations.check_chars(text, _MAX_PATH_CHARS, field)
     violations.raise_if_any()

@@ -26,7 +26,8 @@ _REQUIRED = (CONFIG_FILE, TENSORS_FILE)
 UPLOAD_FILES = (*_REQUIRED, *TOKENIZER_FILES)
 _MOST_BYTES = {CONFIG_FILE: MAX_CONFIG_BYTES, **TOKENIZER_FILES}
 MAX_CHUNK_BYTES = 1 << 20
-# A client that is silent for this long has gone, or holds a place for which others wait.
+# An upload ends if its client is silent for this long. The client may have disconnected, and other
+# uploads may be waiting for its place.
 IDLE_SECONDS = 60.0
 # Time limit of a whole upload: a base, plus the time that its bytes take at this rate.
 BASE_SECONDS = 120.0
@@ -137,7 +138,8 @@ async def receive_chunks(
     Args:
         messages: The messages after the header.
         write: Takes a chunk.
-        seconds: Time limit for all chunks together, because a slow client also occupies a place.
+        seconds: Time limit for all chunks together, because a slow client occupies one of the
+            places for uploads.
 
     Raises:
         InvalidRequestError: A message is not a chunk, or its chunk is too large.

@@ -1,4 +1,4 @@
-"""Converts messages, and collects all errors in one message to report them together."""
+"""Converts messages, and collects all errors of a message to report them together."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Violations:
             self.add(path, why if name else say("REQUIRED"))
 
     def build(self, kind: Callable[..., _T], values: Mapping[str, Any], path: str) -> _T:
-        """A domain object. Every value that it rejects is noted, and left at its default.
+        """Make a domain object; record each value that it rejects, and use the default instead.
 
         The domain objects check their own ranges and stop at the first violation, hence the loop.
 

@@ -1,4 +1,4 @@
-"""The tokenizer of a request, with its chat template: the base's, or those of its adapters."""
+"""Finds a request's tokenizer and chat template: the base's, or those of the adapters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from turret.server.words import say
 from turret.v1 import adapters_pb2
 
 if TYPE_CHECKING:
-    # The server listens before torch is loaded, which takes seconds.
     from turret.server.adapters.installer import AdapterTokenizers
     from turret.server.constraints.compiler import ConstraintCompiler
     from turret.server.models.own_tokenizers import OwnTokenizers, TokenizerKey
@@ -88,7 +87,7 @@ class Vocabularies:
     Args:
         base: The base model's vocabulary.
         adapters: Finds adapters with their own tokenizer or chat template.
-        tokenizers: Reads them.
+        tokenizers: Reads these tokenizers and templates.
         trusts_templates: Whether requests may bring a chat template.
     """
 
@@ -104,12 +103,12 @@ class Vocabularies:
         self._base = base
         self._adapters = adapters
         self._tokenizers = tokenizers
-        # Vocabularies by tokenizer and chat template of the mix; a request may bring its own
-        # template.
+        # Vocabularies by the key of the tokenizer, which includes the template in use, and by the
+        # mix's own template. The two templates differ if the request brings one.
         self._made: dict[tuple[TokenizerKey, str], Vocabulary] = {}
         # Reads in progress, so that concurrent requests share one read.
         self._reading: dict[TokenizerKey, asyncio.Future[Tokenizer]] = {}
-        # How many requests wait for each of them.
+        # The number of requests that wait for each read.
         self._num_waiting: Counter[asyncio.Future[Tokenizer]] = Counter()
         # Reading a tokenizer or a template may take a child process several seconds.
         self._readers = FairPool(ThreadPoolExecutor(_READERS, "turret-tokenizers"))
@@ -192,7 +191,7 @@ class Vocabularies:
             self._num_waiting[reading] -= 1
             if not self._num_waiting[reading]:
                 del self._num_waiting[reading], self._reading[key]
-                # The template of a client that disconnected must not take memory until its turn.
+                # If all clients disconnected, a queued read must not keep their template in memory.
                 reading.cancel()
 
     def _vocabulary(self, tokenizer: Tokenizer, key: TokenizerKey, own_template: str) -> Vocabulary:
