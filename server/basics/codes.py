@@ -66,7 +66,7 @@ class Header:
 
     @property
     def is_thought(self) -> bool:
-        """Whether the message is neither for the user nor a call of a tool."""
+        """Whether the message is the model's reasoning, and not a call of a tool."""
         return self.channel == _THOUGHTS and not self.recipient.startswith(FUNCTIONS)
 
     @property

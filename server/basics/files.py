@@ -109,7 +109,10 @@ def unwritable(path: Path) -> Text | None:
 
 
 def _refused(folder: Path) -> str:
-    """The error of an attempt to write; on file systems such as /proc, permissions mean little."""
+    """The error of an attempt to write, or an empty text.
+
+    Permissions alone do not suffice: on file systems such as /proc, they mean little.
+    """
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".turret-", dir=folder))
     except OSError as error:

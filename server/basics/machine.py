@@ -31,7 +31,7 @@ def see_only(device: str, environ: MutableMapping[str, str] = os.environ) -> Non
     it is imported, because CUDA reads ``CUDA_VISIBLE_DEVICES`` only once.
 
     Raises:
-        InvalidRequestError: That variable lists fewer devices.
+        InvalidRequestError: ``CUDA_VISIBLE_DEVICES`` lists too few devices.
     """
     if not device.startswith("cuda:"):
         return

@@ -106,7 +106,8 @@ class HubId:
             ValueError: The text has neither form.
         """
         match = _ID.fullmatch(text)
-        # The hub forbids these: its cache separates parts of a directory name with two dashes.
+        # The hub forbids ``..`` and ``--``: its cache separates parts of a directory name with two
+        # dashes.
         if match is None or ".." in text or "--" in text.partition("@")[0]:
             raise ValueError(not_a_hub_id(text))
         return cls(*match.groups())

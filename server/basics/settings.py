@@ -1,4 +1,4 @@
-"""Settings from a TOML file, variables and flags, and the types of their values."""
+"""Settings from a TOML file, environment variables and flags, and the types of their values."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ class Layer(NamedTuple):
     """The settings from one source.
 
     Attributes:
-        origin: The file or the variable; empty for a flag.
+        origin: The file or the environment variable; empty for a flag.
         values: Table → key → value, as written.
     """
 
@@ -354,7 +354,7 @@ _KINDS = (
 
 
 class Typed(str):
-    """A value from a flag or a variable, where numbers and switches are text."""
+    """A value from a flag or an environment variable, where numbers and switches are text."""
 
 
 def _exact(kind: Literal["int_type", "float_type", "bool_type"]) -> BeforeValidator:

@@ -33,7 +33,7 @@ _done = threading.local()
 def compute_on_this_thread() -> None:
     """Make the calling thread compute alone from now on. Other threads are not affected.
 
-    Does nothing if torch was built with an OpenMP runtime or BLAS other than the measured one.
+    This covers libgomp and MKL. Any other OpenMP runtime or BLAS keeps its number of threads.
     """
     if getattr(_done, "value", False):
         return
