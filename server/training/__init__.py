@@ -1,7 +1,7 @@
 """Trains adapters on the weights that the server serves.
 
-This file has what callers of ``TrainingService`` pass and get, the losses, and the methods that can
-be trained. It needs no torch.
+This file defines the types that callers of ``TrainingService`` pass and receive, the losses, and
+the methods that can be trained. Importing it does not load torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from turret.server.adapters.lowering import LinearMethod
 from turret.server.adapters.methods import METHODS as SERVED
 from turret.server.adapters.methods.prompt_kit import SoftTokens
 
-# The backward pass of attention needs memory for the square of a sequence's length.
+# Longer sequences are rejected, because the memory for the backward pass of attention grows with
+# the square of a sequence's length.
 MAX_SEQUENCE_TOKENS = 2048
 
 
@@ -72,10 +73,10 @@ ADAM_RANGES: Mapping[str, tuple[float, float]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerConfig:
-    """A new adapter in training.
+    """The config of a new adapter in training.
 
     Attributes:
-        method: ``lora``, ``dora``, …
+        method: A name in ``METHODS``, such as ``lora``.
         rank: The rank.
         seed: Determines the initial tensors; None for a random seed.
         alpha: The numerator of the scaling; None for 32.
@@ -121,9 +122,9 @@ class Loss(NamedTuple):
     """A loss.
 
     Attributes:
-        of: The loss of each token, from log probabilities, inputs and settings; elementwise.
-        inputs: The inputs that it needs in addition to ``TARGETS``.
-        settings: The names of its settings, with their defaults.
+        of: Computes the loss of each token from its log probability and inputs, and the settings.
+        inputs: The names of the inputs that the loss needs in addition to ``TARGETS``.
+        settings: The names of the loss's settings, with their defaults.
     """
 
     of: Callable[[torch.Tensor, Inputs, LossSettings], torch.Tensor]
@@ -171,7 +172,8 @@ LOSSES: Mapping[str, Loss] = {
 }
 
 
-# Methods by name, with config keys that differ from those of the method that reads the files.
+# Trained methods whose files another method reads: the name of that method, and the config keys in
+# which they differ from it.
 _VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "rslora": ("lora", {"use_rslora": True}),
 }
@@ -179,7 +181,8 @@ _VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 def _trained() -> Iterator[str]:
     for name, method in SERVED.items():
-        # A variant of LoRA inherits its start, which makes no adapter of that variant.
+        # Variants of LoRA inherit its ``start``. They do not accept the config that it makes, so
+        # they cannot be trained.
         start = method.start if isinstance(method, LinearMethod | SoftTokens) else None
         if start is not None and method.accepts(start.config(1, ())):
             yield name
@@ -189,7 +192,11 @@ METHODS = tuple(sorted((*_trained(), *_VARIANTS)))
 
 
 def served_method(name: str) -> tuple[LinearMethod | SoftTokens, Mapping[str, Any]]:
-    """The method that serves what one of ``METHODS`` trains, and the keys that its config adds."""
+    """The method that serves adapters of a trained method, and the config keys that it adds.
+
+    Args:
+        name: The trained method, one of ``METHODS``.
+    """
     served, changes = _VARIANTS.get(name, (name, {}))
     method = SERVED[served]
     assert isinstance(method, LinearMethod | SoftTokens)

@@ -1,7 +1,8 @@
 """Gradients of the operations between a layer's projections, in float32.
 
-``LayerGradients`` differentiates by autograd, for one segment at a time, because a library's bits
-may depend on the number of rows. The compiled kernels compute the rows of all segments at once.
+``LayerGradients`` differentiates by autograd, for one segment (the sequences of one adapter) at a
+time, because the bits of torch's results may depend on the number of rows. The results of the
+compiled kernels do not, so these compute the rows of all segments at once.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class LayerGradients:
             grad: The gradient of the result, ``[rows, heads · head_dim]``.
 
         Returns:
-            The shape of ``qkv``.
+            The gradient of ``qkv``, in the same shape.
         """
         return self._through(partial(self._attended, number), qkv, grad)
 

@@ -102,7 +102,7 @@ class Learner:
         return AdapterCheckpoint(self._key, self.config, tensors, digest=digest, bytes_disk=size)
 
     def _refresh(self) -> None:
-        """Compute the operators from the tensors, without gradients.
+        """Compute the operators from the parameters, and drop all gradients.
 
         Raises:
             AdapterCheckpointError: A number is NaN or infinite.
@@ -154,7 +154,7 @@ class Learner:
         Without gradients, nothing changes.
 
         Returns:
-            The norm of the gradient before it was clipped.
+            The norm of the gradient before it was clipped, as ``grad_norm``.
 
         Raises:
             InvalidRequestError: The gradient is infinite or NaN; the tensors stay as they were.
@@ -209,7 +209,7 @@ class Learner:
             size: The size of the files.
         """
         facts = self._lowered.facts(self._checkpoint(self._tensors(), digest, size), self._method)
-        # The next step changes the operators of this adapter.
+        # Copy the operators, because the next step changes them in place.
         copies: dict[str, Any] = in_one_block(_modules(self._lowered.operators))[0]
         head, prompt = copies.pop(HEAD, None), copies.pop(PROMPT_EMBEDDINGS, None)
         operators = AdapterOperators(copies, prompt, head=head)
@@ -387,7 +387,7 @@ def new_adapter(
 def _start(
     new: LearnerConfig, modules: Sequence[str], base: BaseModel, generator: torch.Generator | None
 ) -> Iterator[tuple[NewModule, Mapping[str, torch.Tensor]]]:
-    """The tensors of each module by role; without a generator, on the meta device.
+    """Each module with its initial tensors by role, on the meta device if there is no generator.
 
     A prompt is treated as a module without a name, as wide as an embedding.
     """

@@ -89,7 +89,7 @@ class _Work:
 
 
 class TrainingService:
-    """Adapters in training, by an id that is never used twice. Use it on the event loop.
+    """Trains adapters, identified by ids that are never reused. Use it on the event loop.
 
     Calls for the same adapter must not overlap. Calls for different adapters run together.
 
@@ -181,7 +181,8 @@ class TrainingService:
             base = self._registry.base
             return Learner(*new_adapter(config, modules, base), base)
 
-        # num_bytes takes time for each module, and its first call also imports parts of torch.
+        # Run num_bytes on a thread: it takes time for each module, and its first call also imports
+        # parts of torch.
         size = await asyncio.to_thread(num_bytes, config, modules, self._registry.base)
         self._reserve(adapter_id, owner, size)
         try:
@@ -242,7 +243,7 @@ class TrainingService:
         return [*modules, HEAD] if config.unembed else modules
 
     async def drop(self, adapter_id: int) -> None:
-        """Forget an adapter, and end its pass. Unknown ones are ignored."""
+        """Forget an adapter, and end its pass. Unknown ids are ignored."""
         learner = self._learners.pop(adapter_id, None)
         if learner is not None:
             self._release(adapter_id)
@@ -271,6 +272,8 @@ class TrainingService:
             is_forward_only: Whether to compute no gradients.
 
         Raises:
+            InvalidRequestError: A sequence is too long for the model with the adapter's soft
+                tokens.
             UnavailableError: The adapter was dropped meanwhile, or the server is shutting down.
         """
         if not data:
@@ -319,7 +322,8 @@ class TrainingService:
     async def _run_batch(self, batch: Sequence[tuple[_Work, Sequence[Datum]]]) -> None:
         """Run a pass.
 
-        If it fails, run it for each adapter separately, so that only one of them fails.
+        If the pass fails, run it again for each adapter separately, so that only the adapters at
+        fault fail.
         """
         works = dict.fromkeys(work for work, _ in batch)
         try:
@@ -458,7 +462,7 @@ class TrainingService:
         await self._renewing(adapter_id, load)
 
     async def publish(self, adapter_id: int, name: str) -> Published:
-        """Register the current tensors as a generation of an adapter name, for sampling."""
+        """Register the current tensors, as a new generation of the name's adapter, for sampling."""
         learner = self._learners[adapter_id]
 
         num_bytes = sum(each.nbytes for each in learner.parameters.values())

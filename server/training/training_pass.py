@@ -60,12 +60,12 @@ _ThroughHead = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(slots=True)
 class PassAdapter:
-    """An adapter that is not registered, for the store of adapters; the default changes nothing."""
+    """An unregistered adapter in the form that the store accepts; by default, the base alone."""
 
     key: str = "the base alone"
     operators: AdapterOperators | None = field(default_factory=lambda: AdapterOperators({}))
     bytes_device: int = 0
-    # Nothing counts its residency.
+    # The metrics do not report the residency of retired adapters.
     is_retired: bool = True
 
 
@@ -125,7 +125,7 @@ class _Recorder(AdapterStep):
 
     Attributes:
         inputs: The input of each projection, by layer and name.
-        results: The result of each projection, likewise.
+        results: The result of each projection, by layer and name.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class TrainingPass:
     Args:
         decoder: The model; every layer has an MLP.
         layout: The shape of its projections.
-        store: Holds the adapters of requests; takes those of the segments.
+        store: Holds the adapters of requests, and also those of the segments.
         segments: The sequences.
         between: Called before every projection. Steps of requests may run inside this call.
 
@@ -259,10 +259,10 @@ class TrainingPass:
         return step, cache
 
     def _changed_projections(self) -> set[str]:
-        """See ``_Recorder``."""
+        """The projections whose inputs or results later operations change in place."""
         changed = set() if self._arch.residual_scale == 1.0 else {"o", "down"}
         for layer in self._decoder.layers:
-            # Without a norm, the input is the residual stream itself.
+            # Without a norm, the input is the residual stream itself, which changes in place.
             changed |= set() if layer.norm_before_attention is not None else {"qkv"}
             changed |= set() if layer.norm_before_mlp is not None else {"gate_up"}
         return changed
@@ -429,7 +429,7 @@ class TrainingPass:
         self._through_prompts(total)
 
     def _through_prompts(self, grad: torch.Tensor) -> None:
-        """Add the gradients of the first layer's input to those of soft tokens."""
+        """Add the gradients of the first layer's input to the ``grad`` of the soft tokens."""
         scale = self._arch.embedding_scale if self._arch.scales_soft_tokens else 1.0
         for rows, segment in zip(self.rows, self._segments, strict=True):
             if segment.prompt is None:
@@ -548,7 +548,7 @@ def _through_operators(
 
     Args:
         module: The operators, with ``leaves`` as their tensors.
-        leaves: fp32.
+        leaves: The trained tensors, fp32.
         x: The module's input, ``[rows, in]``.
         base: The module of the base.
         grad: The gradient of the module's result, ``[rows, out]`` fp32.
