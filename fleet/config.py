@@ -167,7 +167,7 @@ class ClusterConfig(Config):
 
 # The number of replicas for a load.
 
-# Metrics that replicas report to Serve, which passes the latest values to ``policy``.
+# Metrics that replicas report to Ray Serve, which passes the latest values to ``policy``.
 WAITING = "waiting"
 RUNNING = "running"
 # Add a replica if more sequences than this wait per replica on average.
@@ -196,7 +196,11 @@ def wanted(num_replicas: int, waiting: float, running: float) -> int:
 
 
 def policy(context: Any) -> tuple[int, dict[str, Any]]:
-    """Serve's form of ``wanted`` (``ray.serve.config.AutoscalingContext``)."""
+    """Ray Serve's autoscaling policy: applies ``wanted`` to Serve's ``AutoscalingContext``.
+
+    Returns:
+        The number of replicas, and the policy's state, which Serve keeps.
+    """
     reported = context.aggregated_metrics or {}
     waiting = sum((reported.get(WAITING) or {}).values())
     running = sum((reported.get(RUNNING) or {}).values())

@@ -25,7 +25,8 @@ from turret.server.errors import TurretError, UnavailableError
 _log = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 0.5
-# Without news, the registry answers a report after a third of a lease, so that two may be lost.
+# Without news, the registry answers a report after a third of a lease. So two reports may be lost
+# before the lease expires.
 _WAITS_PER_LEASE = 3
 # Interval of reports while requests hold a generation that was replaced or is being unloaded.
 _DRAIN_SECONDS = 0.05
@@ -113,7 +114,7 @@ class Applies(Protocol):
         """Applies one change of the state; blocks."""
 
     def holding(self) -> Mapping[str, int]:
-        """The number of requests on each replaced or closing generation, by its key."""
+        """The number of requests on each generation that is replaced or being unloaded, by key."""
         ...
 
     def prepared(self) -> Mapping[str, TurretError | None]:

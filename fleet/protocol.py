@@ -35,7 +35,7 @@ class MergePlan:
         uuid: Identifies this plan.
         members: The members, in the request's order.
         precision: How every replica stores the merged weights.
-        time: Unix seconds.
+        time: When the merge was requested, in Unix seconds.
     """
 
     uuid: str
@@ -54,7 +54,7 @@ class FleetBase:
 
 @dataclass(frozen=True, slots=True)
 class NameEntry:
-    """The registration of a name from a revision on; None if the name is free.
+    """The registration of a name from a revision on; ``saved`` is None if the name is free.
 
     Attributes:
         is_forced: None if the name takes requests. Otherwise it is being unloaded, and the value is
@@ -68,7 +68,7 @@ class NameEntry:
 
 @dataclass(frozen=True, slots=True)
 class AliasEntry:
-    """The alias of a name from a revision on; None if the name is free."""
+    """The alias of a name from a revision on; ``alias`` is None if the name is free."""
 
     name: str
     alias: Alias | None = None
@@ -109,7 +109,10 @@ class FleetState:
         )
 
     def entries(self) -> Iterator[Entry]:
-        """The entries that turn an empty state into this one. Aliases and the base need names."""
+        """The entries that turn an empty state into this one.
+
+        Names come first, because aliases and the base refer to them.
+        """
         for name, saved in self.names.items():
             yield NameEntry(name, saved, self.closed.get(name))
         for name, alias in self.aliases.items():

@@ -69,7 +69,7 @@ ProposalStage = Literal["applying", "draining", "preparing", "done"]
 
 
 class Store(Protocol):
-    """State that survives the registry. A call that raises changes nothing; see ``FleetStore``."""
+    """State that survives a restart. A call that raises changes nothing; see ``FleetStore``."""
 
     def bind(self, base_name: str, base_digest: str) -> None: ...
     def read(self, *, sweeps: bool) -> list[SavedRegistration]: ...
@@ -478,7 +478,7 @@ class FleetRegistry:
         """Drops generations that were kept only for this former alias."""
         for name in sorted({target.name for target in alias.targets}):
             if self._is_in_base(name):
-                # The next replacement after the merge drops them.
+                # The first replacement after the merge ends drops these generations.
                 continue
             before = self.state.names[name]
             current, *replaced = generations_of(before)
@@ -486,7 +486,7 @@ class FleetRegistry:
             try:
                 self._change(before, after)
             except TurretError as error:
-                # The next replacement drops them.
+                # The next replacement drops these generations.
                 said = log.fields(adapter=name, reason=error)
                 _log.warning("cannot drop kept generations", extra=said)
 
@@ -513,7 +513,7 @@ class FleetRegistry:
         proposal, saved = operation.unload
         current = self.state.names.get(saved.name)
         if current is None or current.uuid != saved.uuid:
-            # Another unload has already removed it.
+            # Another unload has already removed the adapter.
             operation.stage, operation.revision = "applying", self.revision
             return
         held = self._held(saved.uuid)

@@ -36,7 +36,7 @@ _TICK_SECONDS = 0.2
 
 
 class FleetStore(StateDir):
-    """The state directory of one server, and the active merge; see ``Store``.
+    """A state directory as a single server has it, with the fleet's merge; see ``Store``.
 
     Args:
         path: The state directory; created if it does not exist.
@@ -137,7 +137,7 @@ class RegistryHost(Channel):
             self._changed.wait(end - time.monotonic())
             if self._registry.revision > revision:
                 break
-        # The replica may have died meanwhile, so the report does not count again.
+        # Do not record the report again: the replica may have died meanwhile.
         return news if news.entries else self._registry.news(report)
 
     def _is_over(self, end: float) -> bool:

@@ -68,7 +68,7 @@ class ReplicaRegistry(AdapterRegistry):
         super().__init__(*arguments, **options)
         self._channel = channel
         self._replica = replica
-        # Registrations that get no new requests, but whose generations may still be held.
+        # Registrations with generations that get no new requests, but may still be held.
         self._leaving: set[Registration] = set()
         self._usage: Mapping[str, p.AdapterUsage] = {}
         self._usage_time = float("-inf")
@@ -123,7 +123,7 @@ class ReplicaRegistry(AdapterRegistry):
     def _on_current(
         self, name: str, expected: int | None, change: Callable[[Registration], AdapterInfo]
     ) -> AdapterInfo:
-        """Changes the current generation; again if it has changed, unless one was expected."""
+        """Calls ``change``, again if the current generation has changed and none was expected."""
         attempt = 1
         while True:
             try:
@@ -276,7 +276,7 @@ class ReplicaRegistry(AdapterRegistry):
         return {record.name for record in super().list()}
 
     def holding(self) -> dict[str, int]:
-        """The number of requests on each replaced or closing generation, by its key."""
+        """The number of requests on each generation that is replaced or being unloaded, by key."""
         with self._lock:
             departing = {r: found for r in self._leaving if (found := _departing(r))}
             self._leaving = set(departing)
@@ -379,9 +379,10 @@ class ReplicaMerger(Merger):
             UnavailableError: The registry cannot be reached.
         """
         if not refs:
-            # A single server rejects that, too.
+            # ``Merger.merge`` rejects an empty mix.
             return super().merge(refs, precision, cancellation)
-        # Try the merge here first, to find out how it can be done. All replicas then do the same.
+        # Try the merge here first, to determine the generations and the precision that all replicas
+        # then use.
         with self._only_change():
             if self._state.merge is not None:
                 raise MergeActiveError(say("MERGE_ACTIVE"))
@@ -494,7 +495,8 @@ class ReplicaParts:
     Args:
         name: The replica's name, which no other replica has ever had.
         channel: The channel to the fleet's registry.
-        stops_alone: Serve nothing while the registry cannot be reached; see ``Follower``.
+        stops_alone: Whether to serve nothing while the registry cannot be reached; see
+            ``Follower``.
     """
 
     def __init__(self, name: str, channel: Channel, *, stops_alone: bool = False) -> None:
@@ -575,7 +577,7 @@ class ReplicaParts:
 
     def reset(self, state: p.FleetState) -> None:
         """Replaces the whole state by a snapshot."""
-        # Aliases that are gone come before the names that they may stand for.
+        # Remove outdated aliases first: in the new state, their names may be those of adapters.
         for alias in self._registry.aliases():
             if alias.name not in state.aliases:
                 self.apply(p.AliasEntry(alias.name))

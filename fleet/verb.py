@@ -76,7 +76,7 @@ def serve(args: argparse.Namespace) -> int:
     # Replicas use the first free ports from --metrics-address on, so do not check that one.
     listened = dataclasses.replace(config.listen, metrics_address=None, http_address=config.http)
     looked_at = dataclasses.replace(config, listen=listened)
-    # If this command joins a cluster, it may change a running fleet, which uses the addresses.
+    # If this command joins a cluster, it may change a running fleet that uses the addresses.
     if found := problems(looked_at, may_run=joins):
         _complain("serve", *settings.placed(found), is_json=config.log.log_format == "json")
         return EXIT_FAILED

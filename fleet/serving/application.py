@@ -124,7 +124,7 @@ class Replica(_CALLS):
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, grpc_context: Any
     ) -> AsyncIterator[Any]:
-        # A watch would keep a replica from ending. Clients treat this status as serving.
+        # A watch would keep a replica from ending. Clients treat UNIMPLEMENTED as serving.
         grpc_context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         grpc_context.set_details("a fleet's health cannot be watched; call Check")
         return
@@ -156,7 +156,7 @@ def deployment(config: ClusterConfig) -> serve.Application:
         name="turret",
         max_ongoing_requests=_MOST_ONGOING,
         ray_actor_options=options,
-        # Serve notices even the death of a replica's process only at a health check.
+        # Check often: Serve notices even the death of a replica's process only at a health check.
         health_check_period_s=0.5,
         health_check_timeout_s=10.0,
         graceful_shutdown_timeout_s=config.lifecycle.grace_seconds + 5.0,
@@ -172,7 +172,7 @@ def num_devices(config: Config) -> int:
 
 
 def _threads(number: int) -> dict[str, str]:
-    # torch reads this when it is loaded, which happens before any code of the replica runs.
+    # torch reads OMP_NUM_THREADS when it is loaded, before any code of the replica runs.
     return {"OMP_NUM_THREADS": str(number), "PYTHONPATH": ":".join(filter(None, sys.path))}
 
 

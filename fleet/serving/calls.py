@@ -18,7 +18,7 @@ from turret.server.api.services import Services
 from turret.server.rpc import CallInterceptor
 
 FORWARDED_FOR = "x-forwarded-for"
-# Messages that may wait for the client. The engine's thread never waits for this queue.
+# The number of messages that may wait for the client. The engine's thread never waits for them.
 _AHEAD = 1
 
 Metadata = tuple[tuple[str, str | bytes], ...]

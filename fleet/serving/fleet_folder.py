@@ -46,7 +46,7 @@ class FleetFolder:
 
     @classmethod
     def make(cls, state_dir: Path) -> Self:
-        """Makes a folder.
+        """Makes a folder and locks it.
 
         Args:
             state_dir: The fleet's state directory, absolute; ``state_dirs`` returns it.

@@ -42,8 +42,9 @@ _BALANCE = "\n    ".join(
         "hash-type consistent sdbm avalanche",
         "hash-balance-factor 150",
         # End the streams of a dead node within ten seconds, although an engine may be silent for
-        # longer. Probes detect such a node; if data is unacknowledged, the limit that write_haproxy
-        # sets does. Health checks cannot end streams: a draining replica also fails them.
+        # longer. Probes detect a dead node; while data is unacknowledged, the limit that
+        # write_haproxy sets detects it. Health checks cannot end streams, because a draining
+        # replica also fails them.
         "option srvtcpka",
         "srvtcpka-idle 4s",
         "srvtcpka-intvl 2s",
@@ -86,7 +87,7 @@ def ingress_environment(folder: Path) -> dict[str, str]:
     """The environment variables with which Ray Serve configures its ingress.
 
     Args:
-        folder: The folder for HAProxy's files, after ``write_haproxy``.
+        folder: The folder for HAProxy's files, where ``write_haproxy`` has written its program.
     """
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -118,7 +119,7 @@ def ingress_environment(folder: Path) -> dict[str, str]:
 
 
 def joined_folder() -> Path:
-    """The folder for HAProxy's files if Ray was started before; created if missing.
+    """The folder for HAProxy's files if the fleet joins a running cluster; created if missing.
 
     The folder is in a directory that everybody can write to. It must belong to this user alone,
     because a program that can write into it controls the ingress.
@@ -148,7 +149,8 @@ def write_haproxy(folder: Path, host: str | None = None) -> None:
 
     Args:
         folder: A folder that only this user can write to, because its files are executed.
-        host: The fleet's host, if everything else listens on loopback; None leaves it to Serve.
+        host: The host on which the ingress listens, while everything else listens on loopback; None
+            leaves all addresses to Serve.
 
     Raises:
         UnavailableError: HAProxy is not installed.
@@ -212,7 +214,8 @@ def _listen_locally() -> None:
     """
     from ray.serve._private.grpc_util import gRPCGenericServer
 
-    # Replicas have a second server for calls between deployments, of the base class.
+    # Patch the base class: replicas have a second server, for calls between deployments, which is
+    # an instance of it.
     server: Any = gRPCGenericServer.__mro__[1]
     add = server.add_insecure_port
 
@@ -277,7 +280,7 @@ def _limit_arrivals() -> None:
 
 
 def _limit_bodies() -> None:
-    """Reads the body of an HTTP request no faster than its handler takes it.
+    """Receives the body of an HTTP request no faster than its handler reads it.
 
     Serve reads ahead without a limit, so an upload that is faster than the disk would fill memory.
     """

@@ -32,8 +32,8 @@ CLUSTER_FILE = "cluster.json"
 # Serve's ports that two fleets on one machine must not share.
 _PORTS = (
     *("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC"),
-    # The lowest ports of replicas. If all fleets used the same, an ingress could send calls for a
-    # dead replica to the new one of another fleet.
+    # The lowest ports of replicas. If all fleets used the same ports, an ingress could send calls
+    # for a dead replica to a new replica of another fleet.
     *("DIRECT_INGRESS_MIN_HTTP", "DIRECT_INGRESS_MIN_GRPC"),
 )
 # Signals that end a fleet. ``serve.py`` defers them while Ray starts.
@@ -71,11 +71,12 @@ _ALERT = re.compile(r"^\[ALERT\][^:]*: (.*)$", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class RayCluster:
-    """A Ray cluster that this process drives.
+    """A Ray cluster in which this process runs a fleet.
 
     Attributes:
-        folder: The cluster's files if it was started here, else None.
-        address: The address of its GCS if it was started here.
+        folder: The folder of the cluster's files if it was started here, else None.
+        address: The address of Ray's global control service (GCS) if the cluster was started here,
+            else empty.
     """
 
     folder: FleetFolder | None
@@ -85,7 +86,7 @@ class RayCluster:
     def open(
         cls, config: FleetConfig, host: str, state_dir: Path, is_stopping: Callable[[], bool]
     ) -> RayCluster:
-        """Starts Ray in this process's tree, on loopback, behind a token; or joins it.
+        """Starts Ray as child processes, on loopback and with a token, or joins a running cluster.
 
         Args:
             config: The configuration; ``ray_address`` is that of the cluster to join, or None to
@@ -151,8 +152,8 @@ class RayCluster:
     def publish(self, state_dir: Path) -> None:
         """Lets other commands find a cluster that was started here.
 
-        Call this once the fleet has the state directory, because two fleets may start on the same
-        one.
+        Call this once the fleet's registry holds the state directory, because another fleet may be
+        starting on the same directory.
         """
         if self.folder is not None:
             said = {"address": self.address, "token": os.environ["RAY_AUTH_TOKEN"]}
@@ -196,8 +197,8 @@ class RayCluster:
 def join_as_guest(ray_address: str | None, state_dir: Path | None) -> None:
     """Connects to a running cluster, by its address or by the file in a state directory.
 
-    Without either, and without ``RAY_ADDRESS``, it is the cluster of the one fleet that this user
-    has started on this machine, or else the one that Ray finds.
+    Without either, and without ``RAY_ADDRESS``, this joins the cluster of the one fleet that this
+    user has started on this machine, or else the cluster that Ray finds.
 
     Raises:
         UnavailableError: There is no cluster, or this user has several fleets.
@@ -210,7 +211,7 @@ def join_as_guest(ray_address: str | None, state_dir: Path | None) -> None:
         state_dir = next(iter(started), None)
     is_local = ray_address is None and state_dir is not None
     if ray_address is None and state_dir is not None:
-        # While a fleet starts, there is no file, or that of a fleet that was killed.
+        # While a fleet starts, there is no file yet, or only the file of a killed fleet.
         is_starting = state_dir.absolute() in fleet_folder.state_dirs()
         starting = say("FLEET_STARTING", state_dir=state_dir)
         try:

@@ -41,7 +41,7 @@ class RegistryActor:
 
     def __init__(self, state_dir: str, lease_seconds: float, run: str) -> None:
         marker = Path(state_dir) / "registry-run"
-        # The marker holds the run, and the command that owns it.
+        # The marker file contains the run, and the command that owns the fleet.
         said = marker.read_text().split() if marker.exists() else []
         is_first = said[:1] != [run]
         store = _open_store(Path(state_dir))

@@ -1,4 +1,4 @@
-"""The composition root of a replica: answers calls like ``server/app.py``, without listeners.
+"""Builds a replica's parts and answers its calls, like ``server/app.py`` but without listeners.
 
 Ray Serve hands the calls over; see ``calls.py``.
 """
@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 _JOIN_SECONDS = 120.0
 # Time limit on shutdown for exporting the last traces.
 _FLUSH_SECONDS = 2.0
-# The metrics of replicas on one machine use consecutive ports.
+# Each replica serves its metrics on the first free one of this many consecutive ports.
 _METRICS_PORTS = 64
 _DESCRIPTORS = {
     "Inference": inference_pb2.DESCRIPTOR.services_by_name["Inference"],
@@ -58,7 +58,7 @@ class ReplicaServer:
         config: The resolved configuration; its addresses are the fleet's.
         name: The replica's name, which no other replica has ever had.
         channel: The channel to the fleet's registry.
-        stops_alone: Serve nothing while the registry cannot be reached.
+        stops_alone: Whether to serve nothing while the registry cannot be reached.
 
     Raises:
         OSError, ValueError: The token file cannot be used.

@@ -151,7 +151,8 @@ def _serve(config: ClusterConfig, cluster: RayCluster, stop: threading.Event) ->
     assert config.listen.http_address is not None
     host, port = split_address(config.listen.address)
     if config.fleet.ray_address is None:
-        # Replicas listen here. The ingress listens on the configured host; see write_haproxy.
+        # Replicas listen on loopback. The ingress listens on the configured host; see
+        # write_haproxy.
         host = ingress.LOOPBACK
     serve.start(
         proxy_location="EveryNode",
