@@ -38,7 +38,7 @@ def write_adapter(
         tensors[name] = tensor.detach().to("cpu", kept).contiguous()
         if not bool(torch.isfinite(tensors[name]).all()):
             raise RunError(say("WEIGHT_NOT_FINITE", name=name, dtype=dtype))
-    # ``save_file`` raises no OSErrors and makes files that only their owner can read.
+    # Do not use ``save_file``: it raises no OSErrors, and only their owner can read its files.
     (folder / TENSORS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
     # Sets have no order: sorting keeps the file the same from run to run.
     plain = {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()}

@@ -72,9 +72,9 @@ class FrozenNf4Linear(Linear4bit):
 
     @classmethod
     def freeze(cls, module: Linear4bit) -> None:
-        """Make a loaded module one of these, and undo the nested quantisation of its maxima.
+        """Make a loaded module a ``FrozenNf4Linear``, and dequantise its absmax values.
 
-        Undoing it takes 0.05 bytes per weight, and saves doing it in every product.
+        This takes 0.05 bytes of memory per weight, and need not be done again in every product.
         """
         module.__class__ = cls
         weight: Any = module.weight
@@ -195,7 +195,7 @@ def check_base(directory: Path | None, check: Callable[[Projections], None]) -> 
     """Check a model in a directory before it is quantised, which takes minutes.
 
     Args:
-        directory: See :func:`find_base`. Other places are not checked.
+        directory: See :func:`find_base`. GGUF files and models on the hub are not checked.
         check: Called with the modules; raises an error if the model cannot be used.
 
     Raises:
@@ -257,8 +257,9 @@ def load_model(base: TrainingBase, weights: Weights, dtype: torch.dtype, device:
         A ``PreTrainedModel`` without gradients.
 
     Raises:
-        ConfigError: ``weights`` is ``full`` for a checkpoint that has only quantised weights, or
-            for a mixture.
+        ConfigError: ``weights`` is ``full``, but the base is a mixture of experts, the language
+            model of a multimodal checkpoint, a GGUF file other than the bundled one, or a quantised
+            checkpoint.
     """
     logging.disable_progress_bar()
     if weights == "full":

@@ -112,7 +112,7 @@ def make_rows(examples: tuple[Encoded, ...], config: DataConfig) -> list[BatchRo
 def split(
     examples: list[Example], fraction: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """Hold out a share, at least one example unless the share is 0; both parts stay in order."""
+    """Hold out a share of the examples; see ``num_set_aside``. Both parts stay in order."""
     count = num_set_aside(len(examples), fraction)
     chosen = set(random.Random(f"{seed}/split").sample(range(len(examples)), k=count))
     kept = [example for index, example in enumerate(examples) if index not in chosen]
@@ -136,8 +136,8 @@ class TrainingBatch:
         num_targets: The number of positions with a target.
         starts: For each row, the first position on which an aLoRA acts; empty for other methods,
             which act everywhere.
-        labels: The right labels of each row if a row may have several, and each target is the
-            number of its row; else empty.
+        labels: The right labels of each row, if a row may have several; else empty. If there are
+            labels, each target is the number of its row.
     """
 
     tokens: torch.Tensor

@@ -31,7 +31,7 @@ from turret.training.run.samples import Progress, draw_samples, model_answers
 from turret.training.settings.resolve import Resolved
 
 if TYPE_CHECKING:
-    # Only some runs need them.
+    # Imported only for types, because few runs need these modules.
     from turret.training.in_process_engine import InProcessEngine
     from turret.training.server_engine import ServerEngine
 
@@ -136,7 +136,7 @@ class PeftEngine:
             return self._loss(make_batch(rows, pad=self._pad, is_packed=False)).item()
 
     def scores(self, rows: Sequence[BatchRow]) -> dict[str, Any]:
-        """Other figures of a validation."""
+        """The figures of a validation other than the loss, by name."""
         if not isinstance(self._loss, ClassifierLoss):
             return {}
         labels, size = self._resolved.dataset.labels, self._config.run.batch_size

@@ -79,7 +79,10 @@ def read_files(config: DataConfig, folder: Path) -> DataFiles:
 
 
 def num_set_aside(num_examples: int, fraction: float) -> int:
-    """The number of held-out examples: at least one unless the share is 0, and never all."""
+    """The number of examples to hold out: at least one, but not all.
+
+    It is 0 if the share is 0 or if there is only one example.
+    """
     if fraction == 0 or num_examples < 2:
         return 0
     return min(max(1, round(num_examples * fraction)), num_examples - 1)

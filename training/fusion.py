@@ -328,7 +328,8 @@ class FusionLoss(LossFunction):
             losses = torch.stack([self._component_losses(batch, examples, k) for k in numbers])
             self._best.update(zip(keys, losses.argmin(0).unbind(), strict=True))
         found = [self._best[key] for key in keys]
-        # Padding counts as one more example, which the row may not have had when it was evaluated.
+        # Padding counts as one more example, which the row may not have had when it was evaluated,
+        # so limit the number of the example.
         pairs = zip(found, examples, strict=True)
         return torch.stack([best[numbers.clamp(max=len(best) - 1)] for best, numbers in pairs])
 

@@ -112,7 +112,7 @@ class InProcessBase:
 
 @contextlib.contextmanager
 def in_process_engines() -> Iterator[Callable[[Resolved], Engine]]:
-    """Opens engines in this process.
+    """Yield a function that opens engines in this process, and close their bases at the end.
 
     Runs with the same settings of the base and the same number of virtual tokens share one base. A
     run that a server cannot train is trained with PEFT instead.
@@ -135,7 +135,7 @@ def in_process_engines() -> Iterator[Callable[[Resolved], Engine]]:
 
 
 def is_shared(resolved: Resolved) -> bool:
-    """Whether the engine of a server trains a run in this process."""
+    """Whether a run in this process is trained by the server's engine, not by PEFT."""
     config, has_experts = resolved.config, resolved.base.arch.experts is not None
     assert config.base.dtype is not None
     if config.base.device != "cpu" or has_experts or unserved(config):

@@ -59,7 +59,7 @@ class LossFunction:
     def _parts(self, batch: TrainingBatch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The head's input at the targets and the targets, ``HEAD_ROWS`` at a time."""
         hidden = self._hidden(batch)
-        # A learned prompt's own positions come first.
+        # Drop the positions of a learned prompt, which come first.
         hidden = hidden[:, -batch.targets.shape[1] :].flatten(0, 1)
         # Search on the CPU, where the batch is: on the device, the result would require a wait.
         targets = batch.targets.flatten()
@@ -80,8 +80,8 @@ class LossFunction:
         if batch.positions is not None:
             keywords["position_ids"] = batch.positions.to(self._device)
         if batch.starts:
-            # Pass offsets, because PEFT would also search the answer. Offsets count from the row's
-            # end.
+            # Pass offsets, because PEFT would also look for the invocation in the answer. Offsets
+            # count from the row's end.
             width = batch.tokens.shape[1]
             keywords["alora_offsets"] = [width - start for start in batch.starts]
         handle = self._head.register_forward_pre_hook(take)

@@ -51,7 +51,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = tree_leaves((args, kwargs))
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            # Some methods read a value (VB-LoRA tests for infinity); a scalar needs no memory.
+            # Some methods read a value (VB-LoRA tests for infinity), which a meta tensor does not
+            # have: use 0.
             return args[0].new_zeros((), device="cpu").item()
         result = func(*args, **(kwargs or {}))
         known = {id(t.untyped_storage()) for t in inputs if isinstance(t, torch.Tensor)}
@@ -241,7 +242,7 @@ def _step_bytes(resolved: Resolved, model: Any) -> int:
 def _base_bytes(resolved: Resolved, model: Any) -> int:
     if resolved.config.base.weights == "nf4":
         stored = StoredTensors(weight_files(resolved.base.source.weights), None)
-        # Training does not read what the cache has only for the CPU's products.
+        # Training does not read the tensors that the file has only for the server's CPU path.
         unused = (":absmax", *HEAD_COPY)
         return sum(
             stored.get(name, is_kept=False).nbytes for name in stored if not name.endswith(unused)

@@ -57,8 +57,8 @@ class TrainingMethod(ABC):
 
     Attributes:
         name: The value of ``method.name``, and the server's name (rsLoRA is served as ``lora``).
-        computed: Functions of the keys whose defaults are computed. They get the config as far as
-            it is filled in, in the order of ``DECLARED``.
+        computed: By key, functions that compute the default. They get the config as far as it is
+            filled in, in the order of ``DECLARED``.
         served_rank: Returns the number that a server compares with its ``--max-rank``; 0 if there
             is none.
         notes: Returns notes on settings with an unexpected effect on this base.
@@ -130,7 +130,8 @@ class PeftMethod(TrainingMethod):
 
     Attributes:
         peft_config: Makes PEFT's config.
-        adjust: Changes PEFT's model with the adapter, which is its first argument.
+        adjust: Changes PEFT's model with the adapter, its first argument. The second is the model
+            to which the adapter was attached.
     """
 
     peft_config: Callable[[MethodSettings, TrainingBase], peft.PeftConfig]
@@ -277,7 +278,7 @@ def _ia3_config(config: MethodSettings, base: TrainingBase) -> peft.PeftConfig:
 
 
 def _keep_dtype(attached: Any, model: Any) -> None:
-    """Convert PEFT's float32 outputs back, because attention does not mix dtypes."""
+    """Convert PEFT's float32 outputs to the model's dtype: attention does not mix dtypes."""
     dtype = model.dtype
     for module in attached.modules():
         if isinstance(module, IA3Layer) and isinstance(module, torch.nn.Module):
@@ -391,7 +392,7 @@ VBLORA = PeftMethod(name="vblora", peft_config=_vblora_config)
 
 
 def _shira_config(config: MethodSettings, base: TrainingBase) -> peft.PeftConfig:
-    # The run's seed is set before a method is attached.
+    # The draw depends on the run's seed, which is set before a method is attached.
     seed = int(torch.randint(1 << 31, ()))
     made: Any = linear_config(peft.ShiraConfig, {"r": "rank"}, random_seed=seed)(config, base)
     made.mask_fn = _MaskDrawer(seed)
@@ -469,7 +470,8 @@ LEARNED_FUSION = LearnedFusionMethod(
 )
 
 
-# PEFT takes the first entry that fits, and a Linear4bit is also a torch.nn.Linear.
+# PEFT takes the first entry that fits, and a Linear4bit is also a torch.nn.Linear, so Linear4bit
+# must come first.
 LoHaModel.layers_mapping = {Linear4bit: Nf4LohaLinear, **LoHaModel.layers_mapping}
 LoKrModel.layers_mapping = {Linear4bit: Nf4LokrLinear, **LoKrModel.layers_mapping}
 

@@ -166,7 +166,7 @@ def _load_rest(model: Any, tensors: CheckpointTensors, arch: Arch) -> None:
 
 
 def _stored_name(name: str, tensors: CheckpointTensors, arch: Arch) -> str:
-    """The name of a parameter of the model in the checkpoint."""
+    """The checkpoint's name for a parameter of the model."""
     experts = arch.experts
     if experts is None:
         return name

@@ -1,8 +1,8 @@
 """The LoRA that best corrects the quantisation of a model.
 
-For each module, it is the best approximation of the quantisation error by a matrix of the given
-rank, as in LQER (arXiv 2402.02446). Each input of the module is weighted by its mean square over a
-text, which the quantised model reads once.
+For each module, the LoRA is the best approximation of the quantisation error by a matrix of the
+given rank, as in LQER (arXiv 2402.02446). The squared error at each input of the module is weighted
+by the input's mean square over a text, which the quantised model reads once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LEAST = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """The result.
+    """The result of a repair.
 
     Attributes:
         num_modules: The number of modules with a LoRA.
@@ -57,7 +57,7 @@ class Repair:
 def repair(
     base: TrainingBase, output: Path, *, rank: int, text: str, progress: Callable[[str], None]
 ) -> Repair:
-    """Write the adapter.
+    """Write an adapter that corrects the quantisation of a model.
 
     Args:
         base: The model.

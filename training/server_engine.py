@@ -29,7 +29,7 @@ from turret.training.run import SERVER_SUFFIX, checkpoint_path
 from turret.training.run.samples import Progress, draw_samples
 from turret.training.settings.resolve import Resolved
 
-# torch's default, which a run in this process has, too.
+# The default of torch's AdamW, which runs in this process use, too.
 _EPSILON = 1e-8
 
 

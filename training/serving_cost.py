@@ -1,7 +1,8 @@
 """The cost of serving a run's adapter, measured with the server's own reader.
 
-The adapter is attached to a base without memory, saved with all weights set to one, and lowered to
-the operators that the server computes. The cost is their size and the products per token.
+The adapter is attached to a base whose weights take no memory, saved with all of its own weights
+set to one, and lowered to the operators that the server computes. The cost is the size of these
+operators, and the products that they add per token.
 """
 
 from __future__ import annotations

@@ -85,8 +85,8 @@ def sweep(
     """Train every variant, and write ``sweep.json`` into the sweep's directory at the end.
 
     Variants that are already finished are not trained again, so a sweep that was stopped continues.
-    All variants are checked at once. Those that the engine of a server trains share a base and are
-    trained together; the others follow, one at a time.
+    All variants are checked before the first is trained. Those that the engine of a server trains
+    share a base and are trained together; the others follow, one at a time.
 
     Args:
         variants: At least one. Their configs must have validation examples.
@@ -200,7 +200,8 @@ def _together(
     opening, is_over = threading.Lock(), threading.Event()
 
     def opened(resolved: Resolved) -> Any:
-        # transformers changes torch's global state when it makes a model without weights.
+        # Open one engine at a time: transformers changes torch's global state when it makes a model
+        # without weights.
         with opening:
             engine: Any = open_engine(resolved)
         engines.append(engine)

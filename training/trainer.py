@@ -64,7 +64,7 @@ class Trainer:
 
     Args:
         resolved: The run to train.
-        listen: Called with every line of the metrics as it is written.
+        listen: See ``Observer``.
         open_engine: Creates the engine that trains the adapter.
     """
 
@@ -268,7 +268,7 @@ class _Loop:
                 self._engine.save(checkpoints, step)
                 for path in checkpoints_in(checkpoints)[: -run.keep_checkpoints]:
                     self._engine.discard(path)
-        # Without a step, the run was resumed from a checkpoint at or after ``until``.
+        # If no step was made, the run was resumed from a checkpoint at or after ``until``.
         return step, self._validate(step) if loss is None else loss
 
     def _step(self, step: int) -> None:

@@ -120,7 +120,8 @@ def with_errors(
         from turret.training.settings.flags import described
         from turret.training.words import ConfigFileError, TrainingError
 
-        # PEFT imports bitsandbytes first; see ``server/models/weights/nf4.py``.
+        # ``server/models/weights/nf4.py`` also silences this logger, but PEFT imports bitsandbytes
+        # earlier.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         try:
             with raising_terminated():
@@ -280,7 +281,7 @@ def _served(args: argparse.Namespace) -> Any:
 
 @contextlib.contextmanager
 def _engines(args: argparse.Namespace) -> Iterator[Any]:
-    """Opens engines of runs."""
+    """Yield a function that opens the engine of a run."""
     if args.address is None:
         from turret.training.in_process_engine import in_process_engines
 

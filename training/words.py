@@ -156,7 +156,7 @@ say = sayer(clients.TEXTS, server.TEXTS, TEXTS)
 
 
 class TrainingError(Exception):
-    """Base of the tree. The message is readable on its own."""
+    """The base class of these errors. The message is readable on its own."""
 
 
 class ConfigError(TrainingError):

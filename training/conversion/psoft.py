@@ -66,7 +66,11 @@ def convert(m: Module) -> MadeLora:
 def _svd(
     weight: torch.Tensor, rank: int, config: Mapping[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``[out, r]``, ``[r]`` and ``[r, in]``, computed by the same calls as in PEFT."""
+    """The largest singular values of a weight and their vectors, by the same calls as in PEFT.
+
+    Returns:
+        The left vectors ``[out, r]``, the values ``[r]`` and the right vectors ``[r, in]``.
+    """
     if config["psoft_svd"] == "full":
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
     else:
@@ -80,7 +84,7 @@ def _svd(
 def rotation(
     roles: Mapping[str, torch.Tensor], rank: int, config: Mapping[str, Any]
 ) -> torch.Tensor:
-    """``R``, ``[r, r]`` fp64."""
+    """The matrix ``R`` of the formula, ``[r, r]`` fp64."""
     turn = roles[_TURN].to(torch.float64)
     if config["psoft_orth"]:
         rows, columns = torch.triu_indices(rank, rank, 1)

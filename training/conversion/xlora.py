@@ -129,7 +129,7 @@ def _original(
     config: Mapping[str, Any],
 ) -> Path | None:
     """The folder of an original LoRA; None if the saved LoRA is complete."""
-    # Since PEFT 0.20, the file also contains weights of the base.
+    # Files of PEFT 0.20 and later, which are incomplete, also contain weights of the base.
     names = () if saved is None else saved.tensors
     is_whole = bool(names) and all(_is_lora(n) or n.startswith(_CLASSIFIER) for n in names)
     if is_whole and given is None:

@@ -83,7 +83,8 @@ class RunFolder:
             overwrite: Whether to remove an existing run.
 
         Raises:
-            RunError: The run may not start; the error names the flag that allows it.
+            RunError: The run may not start; the error names the flag that allows it, if there is
+                one.
         """
         if self.path.exists() and not self.path.is_dir():
             problem = say("FOLDER_IS_A_FILE")

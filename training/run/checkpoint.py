@@ -60,7 +60,7 @@ def _restore_paged(optimizer: Optimizer8bit, state: dict[str, Any]) -> None:
 
     bitsandbytes would restore them as ordinary tensors on the GPU, which may have no room for them.
     """
-    # The first step moves tensors that are not paged to the GPU.
+    # Leave tensors that are not paged on the CPU: the first step moves them to the GPU.
     optimizer.load_state_dict(state, move_to_device=False)
     for parameter, found in optimizer.state.items():
         for name in ("state1", "state2"):

@@ -87,7 +87,7 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], folder: Pa
     found: dict[str, Text] = {}
     for part in _PARTS:
         found |= _differences(part, before.get(part), now[part])
-    # Epochs follow from the steps.
+    # Epochs follow from the steps, so do not report them, too.
     found.pop("config.run.epochs", None)
     if not found:
         return

@@ -45,7 +45,8 @@ def draw_samples(
         Per example ``prompt``, ``turns`` (a chat's prompt as a list of ``[role, content]``),
         ``reference`` (the right answer), ``before`` (the answer of the base model alone), ``after``
         (the answer with the adapter) and ``cut``: which of the keys ``before`` and ``after`` hold
-        answers that were cut off. The limit is a little more than the reference's length.
+        answers that were cut off. The limit is 8 tokens more than twice the reference's length, but
+        at most ``_MOST_TOKENS``.
     """
     total = 2 * len(examples)
     texts: dict[str, list[str]] = {"after": [], "before": []}

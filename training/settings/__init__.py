@@ -354,7 +354,7 @@ def read_config(
     Args:
         path: A TOML file, with a table per field of :class:`TrainConfig`.
         overrides: ``TABLE.KEY=VALUE``, with the value in TOML or as a bare string; later ones win.
-        flags: Table → key → value; these win over both.
+        flags: Table → key → value; these win over the file and the overrides.
 
     Raises:
         ConfigFileError: The file cannot be read, or has unknown keys or invalid values; lists all.

@@ -123,7 +123,7 @@ def check_fit(config: TrainConfig) -> None:
             text = say("KEY_UNSUPPORTED_BY", method=name, choices=", ".join(keys))
             raise ConfigError.of(f"method.{entry.name}", text)
     if name == "hra" and (config.method.rank or 0) % 2:
-        # HRA starts from pairs of reflections that cancel out.
+        # HRA starts from pairs of reflections that cancel out, so its rank must be even.
         raise ConfigError.of("method.rank", say("ODD_RANK", value=config.method.rank))
     # These methods take effect at one position of a row; a packed row has several such positions.
     if config.data.packing and name in (*PROMPTS, "alora"):
@@ -174,7 +174,7 @@ def unserved(config: TrainConfig) -> list[Violation]:
         for key, (value, values) in allowed.items()
         if value not in values
     ]
-    # The last token of an example is only a target.
+    # The last token of an example is only a target, so one more token is possible.
     if config.data.max_length > MAX_SEQUENCE_TOKENS + 1:
         most = MAX_SEQUENCE_TOKENS + 1
         text = say("NOT_IN_RANGE", least=2, most=most, value=config.data.max_length)
@@ -400,7 +400,7 @@ def check_components(entries: Sequence[str], folder: Path) -> None:
 
 
 def base_place(config: BaseConfig, folder: Path) -> Path | None:
-    """The path of the base, below ``folder`` or as an id of the hub; None without one."""
+    """The path of the base, or its id on the hub as a path; None for the bundled model."""
     if config.model is None:
         return None
     return model_place(config.model, folder)

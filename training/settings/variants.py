@@ -69,7 +69,7 @@ def read_variants(
     Args:
         path: The file.
         overrides: ``TABLE.KEY=VALUE``, or a list of values for a setting that varies.
-        flags: Table → key → value; these win over both.
+        flags: Table → key → value; these win over the file and the overrides.
 
     Raises:
         ConfigFileError: A config is invalid, or the output varies.

@@ -39,7 +39,7 @@ def logprobs_of(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> tor
         ``[tokens, 2]`` in fp32: the log probability of each token of the answer, and that of the
         likeliest token in its place.
     """
-    # With a prefix or a soft prompt, there are more logits than tokens.
+    # Index from the end: with a soft prompt, there are more logits than tokens.
     ids = torch.tensor([[*prompt, *answer]])
     with without_peft_warnings():
         logits = model(input_ids=ids, use_cache=False).logits[0, -len(answer) - 1 : -1]
@@ -260,7 +260,7 @@ def ask_together(
     alone: Mapping[str, Sequence[Continuation]],
     verdicts: Mapping[str, Verdict],
 ) -> None:
-    """Request all answers again, for different adapters at the same time."""
+    """Request all answers again, for different adapters at once, and count those that change."""
     places = [(name, number) for number in range(len(prompts)) for name in verdicts]
 
     def ask(place: tuple[str, int]) -> Continuation:
@@ -303,7 +303,8 @@ def _case(tokenizer: Any, prompt: str, ids: list[int], answer: Continuation) -> 
         tokens = tokenizer(prompt + answer.text).input_ids[len(ids) :]
         if [tokenizer.decode([token]) for token in tokens] != list(answer.tokens)[: len(tokens)]:
             return None
-    # llama.cpp leaves out tokens within a character, so the context of later tokens is not known.
+    # llama.cpp omits tokens that end within a character. After such a token, the context of the
+    # others is not known, so do not compare them.
     count, before = 0, tokenizer.decode(ids, skip_special_tokens=True)
     for end in range(1, len(tokens) + 1):
         text = tokenizer.decode([*ids, *tokens[:end]], skip_special_tokens=True)
