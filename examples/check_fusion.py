@@ -25,7 +25,7 @@ from turret.server.server_process import ServerProcess
 HERE = Path(__file__).resolve().parent
 ((NAME, COMPONENTS),) = FUSIONS.items()
 MAX_TOKENS = 64
-# With this number, a single answer changes the score by half a point.
+# With this number, a single answer changes the score by half a percentage point.
 EXAMPLES = 192
 # Column → the adapters of its requests.
 SUBJECTS = {

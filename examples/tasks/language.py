@@ -10,7 +10,7 @@ from .task import Example, Split, TaskData, pools
 POOLS = pools("language")
 
 LANGUAGES = ("English", "German", "French", "Spanish")
-# Language → subjects and predicates; the held-out sentences share neither.
+# Split → language → subjects or predicates; the splits share none of them.
 SUBJECTS = POOLS["subjects"]
 ACTIONS = POOLS["actions"]
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-# "fusion" trains a learned fusion. It is held out from the adapters that the fusion joins, because
-# their answers to their own training data say little about which adapter to trust. Two tasks have
-# it.
+# The split "fusion" trains a learned fusion. The adapters that the fusion joins are not trained on
+# this split, because their answers to their own training data say little about which adapter to
+# trust. Only two tasks have this split.
 Split = Literal["train", "fusion", "test"]
 
 
