@@ -1,8 +1,9 @@
 """Compiles every Triton kernel for GPUs that this machine lacks, and lists its resources.
 
 The wrappers run on meta tensors of real models' shapes, with the launch replaced by a recorder, so
-that the compiled kernels are those that they would launch. Needs no GPU. ``kernels/registers.json``
-holds the results of several versions of Triton; this command replaces those of the installed one::
+that the compiled kernels are those that the wrappers would launch. This needs no GPU.
+``kernels/registers.json`` holds the results of several versions of Triton. This command replaces
+the results of the installed version::
 
     python bench/aot.py --write kernels/registers.json
 """

@@ -37,7 +37,7 @@ from turret.server.engine.step.runner import Runner, StepResult
 from turret.server.engine.step.sampler import Draw
 from turret.server.metrics import Metrics
 
-# The same as on CUDA devices (``server/build.py``).
+# The interpreter's switch interval, as the server sets it for CUDA devices (``server/build.py``).
 _SWITCH_SECONDS = 5e-4
 # The least share of the time for which a GPU or the CPU should compute.
 LEAST_SHARE = 0.85

@@ -48,8 +48,8 @@ _PROMPT_TOKENS = 32
 # Requests per second for the resident adapter; the others get the same rate together.
 _RATE = 4.0
 _PAIRS = 9
-# First token of prompts that are played twice: another first token keeps their blocks out of the
-# prefix cache.
+# First token of prompts that are played twice. The second time, this token differs, so that the
+# prefix cache does not have the prompts' blocks.
 _FIRST_TOKEN = 700
 
 
@@ -99,7 +99,7 @@ def measure_interference(
     Args:
         address: The address of the server.
         resident: The measured adapter, which is pinned during the measurement.
-        others: Adapters, enough of which are cold.
+        others: Other adapters, of which only the cold ones are used.
         count: The number of requests of each kind in a run.
     """
     first: dict[bool, list[float]] = {True: [], False: []}
@@ -168,7 +168,7 @@ def measure_fairness(
     rate: float,
     token_ids: range = TOKEN_IDS,
 ) -> dict[str, Any]:
-    """The queue times of both adapters by the server's clock, with nine in ten requests for one.
+    """The queue times of two adapters by the server's clock, if one has nine in ten requests.
 
     Args:
         address: The address of the server.

@@ -36,7 +36,7 @@ IDLE, BUSY, SERVERS, QUOTA = "idle", "busy loop", "two servers", "quota"
 
 @dataclass(slots=True)
 class Case:
-    """Concurrent requests with an adapter or None each, and the rates of the rounds by setting."""
+    """Concurrent requests, each with an adapter or None, and the rates of the rounds by setting."""
 
     name: str
     adapters: list[str | None]
@@ -89,7 +89,7 @@ def load_on(send: Callable[[], object]) -> Iterator[None]:
             yield
         finally:
             stopping.set()
-        # Raise the load's error, if it failed.
+        # Raise the error of the load, if there is one.
         sending.result()
 
 

@@ -35,7 +35,7 @@ _UNTIL_STEADY = 16
 
 @dataclass(slots=True)
 class Case:
-    """Concurrent prompts of one length, with an adapter or None each, and the rounds' seconds."""
+    """Concurrent prompts of one length, each with an adapter or None, and the rounds' seconds."""
 
     name: str
     prompt_tokens: int

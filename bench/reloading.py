@@ -23,7 +23,8 @@ import torch
 from turret.training.base_model import DTYPES, find_base, load_model
 from turret.training.verification.checks import adapted
 
-# The first tokens are attention sinks, whose log probabilities rounding moves by nats.
+# The first tokens are skipped: they are attention sinks, whose log probabilities change by whole
+# nats through rounding.
 _SKIPPED = 2
 
 

@@ -2,8 +2,8 @@
 
     python bench/sweeps.py [--steps 6] [--batch-size 4] [--rounds 3]
 
-All are LoRAs on all linear modules of the bundled model, trained on the same examples of
-``examples/data/headline.train.jsonl`` by the engine of a server; the first row trains one of them
+The variants are LoRAs on all linear modules of the bundled model, trained on the same examples of
+``examples/data/headline.train.jsonl`` by the engine of a server. The first row trains one of them
 with transformers and PEFT instead. Each case runs in a process of its own, and is measured after
 its first step. The processor time is that of all threads.
 """
@@ -38,7 +38,7 @@ CASES = {
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
-    """Train a case in this process."""
+    """Train a case in this process; returns its tokens, its times and its peak memory."""
     use_threads(None, is_background=True)
     from turret.training.engine import PeftEngine
     from turret.training.in_process_engine import in_process_engines

@@ -56,7 +56,7 @@ def milliseconds(run: Callable[[], object], *, cold: bool = True) -> float:
 
     Args:
         run: The function, which launches kernels and does not synchronise.
-        cold: Empty the L2 cache before each call.
+        cold: Whether to empty the L2 cache before each call.
     """
     if not torch.cuda.is_available():
         start = time.perf_counter()
@@ -179,7 +179,7 @@ class Setting:
         rows: The number of sequences of the decode step.
         context: The number of tokens before the step.
         dtype: The dtype of activations and adapters.
-        adapters: The number of distinct adapters in the scenarios.
+        adapters: The numbers of distinct adapters in the scenarios.
         rank: The rank of uniform scenarios.
         mixed_ranks: The ranks of the mixed scenario, in turn.
         row_counts: The numbers of rows for which the product with the base's weights is measured.

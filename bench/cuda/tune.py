@@ -52,7 +52,7 @@ def _search(setting: Setting, start: Tuning, grid: dict, run) -> Tuning:
     for values in combinations[: 2 if setting.device.type == "cpu" else None]:
         candidate = replace(start, **dict(zip(grid, values, strict=True)))
         _use(setting, candidate)
-        # A launch fails if the parameters do not fit the device (shared memory).
+        # A launch fails if its parameters need more shared memory than the device has.
         try:
             ms = milliseconds(captured(run))
         except RuntimeError as error:
