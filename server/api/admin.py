@@ -723,7 +723,7 @@ def _checked_name(name: str, call: Call) -> str:
 
 
 def _generations(message: Any) -> dict[str, int | None]:
-    """The generation that a message names and the one that it expects, as arguments; or None."""
+    """The generations that a message names and expects, as arguments; each may be None."""
     names = ("generation", "expected_generation")
     known = [name for name in names if name in message.DESCRIPTOR.fields_by_name]
     return {name: getattr(message, name) if message.HasField(name) else None for name in known}

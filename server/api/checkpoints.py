@@ -225,12 +225,13 @@ class Checkpoints:
         """Save a checkpoint, completely or not at all; returns it with its size.
 
         Args:
-            checkpoint: What to report about it; the size is determined here.
+            checkpoint: The facts about the checkpoint; this method determines the size.
             write: Writes the files into an empty directory.
             overwrite: Whether to replace a checkpoint with the same path.
 
         Raises:
-            InvalidRequestError: The name is invalid or taken, or the owner has too many.
+            InvalidRequestError: The name is invalid or taken, or the owner has too many
+                checkpoints.
             StorageFullError, StorageFailedError: The disk failed.
         """
         if NAME.fullmatch(checkpoint.name) is None:

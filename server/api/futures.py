@@ -74,7 +74,7 @@ class Future:
         result: The result; None until it exists.
         error: The error behind a result that is a failure.
         expires: The time on the monotonic clock at which a result is dropped.
-        task: The work on it, if that can be cancelled.
+        task: The work on the result, if that can be cancelled.
         sequence_ids: The ids of the sequences that are being sampled.
     """
 

@@ -62,8 +62,9 @@ class TenantModel:
         log: The commands for the model.
         learner: The id of the adapter in the ``TrainingService``; None while there is none.
         used: The Unix time of the last command.
-        inflight: The name under which its weights are registered for sampling; empty if none.
-        size: The size of the files of these weights in bytes.
+        inflight: The name under which the model's weights are registered for sampling; empty if
+            they are not.
+        size: The size in bytes of the files of the registered weights.
     """
 
     model_id: str
@@ -503,7 +504,8 @@ class Tenants:
         """Save a checkpoint. It includes the optimizer only if its kind is ``weights``.
 
         Raises:
-            InvalidRequestError: The name is invalid or taken, or the client has too many.
+            InvalidRequestError: The name is invalid or taken, or the client has too many
+                checkpoints.
         """
         training = self.sessions.training()
 
