@@ -192,10 +192,13 @@ METHODS = tuple(sorted((*_trained(), *_VARIANTS)))
 
 
 def served_method(name: str) -> tuple[LinearMethod | SoftTokens, Mapping[str, Any]]:
-    """The method that serves adapters of a trained method, and the config keys that it adds.
+    """The method that serves the adapters of a trained method.
 
     Args:
         name: The trained method, one of ``METHODS``.
+
+    Returns:
+        The serving method, and the config keys that the trained method adds.
     """
     served, changes = _VARIANTS.get(name, (name, {}))
     method = SERVED[served]
