@@ -25,8 +25,8 @@ from turret.server.errors import TurretError, UnavailableError
 _log = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 0.5
-# Without news, the registry answers a report after a third of a lease. So two reports may be lost
-# before the lease expires.
+# Without news, the registry answers a report after a third of a lease, so that two reports may be
+# lost before the lease expires.
 _WAITS_PER_LEASE = 3
 # Interval of reports while requests hold a generation that was replaced or is being unloaded.
 _DRAIN_SECONDS = 0.05

@@ -123,7 +123,11 @@ class ReplicaRegistry(AdapterRegistry):
     def _on_current(
         self, name: str, expected: int | None, change: Callable[[Registration], AdapterInfo]
     ) -> AdapterInfo:
-        """Calls ``change``, again if the current generation has changed and none was expected."""
+        """Calls ``change`` with the registration of a name, and returns its result.
+
+        If another caller changes the current generation first, this calls ``change`` again, unless
+        a certain generation is expected.
+        """
         attempt = 1
         while True:
             try:
