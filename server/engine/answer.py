@@ -46,7 +46,7 @@ class AnswerText:
     next tokens decide.
 
     Args:
-        stream: Decodes token by token.
+        stream: Decodes the tokens, one at a time.
         stop: When the answer ends; ``max_tokens`` is ignored.
         eos_token_ids: The model's end-of-sequence tokens.
         is_constrained: Whether a constraint applies. If so, end tokens are drawn only when the
@@ -71,14 +71,16 @@ class AnswerText:
         self._held = ""
         self._num_tokens = 0
         self._final = ""
-        # Tokens that are not decoded yet, and whether the answer may stop and does stop there.
+        # Tokens that are not decoded yet, each with whether the answer may end at it and whether
+        # it does.
         self._added: list[tuple[int, bool, bool]] = []
         self.stopped_by: str | int | None = None
 
     def add(self, token: int) -> None:
-        """Add a token. It is decoded here if there are stop strings, otherwise in ``take``."""
+        """Add a token. With stop strings, it is decoded here; otherwise ``take`` decodes it."""
         self._num_tokens += 1
-        # Below ``min_tokens``, stop strings in the text so far are ignored.
+        # Below ``min_tokens``, neither stop strings nor stop tokens end the answer. Only the end
+        # tokens of a constrained answer do.
         may_stop = self._num_tokens >= self._stop.min_tokens
         is_end = token in self._always or (may_stop and token in self._ends)
         if is_end:
@@ -139,7 +141,7 @@ class AnswerText:
                 raise InvalidRequestError.of("answer_so_far", say("ANSWER_ENDED", index=index))
 
     def flush(self) -> str:
-        """The text that was held back, for an answer that ends for another reason."""
+        """The text that was held back, which is final once the answer has ended."""
         text, self._held = self._held, ""
         return text
 
@@ -162,12 +164,12 @@ class AnswerMemory:
 
     Args:
         most: The limit in bytes. A tenant may hold half of it when one of its requests arrives,
-            and three quarters while its answers grow, so that a quarter is left to others. If all
-            tenants together hold more than the limit, each may hold an equal share.
+            and three quarters while its answers grow. A quarter is left to others. If all tenants
+            together hold more than the limit, each may hold an equal share.
 
     Attributes:
         most: The limit.
-        held: The memory that is held.
+        held: The memory that all requests and answers hold, in bytes.
     """
 
     def __init__(self, most: int) -> None:
@@ -207,7 +209,8 @@ class AnswerMemory:
 
         Raises:
             QueueFullError: The request would fit later.
-            BudgetExceededError: The request never fits.
+            BudgetExceededError: The request never fits, because the log probabilities of its
+                prompt alone exceed the limit.
         """
         tenant, num_bytes = request.tenant, request.num_bytes
         most = self.most // 2 if tenant else self.most
@@ -235,14 +238,14 @@ _LEAST_UNREAD_BYTES = 64 << 10
 class Stream:
     """Outputs of one request, in order; the last carries ``finish``.
 
-    Iterating raises the request's ``TurretError`` if it failed, and a ``BudgetExceededError`` if
-    more than ``MAX_UNREAD_BYTES`` of the answer wait to be read, or fewer if its tenant already
-    holds too much memory. Belongs to one event loop.
+    Iterating raises the request's ``TurretError`` if it failed. It raises a ``BudgetExceededError``
+    if more than ``MAX_UNREAD_BYTES`` of the answer wait to be read; the limit is lower if the
+    tenant already holds too much memory. Belongs to one event loop.
 
     Args:
         cancel: Ends the request.
         memory: Counts the memory that the request and its unread output take.
-        tenant: The tenant that holds it.
+        tenant: The tenant that holds this memory.
         num_bytes: The approximate memory of the request itself.
     """
 
@@ -319,7 +322,7 @@ class Stream:
         return self._cancel is None or self._memory.hold(num_bytes, self._tenant)
 
     def _let_go(self) -> None:
-        """Stop counting memory and release the request, even if more items arrive."""
+        """Stop counting memory and drop the reference to the request; more items may arrive."""
         if self._cancel is not None:
             self._memory.hold(-self._held, self._tenant)
         self._held = self._own_bytes = 0
@@ -327,7 +330,7 @@ class Stream:
 
 
 def uses_of(mix: Mix, cold: HostResult | None) -> tuple[AdapterUse, ...]:
-    """How a request's adapters were used; ``cold`` lists those that were read for it."""
+    """How a request's adapters were used; ``cold`` lists those that were loaded for the request."""
     seconds = {} if cold is None else cold.load_seconds
     return tuple(
         AdapterUse(
@@ -350,7 +353,7 @@ class Answer:
         sequence: The request's sequence.
         stream: The stream for outputs.
         text: The answer's text, including the request's ``answer_so_far``.
-        token_text: Text of a single token, for logprobs.
+        token_text: Returns the text of a single token, for logprobs.
         max_tokens: Maximum number of tokens to generate, limited by the context.
     """
 
@@ -392,7 +395,8 @@ class Answer:
             draws: The tokens, in order; at least one.
 
         Returns:
-            How many were added, and, if the sequence ends, why and at which stop.
+            The number of added tokens. If the sequence ends, also the reason, and the stop string
+            or token that ended it, if any.
 
         Raises:
             TurretError: A draw failed.
@@ -415,7 +419,7 @@ class Answer:
         """The output for the tokens that were accepted since the last output.
 
         Args:
-            cold: The adapters that were read for the request, which the first output reports.
+            cold: The adapters that were loaded for the request, which the first output reports.
             is_last: Whether the sequence has ended.
         """
         sequence = self.sequence
@@ -452,7 +456,7 @@ class Answer:
         adapters_used: tuple[AdapterUse, ...],
         now: float,
     ) -> Finish:
-        """The last output of the request."""
+        """How the request ended, for its last output."""
         sequence = self.sequence
         arrival = sequence.arrival
         scheduled = now if sequence.scheduled_at is None else sequence.scheduled_at

@@ -49,9 +49,9 @@ if TYPE_CHECKING:
     from turret.server.models.tokenizer import Tokenizer
 
 T = TypeVar("T")
-# Converting more tokens than this to text takes over a millisecond, so it runs off the event loop.
+# Converting more tokens than this to text takes over a millisecond, too long for the event loop.
 _INLINE_TOKENS = 128
-# Longer earlier answers are replayed one at a time, because that holds the interpreter's lock.
+# Replays longer than that run here, one at a time, because a replay holds the interpreter's lock.
 _replaying = FairPool(ThreadPoolExecutor(1, "turret-replay"))
 
 
@@ -73,12 +73,12 @@ class Engine:
         long_from: ``Arch.long_from`` of the model.
         speculates: Whether answers get drafters, which the scheduler's speculation uses.
         allow_merged_twice: Whether requests may name adapters that are part of the base.
-        on_thread: A context in which the thread does all its work.
+        on_thread: Returns a context in which the thread does all its work.
 
     Attributes:
         is_dead: Whether the thread has failed, so that nothing will be served any more.
         dead: An event that is set on the event loop when the thread fails.
-        max_model_len: The model's context, or what the KV cache holds if that is less.
+        max_model_len: The model's context in tokens, or the size of the KV cache if that is less.
         memory: The memory of waiting and running requests and of their answers.
         num_open: Number of waiting and running requests; read it on the event loop.
     """
@@ -151,7 +151,7 @@ class Engine:
         """Accept a request.
 
         Raises:
-            UnavailableError: Not started, draining or dead.
+            UnavailableError: The engine has not started, is draining or is dead.
             QueueFullError: Too many requests wait, or they take too much memory.
             PromptTooLongError, InvalidRequestError: The request cannot run on this model.
             AdapterNotFoundError, BudgetExceededError: The request's adapters cannot be used.
@@ -193,24 +193,24 @@ class Engine:
             stops first. If it is cancelled before the change begins, requests continue at once.
 
         Raises:
-            UnavailableError: Not started, draining or dead.
+            UnavailableError: The engine has not started, is draining or is dead.
         """
         if self._draining or self._thread is None or self.is_dead:
             raise UnavailableError(say("SHUTTING_DOWN"))
         waiting = BaseChange(change)
-        # Wake the engine's loop, which may be idle.
+        # If the change is withdrawn, wake the engine's loop, which may be idle.
         waiting.outcome.add_done_callback(lambda _: self._loop.post(lambda: None))
         self._loop.post(lambda: self._loop.change_base(waiting))
         return waiting.outcome
 
     def run_background(self, work: Callable[[Callable[[], None]], T]) -> Future[T]:
-        """Run work that yields to requests on the engine thread. Callable from any thread.
+        """Run work that yields to requests, on the engine thread; callable from any thread.
 
         Args:
-            work: Takes a function that it calls between its parts.
+            work: The work. It receives a function that it must call between its parts.
 
         Returns:
-            Its result; UnavailableError if the engine stops first.
+            A future of the work's result; UnavailableError if the engine stops first.
         """
         outcome: Future[T] = Future()
 
@@ -235,7 +235,11 @@ class Engine:
         return outcome
 
     async def drain(self, grace_seconds: float) -> None:
-        """Reject new requests, let running ones finish, cancel the rest, and stop the thread."""
+        """Reject new requests, wait for the others, cancel those that remain, and stop the thread.
+
+        Args:
+            grace_seconds: How long to wait before cancelling.
+        """
         self._draining = True
         if self._thread is None:
             return
@@ -370,9 +374,8 @@ class Engine:
     def _choose_frequencies(self, sequence: Sequence, max_tokens: int) -> int:
         """Decide whether a sequence uses the rotary frequencies of long ones (``Arch.long_from``).
 
-        This cannot change later, because cached keys stay rotated.
-
-        A sequence without ``max_tokens`` that begins short stays short.
+        This cannot change later, because cached keys stay rotated. Without ``max_tokens``, the
+        answer to a short prompt is limited so that the sequence stays short.
 
         Returns:
             The maximum number of tokens to generate.

@@ -74,10 +74,10 @@ def check_vocabulary(request: Request, mix: Mix) -> int:
         The number of logits of the model with these adapters; 0 for the base's number.
 
     Raises:
-        InvalidRequestError: Several adapters have their own vocabulary, or one does and its weight
-            is not 1, because the base has no row for a new token to be weighted with. Or such an
-            adapter is combined with one that leaves a part of the computation to the base.
-        UnavailableError: The adapter was replaced since the request was tokenised.
+        InvalidRequestError: Several adapters have their own vocabulary. Or one does and its weight
+            is not 1: the base has no row with which a new token's row could be weighted. Or such
+            an adapter is combined with one that leaves a part of the computation to the base.
+        UnavailableError: An adapter has been replaced since the request was tokenised.
     """
     own = [(a, weight) for a, weight in mix.members if a.facts.vocab_size]
     made_by = ("", "") if request.own_tokenizer is None else request.own_tokenizer.content
@@ -131,7 +131,7 @@ class BaseChange:
     def make(self) -> ChangedBase | None:
         """Change the weights; None if the change was withdrawn.
 
-        An error in ``change`` is a failure of the engine, because its weights are then unknown.
+        An error in ``change`` is a failure of the engine: the state of the weights is then unknown.
         """
         if not self.outcome.set_running_or_notify_cancel():
             return None
@@ -171,10 +171,11 @@ class StoppedError(Exception):
 
 
 class EngineFailedError(BaseException):
-    """A step of requests failed within background work, which must not catch this."""
+    """A step of requests failed within background work, which must not catch this error."""
 
 
-# The timeout of a lock overflows at 292 years. After an hour, the loop just looks again.
+# Maximum time to wait for a command before looking again. A lock rejects timeouts of 292 years or
+# more, and a deadline may be that far away.
 _MAX_WAIT_SECONDS = 3600.0
 
 
@@ -212,7 +213,8 @@ class EngineLoop:
         self._send = send
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._outbox: Outbox = []
-        # Answers with new tokens that are not handed out yet, the number of tokens and their time.
+        # Answers with new tokens that are not handed out yet, the number of these tokens, and the
+        # time of their step.
         self._later: list[tuple[Answer, int, float]] = []
         self._broken: list[tuple[Answer, Exception]] = []
         # Reports the last step to the metrics, if that has not been done yet.
@@ -231,17 +233,17 @@ class EngineLoop:
         self._change: BaseChange | None = None
         self._allow_merged_twice = allow_merged_twice
         # Uuids of the adapters that are part of the base, and digests of their weights, because
-        # other names may have the same weights.
+        # adapters with other names may have the same weights.
         self._merged: frozenset[str] = frozenset()
 
-    # Callable from any thread, except ``submit``.
+    # The methods below may be called from any thread, except ``submit``.
 
     def post(self, command: Callable[[], None]) -> None:
         """Post a command for the engine thread to run between two steps."""
         self._inbox.put(command)
 
     def post_background(self, work: Background) -> None:
-        """Post work that runs while no request does, and for a small share of time otherwise."""
+        """Post work that runs while no request does, and otherwise for a small share of time."""
         self._inbox.put(lambda: self._background.append(work))
 
     @property
@@ -345,11 +347,14 @@ class EngineLoop:
             try:
                 _log.exception("the engine failed")
             finally:
-                # Without memory, even logging fails.
+                # Even logging can fail, for example if memory has run out.
                 self._die()
 
     def serve(self) -> bool:
         """Run a step of requests within background work, if there is one to run.
+
+        Returns:
+            Whether there may be another step to run.
 
         Raises:
             StoppedError: The engine is stopping.
@@ -370,7 +375,7 @@ class EngineLoop:
         return self._has_work
 
     def run_leftovers(self) -> None:
-        """Answer commands that were posted after ``run`` ended."""
+        """Run the commands that were posted after ``run`` ended; their callers wait for answers."""
         while not self._inbox.empty():
             self._inbox.get_nowait()()
         while self._background:
@@ -500,9 +505,9 @@ class EngineLoop:
     def _meanwhile(self) -> None:
         """Hand out and report the last step's tokens, while the device computes the next step.
 
-        The last step filled ``_later`` (``_advance``) and set ``_report``, and this empties both.
-        It fills ``_broken``, which ``_fail_broken`` empties once the next step is over. If no step
-        is under way, ``_hand_out`` does all of this at once.
+        The last step filled ``_later`` (``_advance``) and set ``_report``; this method empties
+        both. Requests that fail here go to ``_broken``, which ``_fail_broken`` empties once the
+        next step is over. If no step is under way, ``_hand_out`` does all of this at once.
         """
         later, self._later = self._later, []
         for answer, count, now in later:

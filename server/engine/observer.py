@@ -12,8 +12,8 @@ from turret.server.engine.scheduling.sequence import Sequence, Step
 from turret.server.engine.step.runner import StepResult
 from turret.server.metrics import Metrics
 
-# Maximum age of the lists of adapters in use, so that not every step walks a thousand waiting
-# requests.
+# Maximum age of the reported lists of adapters in use. Building the lists in every step would be
+# slow, because a thousand requests may be waiting.
 _LISTED_SECONDS = 0.25
 
 
@@ -49,7 +49,7 @@ class LoopObserver:
             self._metrics.prefix_tokens.labels("miss").inc(sequence.num_prompt - found)
 
     def tokens(self, answer: Answer, count: int, now: float) -> None:
-        """Record the tokens of a request in one step, which share the time since its last token."""
+        """Record a request's tokens in one step, which share the time since its last token."""
         sequence = answer.sequence
         names = tuple([adapter.name for adapter, _ in sequence.mix.members])
         if sequence.first_token_at is None:
@@ -100,7 +100,7 @@ class LoopObserver:
         self._list_adapters()
 
     def _list_adapters(self) -> None:
-        """Report the adapters of running and waiting requests, at intervals and at the end."""
+        """Report the adapters of all requests, at intervals and when no work is left."""
         scheduler, now = self._scheduler, time.monotonic()
         if scheduler.has_work and now < self._listed_at + _LISTED_SECONDS:
             return

@@ -21,7 +21,7 @@ _TRY_EVERY = 32
 class Chances:
     """The chance that a draft token is right: an exponential average for each length of a match.
 
-    All requests of a mix share it.
+    All requests of a mix share these averages.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Chances:
         """Learn from a draft that was checked.
 
         Args:
-            match: The number of agreeing tokens before its first; right tokens extend the match.
+            match: The number of agreeing tokens before the draft; right tokens extend the match.
             num_draft: The number of draft tokens.
             num_accepted: The number of draft tokens that were right, up to the first wrong one.
         """
@@ -63,10 +63,10 @@ _MAX_PLACES = 16
 
 
 class TextIndex:
-    """Finds the last tokens of a text earlier in the same text, or in another text.
+    """Finds where the last tokens of a text occur in an indexed text, which may be the same text.
 
-    A dictionary has the latest position of each token, and a table has the previous position of the
-    same token for each position. A token is added in constant time and takes about forty bytes.
+    A dictionary maps each token to its latest position, and a table maps each position to the
+    previous one of the same token. A token is added in constant time and takes about forty bytes.
 
     Args:
         tokens: The text, which may only grow at its end.
@@ -78,9 +78,10 @@ class TextIndex:
         self._tokens = tokens
         self._start = start
         self._most = most
-        # The index after a token's latest position, where the following token is.
+        # Token → the index after its latest position, where the token that follows it is.
         self._latest: dict[int, int] = {}
-        # Position minus ``_start`` → the token's previous position, or -1.
+        # Index minus ``_start`` → the index after the previous position of the token before it, or
+        # -1.
         self._before = array("q")
 
     def read(self) -> None:
@@ -127,8 +128,8 @@ class TextIndex:
         return best, longest
 
 
-# The cost of a row relative to a step. It depends on machine, model and compute path, so it is
-# measured.
+# The fixed cost of a step relative to the cost of a row. It depends on machine, model and compute
+# path, so it is measured.
 
 # Initial guess of a step's fixed cost, in rows. A decode step reads all weights, however few its
 # rows, and a CPU can compute several rows in that time.
@@ -144,8 +145,9 @@ class StepCost:
     """A line fitted to recent decode steps, seconds over rows, with exponential weights.
 
     Attributes:
-        fixed_rows: The fixed cost of a step in rows, where the line crosses zero. It is between 0.5
-            and 64, and 7 until there are enough steps with different numbers of rows.
+        fixed_rows: The fixed cost of a step in rows: the line is zero at minus this number of rows.
+            It is between 0.5 and 64, and 7 until there are enough steps with different numbers of
+            rows.
     """
 
     def __init__(self) -> None:
@@ -171,8 +173,8 @@ class StepCost:
     def _fit(self) -> None:
         if self._spread <= 0.0 or self._seconds <= 0.0:
             return
-        # Least squares. The initial guess counts as observations of spread _SPREAD on the line
-        # through the mean that follows from ``_FIRST``.
+        # Least squares. The initial guess counts like observations with the spread ``_SPREAD`` on
+        # the line that passes through the mean and has the fixed cost ``_FIRST``.
         guess = self._seconds / (_FIRST + self._rows)
         seconds_per_row = (self._slope + _SPREAD * guess) / (self._spread + _SPREAD)
         rows = self._seconds / seconds_per_row - self._rows if seconds_per_row > 0.0 else _MOST_ROWS
@@ -192,7 +194,7 @@ class StepPlan:
     request drafts if one in eight tokens is right, but 64 requests only if nine in ten are.
 
     Args:
-        num_rows: Rows of the step, each of which a request needs.
+        num_rows: Rows of the step without drafts.
         fixed_rows: See ``StepCost``.
 
     Attributes:
@@ -209,7 +211,7 @@ class StepPlan:
         return chance * (self._fixed_rows + self.num_rows) > self._tokens
 
     def add(self, chance: float) -> None:
-        """Count one more row in the step, for such a token."""
+        """Count one more row in the step, for a token that is right with this chance."""
         self._tokens += chance
         self.num_rows += 1
 
@@ -259,12 +261,12 @@ class MixMemory:
 # Drafts for one answer: from its prompt, from its own text, and from earlier answers of its mix.
 #
 # Prompt lookup (A. Saxena, 2023; the copying of arXiv 2304.04487): an answer that extracts, quotes
-# or formats repeats runs of its prompt's tokens, so the tokens that followed such a run earlier are
-# a guess at the next tokens. Answers of one adapter resemble each other as well (retrieval, arXiv
-# 2311.08252).
+# or formats text repeats runs of its prompt's tokens. The tokens that followed a run in the prompt
+# are a guess at the next tokens of the answer. Answers of one adapter also resemble each other
+# (retrieval, arXiv 2311.08252).
 
-# Draft tokens per sequence and step. With the known token, these are 16 rows, two groups of rows in
-# the kernels.
+# Maximum number of draft tokens per sequence and step. With the known token, these are 16 rows,
+# which are two groups of rows in the kernels.
 MAX_DRAFT = 15
 # Tokens of a sequence that are searched, prompt included.
 _MAX_SEARCHED = 1 << 14
@@ -274,13 +276,13 @@ class Drafter:
     """The drafts of one sequence. Used by the engine thread alone.
 
     Args:
-        memory_key: The adapters and the salt of its request, which identify its memory.
+        memory_key: The adapters and the salt of the request, which identify its ``MixMemory``.
         tokens: Its tokens, which only grow. The text begins at ``start``, the answer at
             ``prompt_end``.
         start: See ``tokens``.
         prompt_end: See ``tokens``.
         max_tokens: Maximum number of tokens of the answer.
-        end_ids: Tokens that end it; a draft ends before them.
+        end_ids: Tokens that end the answer; a draft ends before them.
     """
 
     def __init__(
@@ -307,7 +309,7 @@ class Drafter:
         """Draft the next tokens, and count them in the step.
 
         Args:
-            memory: The memory of its mix.
+            memory: The memory of the sequence's mix.
             plan: Decides which tokens are worth a row.
             most: The number of tokens for which the step has room.
         """

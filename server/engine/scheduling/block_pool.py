@@ -4,8 +4,8 @@ The key of a full block is a hash chain that begins with the base generation, mi
 and covers the token ids up to its end. So only a request that would compute the same values finds a
 block. The first block that holds text of the request is keyed with the request's salt, so requests
 with different salts share only the blocks before their text: an adapter's prefix or soft tokens. If
-more adapters take effect within the text, the key of that block includes the change. Earlier blocks
-have the keys of the smaller mix.
+more adapters take effect within the text, the key of the block in which they do so includes the
+change. Earlier blocks have the keys of the smaller mix.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class BlockPool:
     """Owner of blocks ``1 … num_blocks − 1``. Block 0 is padding and is never allocated.
 
     A block is *active* while some sequence holds it, otherwise *free*. A free block may still be
-    *cached*, which means that it can be found by key until it is allocated again. The least
-    recently freed block is allocated first.
+    *cached*, which means that it can be found by key until it is allocated again. Free blocks that
+    have no key are allocated first, and after them the least recently freed ones.
 
     Attributes:
         num_cached: Free blocks that can still be found by key.

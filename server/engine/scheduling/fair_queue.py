@@ -14,9 +14,9 @@ wait for the popular one.
 A request whose adapters are still being read is not ready: all ready requests may overtake it, even
 those of its own mix.
 
-An endless stream of new groups, each at that lowest counter, cannot starve a group with a higher
-counter: no group enters below the counter that a group with exactly its fair share would have (the
-virtual time of fair queueing, Parekh and Gallager 1993), and that counter catches up with any lead.
+An endless stream of new groups, each at the lowest counter, cannot starve a group with a higher
+counter. No group enters below the counter that a group with exactly its fair share would have (the
+virtual time of fair queueing, Parekh and Gallager 1993). That counter catches up with any lead.
 
 Tenants come before groups: the tenant that runs the fewest items is served next, whatever mixes it
 asks for. So neither many requests nor many mixes give a tenant more than its share of the places
@@ -130,7 +130,7 @@ class FairQueue(Generic[T]):
             yield from line
 
     def push(self, item: T) -> None:
-        """Add an item to the group's queue, at the party's next turn."""
+        """Add an item to its group's queue, at its party's next turn."""
         self._line(item.group).push(item)
         self._count(item, 1)
 

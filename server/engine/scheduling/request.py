@@ -37,7 +37,7 @@ class Pooling:
         kind: Which states are used.
         dimensions: How many numbers of the state are kept, from the first; None keeps all.
         classifies: Whether the classification head of the mix computes the vector from the state.
-            Nothing is then cut or normalised.
+            The vector is then neither cut nor normalised.
         normalize: Whether the kept numbers are divided by their Euclidean length.
     """
 
@@ -306,7 +306,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterUse:
-    """The weights that answered. The name may already stand for a later generation."""
+    """An adapter that was used for an answer. Its name may already stand for a later generation."""
 
     name: str
     uuid: str

@@ -1,21 +1,22 @@
 """Decides what each step computes. Pure Python: no torch, no clock, no threads.
 
-Continuous batching with chunked prefill: running sequences first (a decode token each, then the
-rest of their prompts), then waiting ones by ``FairQueue``, until ``max_num_batched_tokens``. A
-sequence is admitted if all sequences that run with it will probably have room for their answers
-(``LengthForecast``). If blocks still run out, the sequence that was admitted last is
-preempted: its blocks are freed, and it is recomputed later (its tokens are kept). A chunk ends
-where other adapters begin to act, so one mix acts on all of it. A waiting sequence whose adapters
-are still loading is skipped and delays no other. A step's remaining room goes to draft tokens
-(``Drafts``), which are further rows of their sequences.
+Continuous batching with chunked prefill. A step takes up to ``max_num_batched_tokens`` tokens:
+first one of each running sequence that decodes, then chunks of the other running sequences'
+prompts, then waiting sequences in the order of ``FairQueue``. A sequence is admitted if all
+sequences that run with it will probably have room for their answers (``LengthForecast``). If blocks
+still run out, the sequence that was admitted last is preempted: its blocks are freed, and it is
+recomputed later (its tokens are kept). A chunk ends where other adapters begin to act, so one mix
+acts on all of it. A waiting sequence whose adapters are still loading is skipped and delays no
+other. A step's remaining room goes to draft tokens (``Drafts``), which are further rows of their
+sequences.
 
 While sequences decode, a step takes fewer prompt tokens (``_step_tokens``), and even fewer of
 prompts that are far into their context (``_chunk``). Tenants share these tokens (``_shares``).
 
-Fairness also applies to running places, not only admissions. The sequence that is next in line,
-once it has waited for ``preempt_after_seconds``, takes the place of the latest sequence of the
-tenant with the most places, if that makes their places more equal. Otherwise it takes the place of
-the latest sequence of the most served mix, if that mix was served more and holds more places.
+Fairness also applies to running places, not only admissions. Once the sequence that is next in line
+has waited for ``preempt_after_seconds``, it takes the place of another. This is the latest sequence
+of the tenant with the most places, if that makes their places more equal. Otherwise it is the
+latest sequence of the most served mix, if that mix was served more and holds more places.
 By the same rule, a sequence that waits for memory for its adapters takes the memory of another mix.
 Callers pass the current time.
 """
@@ -59,8 +60,8 @@ def add_first_pass(sequence: Sequence) -> None:
     """Give a sequence the first pass that its mix needs, if it needs one.
 
     Raises:
-        InvalidRequestError: The mix contains two adapters that need a first pass, or one and an
-            adapter that puts something before the prompt.
+        InvalidRequestError: The mix contains two adapters that need a first pass, or one of them
+            together with an adapter that puts something before the prompt.
     """
     mix = sequence.mix
     routed = [adapter for adapter, _ in mix.members if adapter.first_pass]
@@ -180,7 +181,10 @@ class LengthForecast:
             self._lengths.append(sequence.num_generated)
 
     def tokens_left(self, sequence: Sequence) -> int:
-        """How many tokens a sequence will still generate; drawn once, and again if it was wrong."""
+        """The forecast number of tokens that a sequence will still generate.
+
+        The forecast is drawn once, and again whenever the answer reaches it and continues.
+        """
         if not sequence.request.generates:
             return 0
         so_far = sequence.num_generated
@@ -194,8 +198,9 @@ class LengthForecast:
     def peak_tokens(self, sequences: Iterable[Sequence], block_size: int) -> int:
         """The maximum number of positions that these sequences will hold at once.
 
-        Unused positions of blocks count. The peak is just before the end of some sequence, when all
-        sequences that end later have grown as much. Returns 0 until an answer has ended.
+        Each sequence's unused positions count as half a block. The peak is just before the end of
+        some sequence, when all that end later have grown by as many tokens. Returns 0 until an
+        answer has ended.
         """
         if not self._lengths:
             return 0
@@ -291,7 +296,7 @@ class Scheduler:
 
     @property
     def is_drained(self) -> bool:
-        """Whether no sequence has begun, so that the base weights may change."""
+        """Whether no unfinished sequence has begun, so that the base weights may change."""
         return not self.running and not any(s.num_preemptions for s in self.waiting)
 
     def add(self, sequence: Sequence) -> None:
@@ -373,7 +378,8 @@ class Scheduler:
 
         Args:
             wanting: The mixes that wait for memory.
-            since: When the adapters of each sequence that holds memory arrived there.
+            since: The sequences that hold memory for their adapters, each with the time at which
+                the adapters were ready.
             now: The current time, in seconds.
 
         Returns:
@@ -428,7 +434,8 @@ class Scheduler:
     def accept(self, item: Scheduled, count: int) -> None:
         """Record, after ``complete``, how many tokens of a draft were right.
 
-        They are already part of the sequence, which continues after them or has ended there.
+        The right tokens are already part of the sequence, which continues after them or has ended
+        there.
         """
         sequence = item.sequence
         self._held.computed(sequence, count)
@@ -439,8 +446,9 @@ class Scheduler:
     def abandon(self, step: Step, now: float = 0.0, *, is_too_large: bool = True) -> int | None:
         """Undo a step for which the device had no memory, so that nothing of it was computed.
 
-        The sequence that was admitted last is preempted, and later steps are smaller: half the
-        tokens, and one sequence less. Every sequence that ends relaxes these limits.
+        If a smaller step would help, the sequence that was admitted last is preempted, and later
+        steps are smaller: half the tokens, and one sequence less. Every sequence that ends relaxes
+        these limits.
 
         Args:
             step: The step.
@@ -500,10 +508,11 @@ class Scheduler:
 
         On compute paths where a row of a prompt costs as much as a decode row, prompts must not
         slow down decoding too much. If at least four times as many sequences of some tenant decode
-        as read their prompts, a step takes only as many prompt tokens as double its time, but at
-        least 16. On a GPU, where a step with a prompt has a high fixed cost, this limit is a
-        constant. If more tenants read prompts than have such a majority of decoding sequences, the
-        limit is multiplied by the ratio of these numbers of tenants, so that they share the time.
+        as read their prompts or could begin to, the prompt tokens of a step are limited. The limit
+        is the number that doubles the time of the step, but at least 16. On a GPU, where a step
+        with a prompt has a high fixed cost, the limit is a constant. If more tenants read prompts
+        than have such a majority of decoding sequences, the limit is multiplied by the ratio of
+        these two numbers, so that the tenants share the time.
         """
         num_decodes = len(decodes)
         num_free = max(self._num_seqs - len(self.running), 0)
@@ -547,7 +556,7 @@ class Scheduler:
         """How many tokens of a sequence a step takes: fewer of a prompt far into its context.
 
         Attention makes a row more expensive the longer its context is. So while other sequences
-        decode, prompt tokens may cost at most twice as much as the same number of tokens without
+        decode, the prompt tokens of a step may cost at most twice as much as a full step without
         attention.
         """
         chunk = min(sequence.num_alike, budget)
@@ -560,7 +569,7 @@ class Scheduler:
         return chunk
 
     def _make_room(self, now: float) -> int:
-        """Take a place for a sequence that has waited long enough."""
+        """Take a place for a sequence that has waited long enough; returns how many were taken."""
         after = self._preempt_after_seconds
         if after is None or self.is_draining or not len(self.waiting):
             return 0
@@ -580,15 +589,15 @@ class Scheduler:
         return 1
 
     def _yielding(self, waiting: Sequence, holding: SequenceOf[Sequence]) -> Sequence | None:
-        """The sequence that yields what it holds; the first of several equal ones."""
+        """The sequence that yields what it holds; the first of several equal ones, or None."""
         places = Counter(sequence.tenant for sequence in holding)
         held = Counter(sequence.group for sequence in holding)
         own, served = places[waiting.tenant], self.waiting.served
         most = max(holding, key=lambda s: places[s.tenant], default=None)
         if most is not None and waiting.tenant and places[most.tenant] > own + 1:
             return most
-        # Take a place only from a mix, and only from another tenant, that holds more places than
-        # the waiting one.
+        # A sequence may yield only if its mix holds more places than that of the waiting sequence.
+        # If its tenant is another one, the same applies to the tenants.
         richer = [
             s
             for s in holding
@@ -643,7 +652,7 @@ class Scheduler:
             sequence.state = SequenceState.RUNNING
             self.running.append(sequence)
             scheduled.append(Scheduled(sequence, num_new))
-            # Charge at once: another group may be next in turn.
+            # Charge at once, because the charge may make another group the next in turn.
             self.waiting.charge(sequence.group, num_new)
             budget -= num_new
 

@@ -42,7 +42,7 @@ def stages_of(mix: Mix, prompt: SequenceOf[int], num_virtual: int) -> tuple[Stag
 
     Args:
         mix: All adapters of the request.
-        prompt: The tokens of its text.
+        prompt: The tokens of the request's text.
         num_virtual: The number of positions before these tokens.
 
     Returns:
@@ -125,8 +125,8 @@ class Sequence:
         keys: Keys of the full blocks so far; ``keys[0]`` is the root key.
         waiting_since: ``time.monotonic()`` seconds when it last joined the queue.
         forecast: The assumed number of generated tokens (``LengthForecast``).
-        first_pass: The pass that computes its adapter's scalings (``add_first_pass``), with the
-            same tokens and blocks of its own; None if no adapter needs one.
+        first_pass: The pass that computes its adapter's scalings (``add_first_pass``). It has the
+            same tokens but its own blocks. None if no adapter needs one.
         drafter: Drafts the answer's next tokens; None for no drafts.
         num_prompt: Prompt tokens, virtual positions not counted.
         prompt_end: Positions before the first generated token.
@@ -203,7 +203,8 @@ class Sequence:
             start = (len(self.keys) - 1) * block_size
             block = range(start, start + block_size)
             changes = [(s.start - start, s.mix.key) for s in self.stages[1:] if s.start in block]
-            # Earlier blocks contain only an adapter's prefix, which all requests may share.
+            # Earlier blocks contain only an adapter's prefix or soft tokens, which all requests may
+            # share. The keys of later blocks depend on this one.
             salt = self.request.salt if self.num_virtual in block else b""
             tokens = self.tokens[start : start + block_size]
             self.keys.append(next_key(self.keys[-1], tokens, changes, salt=salt))
@@ -227,7 +228,7 @@ class Scheduled:
 
     @property
     def samples(self) -> bool:
-        """Whether all known tokens are then computed, so that the next one can be drawn."""
+        """Whether this computes the last known token, so that the next one can be drawn."""
         return self.sequence.num_computed + self.num_new == len(self.sequence.tokens)
 
 
@@ -282,7 +283,7 @@ class HeldBlocks:
             new_blocks: A list to which the new blocks are added.
 
         Returns:
-            Whether there were enough.
+            Whether there were enough free blocks.
         """
         count = self.missing(sequence, num_tokens)
         if not count:

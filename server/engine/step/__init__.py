@@ -48,7 +48,7 @@ class Placed(NamedTuple):
 
     @property
     def sampled(self) -> range:
-        """The rows from which tokens are drawn: its last row, and those of its draft."""
+        """The rows from which tokens are drawn: that of the last known token, and the draft's."""
         return range(self.last_row - len(self.item.draft), self.last_row + 1)
 
     @property
@@ -65,7 +65,7 @@ class OwnValues:
     values: list[torch.Tensor] = field(default_factory=list)
 
     def on(self, device: torch.device) -> OwnRows | None:
-        """Start copying them to the device, if there are any."""
+        """Start copying both to the device; returns None if there are no rows."""
         if not self.rows:
             return None
         parts = torch.tensor(self.rows), torch.cat(self.values)
@@ -77,9 +77,9 @@ class StepRows:
     """The rows of a step as the model needs them.
 
     Attributes:
-        token_ids: The token of each row; any valid id for the rows in ``soft`` and
-            ``added``.
-        positions: The position of each row in its sequence, plus ``LONG`` in a long sequence.
+        token_ids: The token of each row; any valid id for the rows in ``soft`` and ``added``.
+        positions: The position of each row in its sequence, not counting padding, plus ``LONG`` in
+            a long sequence.
         kv_slots: The slot in the cache for each row's keys and values.
         spans: Five numbers for each sequence, in one list: its first row, the number of new tokens,
             the number of tokens before them, where its block numbers begin (``blocks_at`` of
@@ -139,7 +139,7 @@ def collect_rows(
     """Go through the new tokens of a step's sequences, drafts included, in the order of their rows.
 
     Args:
-        placed: Every row belongs to one of them.
+        placed: The step's sequences and their first rows. Every row belongs to one of them.
         block_size: Positions per KV block.
         blocks_at: Where each sequence's block numbers begin; None if they are not needed.
     """
@@ -248,7 +248,7 @@ def added_logits(
     Args:
         rows: Sequences and their rows. The store holds the adapters of their mixes.
         hidden: Final-norm hidden states, ``[at least all rows, hidden]``.
-        decoder: Projects them.
+        decoder: Computes logits from hidden states.
         store: Holds the adapters.
 
     Returns:
@@ -445,7 +445,10 @@ class BatchBuilder:
         self._device = device
 
     def build(self, step: Step, scalings: StepScalings = NO_SCALINGS) -> Batch:
-        """Order the rows (short adapted ones by mix, base, long adapted ones) and prepare metadata.
+        """Order the rows and prepare the metadata.
+
+        Short segments with adapters come first, by mix, then rows without adapters, then long
+        segments with adapters.
 
         Args:
             step: The scheduled step.

@@ -60,10 +60,10 @@ from turret.server.models.decoding.layer_ops import KvCache
 
 _log = logging.getLogger(__name__)
 
-# Outputs of a step; the tensors keep their addresses, and a replay overwrites them.
+# Hidden states and logits of a step. Their addresses stay the same, and a replay overwrites them.
 Outputs = tuple[torch.Tensor, torch.Tensor]
 StepBody = Callable[[], Outputs]
-# Kind, form and addresses.
+# The kind of a step, its form, and the addresses of its tables.
 GraphKey = Any
 
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
@@ -111,8 +111,8 @@ def buckets(max_rows: int) -> tuple[int, ...]:
 class CudaCapture:
     """Captures with one memory pool for all graphs that are alive, of which one runs at a time.
 
-    The pool also holds the workspace of cuBLAS. Since torch 2.12, the end of a graph returns the
-    workspace to the pool, although other graphs may still use its memory.
+    The pool also holds the workspace of cuBLAS. Since torch 2.12, dropping any graph frees the
+    workspace, but its memory stays in the pool. So the other graphs can still use it.
 
     Args:
         device: Where the bodies run.
@@ -120,7 +120,7 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         # Kernels in a graph keep the priority of the stream on which they were captured, so this
-        # stream has the priority of ``StepStream``, the only other one with it.
+        # stream has the high priority of ``StepStream``. No other stream has it.
         self._stream = torch.cuda.Stream(device, priority=-1)
         self._pool: Any = None
 
@@ -129,7 +129,7 @@ class CudaCapture:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         before = torch.cuda.current_stream()
-        # Other threads (adapter loads) may use the device meanwhile.
+        # During a capture, other threads may use the device, for example to load adapters.
         capturing = torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         )
@@ -176,7 +176,7 @@ class DecodeGraphs:
         self._capacity = capacity
         self._epoch: Hashable = None
         self._step = self._resumes = self._failures = 0
-        # The latest steps in which a form was seen.
+        # Key → the numbers of the latest steps that had it.
         self._seen: dict[GraphKey, deque[int]] = {}
         # Kind → the number of the first recent step without a suitable graph, and the joint form of
         # all such steps.
@@ -212,7 +212,7 @@ class DecodeGraphs:
         own.
 
         Args:
-            kind: The first part of its key.
+            kind: The kind of the step, which is the first part of its key.
             own: The step's own form.
         """
         if self._capture is None:
@@ -255,7 +255,7 @@ class DecodeGraphs:
             self._epoch = epoch
 
     def _is_due(self, key: GraphKey) -> bool:
-        """Record that a form occurs in this step; returns whether it should be captured."""
+        """Record that a key occurs in this step; returns whether the step should be captured."""
         self._step += 1
         if len(self._seen) > 8 * self._capacity:
             self._seen.clear()
@@ -358,7 +358,7 @@ _SPARE_SHARE = 0.05
 
 
 def adapter_bytes(device: torch.device) -> int:
-    """Default budget for adapters; call it once the model is loaded."""
+    """Default budget for adapters, in bytes; call this after the model has been loaded."""
     return int(_ADAPTER_SHARE * torch.cuda.mem_get_info(device)[0])
 
 
@@ -371,7 +371,7 @@ def largest_step(num_tokens: int, num_seqs: int, block_size: int) -> Step:
     """A step of prompts with as many rows and as many samples as a step may have.
 
     One prompt is as long as possible, because the products of short ones need less memory. All
-    sequences use KV block 1. It uses no adapters.
+    sequences use KV block 1, and none uses an adapter.
     """
     num_seqs = min(num_seqs, num_tokens)
     scheduled = []
@@ -385,9 +385,9 @@ def largest_step(num_tokens: int, num_seqs: int, block_size: int) -> Step:
 
 
 def measure(work: Callable[[], object], device: torch.device) -> int:
-    """The peak of the memory of a step or a training pass, in bytes.
+    """The peak of the device memory that a step or a training pass needs, in bytes.
 
-    Everything that it compiled or cached is freed afterwards.
+    The memory that torch's allocator has cached is freed afterwards.
     """
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -437,7 +437,7 @@ def compile_steps(executor: GpuExecutor, progress: OnProgress) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """The use of adapters by the rows of a decode step; it changes only with the sequences.
+    """How the rows of a decode step use adapters; kept until their mixes or the store change.
 
     Attributes:
         mixes: The mix of every row. A reference is kept so that no later mix has the same id.
@@ -483,17 +483,17 @@ class Prepared:
         return self.computed == [sequence.num_computed for sequence in sequences]
 
 
-# Prompts with at most this many positions are multiplied like decoding rows.
+# The rows of prompts with at most this many positions are multiplied like decoding rows.
 _SHORT_PROMPT = 64
 
 
 def generates(sequence: Sequence) -> bool:
-    """Whether its only new row is the last generated token's, from which the next is drawn."""
+    """Whether a sequence's only new row is that of its last generated token."""
     return sequence.prompt_end <= sequence.num_computed == len(sequence.tokens) - 1
 
 
 def in_order(items: SequenceOf[Scheduled]) -> list[Placed]:
-    """Place the items in rows, fused items before the others (see ``nf4_gpu.py``)."""
+    """Place the items in rows, those with ``is_fused`` before the others (see ``nf4_gpu.py``)."""
     placed, row = [], 0
     for item in sorted(items, key=lambda item: not is_fused(item)):
         placed.append(Placed(item, row))
@@ -606,10 +606,10 @@ class GpuExecutor(Executor[GpuDecoder, GpuStore]):
         self._graphs.prepare(self._epoch(), self._key(inputs), self._body(self._decode, inputs))
 
     def compile(self, packed: StepForm | None) -> None:
-        """Compile the kernels of all steps with these packed kinds.
+        """Compile the kernels of all steps with these kinds of operators in the pack.
 
         Args:
-            packed: The kinds, in every projection that has them; None without adapters.
+            packed: The kinds, each with the projections that have it; None without adapters.
         """
         for bucket in self._buckets:
             self._body(self._decode, self._padding(self._decode, packed, bucket))()
@@ -622,7 +622,7 @@ class GpuExecutor(Executor[GpuDecoder, GpuStore]):
             self._body(self._mixed, inputs)()
 
     def packed_forms(self) -> list[StepForm | None]:
-        """Every set of packed kinds that a step can have; None is a step without adapters."""
+        """Every set of operators in the pack that a step can have; None is one without adapters."""
         names = self._decoder.arch.linears()
         sets = [(LowRank,), (Gain,), (LowRank, Gain), (LowRank, Gate), (LowRank, Gain, Gate)]
         forms = [frozenset((kind, name) for kind in kinds for name in names) for kinds in sets]
@@ -652,7 +652,7 @@ class GpuExecutor(Executor[GpuDecoder, GpuStore]):
         try:
             return self._run(step)
         except BaseException:
-            # The tables may not have been sent, so the content of the device is unknown.
+            # The tables may not have been sent, so their content on the device is unknown.
             self._blocks.clear()
             self._bound = self._last = self._prepared = None
             raise
@@ -819,7 +819,7 @@ class GpuExecutor(Executor[GpuDecoder, GpuStore]):
         return kind, *((frozenset(), None) if adapters is None else adapters.signature)
 
     def _body(self, tables: StepTables, inputs: GpuStep) -> StepBody:
-        """All launches of a step, once its tables are on the device."""
+        """A function that makes all launches of a step, once its tables are on the device."""
 
         def body() -> tuple[torch.Tensor, torch.Tensor]:
             tables.write_blocks(len(inputs.token_ids))

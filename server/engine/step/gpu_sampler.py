@@ -1,9 +1,9 @@
 """Draws the tokens of a step on the device, all rows at once, with one wait.
 
 The sampling kernel is part of the step's launches, so a captured step also draws tokens. Its
-parameters are sent with the step's tables. Rows with parameters that the kernel does not support
-(penalties, biases, bans) are drawn again after their logits were changed; the host still waits only
-once.
+parameters are sent with the step's tables. The kernel does not support penalties, biases, bans and
+masks. If a row has any, the logits are changed and the step's tokens are drawn again; the host
+still waits only once.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class GpuSampler(Sampler):
 
         Args:
             logits: ``[rows, vocab]`` fp32; modified in place.
-            sequences: The sequence of each row, as they were loaded.
+            sequences: The sequence of each row, in the order in which they were loaded.
             masks: The masks of the sequences with a constraint.
             drawn: Always empty, because steps on a GPU have no drafts.
             added: Logits of tokens beyond ``vocab``, ``[tokens]`` fp32, of sequences that have any.
@@ -182,7 +182,7 @@ class _Changes:
     """Changes of a step's logits, collected on the host.
 
     Args:
-        vocab: Logits of a row.
+        vocab: Number of logits of a row.
     """
 
     def __init__(self, vocab: int) -> None:

@@ -155,7 +155,8 @@ class BlockTables:
 
 AttentionWords = dict[int | None, torch.Tensor]
 
-# Limit on attention's scratch memory. Beyond this, one program reads a long context.
+# Maximum number of records that spread long contexts over several programs. It limits attention's
+# scratch memory. If there are no records left, one program reads a whole context.
 _MAX_SPREAD_RECORDS = 2048
 # Ranks per row for which the first segment table has room; the table grows if a step needs more.
 _FIRST_ROW_RANK = 256
@@ -219,12 +220,12 @@ class StepTables:
     def step(self) -> AbstractContextManager[None]:
         """A context in which a step's rows, attention and sampling are loaded.
 
-        Its end sends them.
+        At its end, they are sent to the device.
         """
         return self._memory.step()
 
     def adapters(self) -> AbstractContextManager[None]:
-        """A context in which the tables of the rows' adapters are loaded. Its end sends them."""
+        """A context in which the tables of the rows' adapters are loaded; its end sends them."""
         return self._adapter_memory.step()
 
     def attention_words(self, spans: SequenceOf[int]) -> AttentionWords:
@@ -308,7 +309,7 @@ class StepTables:
         self._segments = self._make_segments()
 
     def row_table(self, key: Hashable) -> RowTable:
-        """The table for a slot table and position; the same key always gets the same table."""
+        """The table for a slot table and a position in mixes; a key always gets the same table."""
         if key not in self._row_tables:
             capacity = -(-self.max_rows // ROW_TABLE_MULTIPLE) * ROW_TABLE_MULTIPLE
             self._row_tables[key] = RowTable(capacity, self._device, self._adapter_memory)

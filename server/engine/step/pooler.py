@@ -1,8 +1,9 @@
 """Pools final hidden states to one vector per prompt, independent of chunks and batch.
 
 A mean is summed in a fixed order, so that its bits do not depend on how the prompt was divided into
-chunks. Groups of 64 positions, counted from the start of the text, are summed by halves, and the
-sums are added in order.
+chunks. Each group of 64 positions, counted from the start of the text, is summed by adding its
+second half to its first, repeatedly, until one state is left. The sums of the groups are added in
+order.
 """
 
 from __future__ import annotations
@@ -107,14 +108,14 @@ class _Sum:
         self.count += rows.shape[0]
 
     def mean(self) -> torch.Tensor:
-        """``[hidden]`` fp32."""
+        """The mean of all states so far, ``[hidden]`` fp32."""
         rest = self._begun.new_zeros(1, _GROUP, self._begun.shape[1])
         rest[0, : self._begun.shape[0]] = self._begun
         return (self._groups + _by_halves(rest)[0]) / self.count
 
 
 def _by_halves(groups: torch.Tensor) -> torch.Tensor:
-    """The sums of ``[count, _GROUP, hidden]`` over each group, with elementwise additions."""
+    """The sum of each group: ``[count, _GROUP, hidden]`` → ``[count, hidden]``."""
     size = groups.shape[1]
     while size > 1:
         size //= 2

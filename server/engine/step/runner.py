@@ -111,7 +111,7 @@ class Executor(ABC, Generic[_D, _S]):
 
     @abstractmethod
     def sampler(self, stop_token_ids: frozenset[int]) -> Sampler:
-        """Make the sampler for its steps; called once, before the first.
+        """Make the sampler for the executor's steps; called once, before the first step.
 
         Args:
             stop_token_ids: The model's end tokens, which are not drawn before ``min_tokens``.
@@ -141,7 +141,7 @@ class Executor(ABC, Generic[_D, _S]):
 
 
 def fill_prefix(cache: KvCache, sequence: Sequence, start: int) -> None:
-    """Write an adapter's prefix into the sequence's blocks, beginning at ``start``."""
+    """Write an adapter's prefix into the sequence's blocks, from the block with index ``start``."""
     size = cache.block_size
     prefix = soft_prompt_of(sequence.mix).prefix
     assert prefix is not None
@@ -230,11 +230,11 @@ class TorchExecutor(Executor[Decoder, StepStore]):
 
 # The functions below draw the tokens of a step and check its drafts, position by position.
 #
-# A draft token is right if it equals the token that is drawn in its place, from the logits after
-# the tokens before it and with the request's own random number. So the tokens are the same as
-# without drafts. This is exact matching, not rejection sampling (arXiv 2211.17192), which keeps
-# the distribution but not the tokens of a seed. The first token that differs from the draft is
-# also drawn from correct logits, and ends the draft.
+# A draft token is right if it equals the token that is drawn in its place. That token is drawn from
+# the logits after the tokens before it, with the request's own random number. So the tokens are the
+# same as without drafts. This is exact matching, not rejection sampling (arXiv 2211.17192), which
+# keeps the distribution but not the tokens of a seed. The first token that differs from the draft
+# is also drawn from correct logits, and ends the draft.
 
 
 NO_MORE_MASKS: Mapping[Sequence, Mask] = {}
@@ -386,7 +386,8 @@ class Runner:
         self._sampler = executor.sampler(stop_token_ids)
         self._masks = Masks(stop_token_ids, is_late=self._sampler.takes_late_masks)
         self._pooler = Pooler()
-        # Adapter key → bytes on the device. Cached because it is summed over every module.
+        # Adapter key → its bytes of each kind of memory (``AdapterStore.budgets``), cached because
+        # they are summed over every module.
         self._needs: dict[str, tuple[int, ...]] = {}
 
     def run(self, step: Step, meanwhile: Callable[[], None] = lambda: None) -> StepResult:
@@ -467,7 +468,7 @@ class Runner:
         return known
 
     def forget_adapter(self, key: str) -> None:
-        """Drop an adapter that is gone."""
+        """Free the device memory of an adapter that was unloaded or replaced."""
         self._needs.pop(key, None)
         self._store.drop(key)
 

@@ -53,8 +53,9 @@ class LateMask:
     """The tokens that may come next in a running sequence, determined when its logits are known.
 
     The mask is late because it is often not needed: the sampler requests it (``make``) only if the
-    likeliest token does not determine the next one (``settle``). Where this does not apply,
-    ``Masks`` has it made while the logits are computed.
+    likeliest token does not determine the next one (``settle``). If a sequence draws at random, or
+    the sampler does not support late masks, ``Masks`` has the mask made while the logits are
+    computed.
 
     One thread at a time, with a large stack, may call its methods; ``news`` belongs to the engine
     thread.
@@ -94,7 +95,7 @@ class LateMask:
             token_id: The likeliest token.
 
         Returns:
-            None if only ``make`` can determine it.
+            The next token, or None if only the mask (``make``) can determine it.
         """
         fresh = self.news()
         # Without a new token, the step is being computed again, with the same logits and the same
@@ -199,7 +200,7 @@ class Masks:
             self._making = self._thread.submit(lambda: [one.make(tokens) for one, tokens in work])
 
     def take(self) -> dict[Sequence, Mask]:
-        """Wait for the masks that ``begin`` started, and return them."""
+        """Wait for the masks that ``begin`` started; return them and the late masks."""
         masks: dict[Sequence, Mask] = {**self._late}
         if self._making is not None:
             # Wait even if the step failed: a matcher must not be used by two threads at once.
@@ -333,7 +334,8 @@ class Adjustment:
             drawn: Tokens that were drawn in this step and come before the row's.
         """
         for ids, factor in self.factors(drawn):
-            # CTRL (arXiv 1909.05858), over prompt and output, as transformers does.
+            # The repetition penalty of CTRL (arXiv 1909.05858), over prompt and output, as in
+            # transformers.
             values = row[ids]
             row[ids] = torch.where(values > 0, values / factor, values * factor)
         for ids, amounts in self.penalties(drawn):
@@ -344,7 +346,7 @@ class Adjustment:
             row[ids] = float("-inf")
 
     def factors(self, drawn: SequenceOf[int] = ()) -> Iterator[tuple[torch.Tensor, float]]:
-        """Tokens whose logits shrink by a factor, in this step, if there are any."""
+        """Tokens, and the factor of the repetition penalty on their logits in this step."""
         if self._seen is not None:
             self._seen.read(self._sequence.tokens, self._sequence.num_virtual, drawn)
             yield self._seen.ids, self._params.repetition_penalty
@@ -417,7 +419,9 @@ class Draw:
 
 
 class Sampler:
-    """Keeps each running sequence's random numbers and what changes its logits. One thread only.
+    """Draws tokens. Keeps each running sequence's random numbers and changes of logits.
+
+    For one thread only.
 
     Args:
         stop_token_ids: The model's end tokens, which are not drawn before ``min_tokens``.
@@ -541,7 +545,7 @@ def takes_likeliest(sequence: Sequence) -> bool:
 
 
 def _sample(row: torch.Tensor, params: SamplingParams, uniform: float) -> int:
-    """A token of ``[vocab]`` logits that a uniform number in [0, 1) picks."""
+    """The token that a uniform number in [0, 1) picks from ``[vocab]`` logits."""
     # Subtract the largest logit first, so that it stays 0 however low the temperature is.
     scaled = (row - row.max()) / params.temperature
     if params.top_k == 0 and params.top_p == 1.0:
@@ -556,11 +560,11 @@ def _sample(row: torch.Tensor, params: SamplingParams, uniform: float) -> int:
 def _greedy_tokens(
     logits: torch.Tensor, sequences: SequenceOf[Sequence], masks: Mapping[Sequence, Mask]
 ) -> tuple[dict[int, int], dict[Sequence, TokenMask]]:
-    """The tokens of the sequences that are not drawn at random.
+    """The next tokens of the greedy sequences.
 
     Args:
         logits: ``[rows, vocab]``, with all available masks applied.
-        sequences: The sequence of each row. Those with a tokenizer of their own are left out.
+        sequences: The sequence of each row. Those with a vocabulary of their own are left out.
         masks: The masks of the sequences with a constraint.
 
     Returns:
@@ -596,7 +600,7 @@ def masked_rows(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Rows with a mask, ``[rows]`` int64, and the masks, ``[rows, words]`` int32, on the host.
 
-    The masks are applied after all other changes of the logits. Rows with a tokenizer of their
+    The masks are applied after all other changes of the logits. Rows with a vocabulary of their
     own, whose masks have other lengths, are left out.
     """
     rows, words = [], []
