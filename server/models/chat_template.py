@@ -264,10 +264,10 @@ _BUILT_IN = {"chatml": (_CHATML, "<|im_end|>")}
 
 
 def base_template(path: Path) -> OwnTemplate:
-    """The template in a file, or the built-in one of this name, compiled once to check it.
+    """The template in a file, which is compiled once to check it, or the built-in one of this name.
 
     Raises:
-        InvalidRequestError: The file is not a template.
+        InvalidRequestError: The file is not readable or not a template.
         UnavailableError: See ``ChatTemplate.render``.
     """
     # A name in a settings file has become a path in the directory of that file.

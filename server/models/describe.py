@@ -129,7 +129,7 @@ def describe_base(
 def _experts(decoder: Decoder) -> dict[str, BaseExperts]:
     def dequantize(number: int, projection: str) -> Callable[[int], torch.Tensor]:
         experts = getattr(decoder.layers[number].experts, projection.removeprefix("experts_"))
-        # Bind ``base`` now, as above.
+        # Bind ``base`` now, as in ``describe_base``.
         base = experts.base
         return lambda expert: base.dequantize(expert)
 
@@ -213,7 +213,7 @@ def describe_projections(arch: Arch) -> ProjectionLayout:
 
 
 class BaseEdit:
-    """Collects weights; ``swap`` then exchanges them with the decoder's own, back and forth.
+    """Collects new weights; each ``swap`` exchanges them with those that the decoder uses.
 
     The decoder's weights are never written to, so a failure before ``swap`` leaves the base
     unchanged. They are not freed either, so a second ``swap`` restores the same memory. An edit

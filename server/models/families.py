@@ -65,7 +65,7 @@ class Family:
 
 
 def read_decoder(config: Any, **own: Any) -> Arch:
-    """A pre-norm decoder with rotary positions and a gated MLP, which most families are.
+    """The ``Arch`` of a pre-norm decoder with rotary positions and a gated MLP, like Llama.
 
     Args:
         config: A transformers ``PretrainedConfig``.
@@ -108,7 +108,7 @@ def read_windowed(config: Any, **own: Any) -> Arch:
 
 
 def read_ropes(config: Any) -> dict[str, Any]:
-    """The fields of ``Arch`` where each of ``layer_types`` has its own ``rope_parameters``."""
+    """``ropes`` and ``rope_of_layer`` of a config with ``rope_parameters`` per ``layer_types``."""
     head_dim = getattr(config, "head_dim", None)
     head_dim = head_dim or config.hidden_size // config.num_attention_heads
     ropes = {
@@ -121,7 +121,7 @@ def read_ropes(config: Any) -> dict[str, Any]:
 def read_rope(
     config: Any, parameters: Mapping[str, Any], head_dim: int, kind_of_layer: str | None = None
 ) -> Rope:
-    """Rotary positions.
+    """The rotary positions of one kind of layer, or of all layers.
 
     Args:
         config: The whole config, because the scaling formulas read further keys.
@@ -174,7 +174,7 @@ def read_windows(config: Any) -> tuple[int | None, ...]:
 
 
 def without_rope(rotates: list[bool] | None, num_layers: int) -> tuple[str | None, ...]:
-    """``Arch.rope_of_layer`` from one flag per layer. None instead of flags: all layers rotate."""
+    """``Arch.rope_of_layer`` from one flag per layer; without flags, all layers rotate."""
     return tuple(_ALL_LAYERS if flag else None for flag in rotates or [True] * num_layers)
 
 
@@ -207,7 +207,7 @@ def _gpt_oss_experts(config: Any) -> Experts:
         config.num_local_experts,
         intermediate_size=config.intermediate_size,
         router="router",
-        # Name in bitsandbytes-4bit checkpoints, whose experts are modules.
+        # The router's name in bitsandbytes-4bit checkpoints, whose experts are modules.
         checkpoint_routers=("router.linear",),
         modules={"experts_gate_up": ("gate_up_projs.{}",), "experts_down": ("down_projs.{}",)},
         are_stacked=True,
@@ -414,7 +414,7 @@ def served_types() -> list[str]:
 
 
 def text_type(config: Mapping[str, Any]) -> Any:
-    """The ``model_type`` of a ``config.json``, or that of its text part, if it has one."""
+    """The ``model_type`` of a ``config.json`` or of its text part; None if it has none."""
     kind, text = config.get("model_type"), config.get("text_config")
     if isinstance(kind, str) and kind in TEXT_PARTS:
         kind = (text.get("model_type") if isinstance(text, dict) else None) or TEXT_PARTS[kind]

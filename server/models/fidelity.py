@@ -72,7 +72,7 @@ class Fidelity:
         """Count a module.
 
         Args:
-            path: The module or its weight.
+            path: The path of the module or of its weight.
             state: See ``WeightState``.
             source: See ``ModuleKind``.
             squares: The squared norms of the error and of the weight.
@@ -82,7 +82,7 @@ class Fidelity:
             found[i] += value
 
     def kinds(self) -> list[ModuleKind]:
-        """The report."""
+        """The report: one entry for each kind, state and source."""
         return [
             ModuleKind(*key, int(count), (error / norm) ** 0.5 if norm else None)
             for key, (count, error, norm) in self._found.items()

@@ -91,8 +91,8 @@ class CheckpointTensors:
     """Reads tensors and quantised weights, and records which were read.
 
     In the cache, a fused projection is stored as a ``PackedLinear`` if ``PackedLinear.packs``
-    supports it. In other files, tensors with the names of its parts
-    are not used, because the kernels trust the sizes.
+    supports it. In other files, tensors with the names of a ``PackedLinear`` are not used, because
+    the kernels do not check their sizes.
 
     Args:
         source: The model.
@@ -108,8 +108,8 @@ class CheckpointTensors:
         self._is_cached = source.fidelity is not None
         self._stored = StoredTensors(weight_files(source.weights), experts)
         self._read: set[str] = set()
-        # Weight → names of its quantisation state. They are indexed once, because there may be
-        # 100,000 names.
+        # Weight → names of the tensors of its quantisation state. The names are indexed once,
+        # because there may be 100,000 of them.
         self._beside: dict[str, list[str]] = {}
         for name in self._stored:
             module, found, _ = name.partition(".weight.")
@@ -139,7 +139,7 @@ class CheckpointTensors:
     def weight(self, name: str, shape: tuple[int, int]) -> Nf4Weight | torch.Tensor:
         """The weight of a linear module; a tensor if it is stored and served in 16 bits.
 
-        Its large tensors may be parts of the mapped file, so copy them.
+        Its large tensors may be parts of the mapped file, so copy them before you keep them.
         """
         weight = self._weight(name)
         _check_shape(name, tuple(weight.shape), shape)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from turret.server.models.decoding import ROUTER, Arch
 from turret.server.models.fidelity import kind_of
 
-# Bytes per number in 16 bits.
+# Bytes of a 16-bit number.
 _WIDE = 2
 # NF4 with blocks of 64: four bits, and an 8-bit scale per block, whose own scales are in fp32 for
 # blocks of 256.

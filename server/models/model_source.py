@@ -1,8 +1,8 @@
 """Turns any supported source into a directory of 4-bit weights, once.
 
-A plain Hugging Face directory or a GGUF file is quantised tensor by tensor (the bf16 model is never
-in memory as a whole) and written to the cache, in the layout of the CPU's products. Later starts
-map it. A directory that is already bitsandbytes-4bit is used unchanged.
+A plain Hugging Face directory or a GGUF file is quantised tensor by tensor, so the bf16 model is
+never in memory as a whole. The result is written to the cache, in the layout of the CPU's products,
+and later starts map it. A directory that is already bitsandbytes-4bit is used unchanged.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def text_name(name: str) -> str | None:
     return name
 
 
-# Weights in 8-bit floats (E4M3, arXiv 2209.05433), with one scale for the weight or one per block.
+# Weights in 8-bit floats (E4M3, arXiv 2209.05433), with a scale per weight, row or block.
 # Ministral 3, Qwen3's ``-FP8`` releases and older checkpoints of llm-compressor use this format.
 
 FLOAT8_DTYPE = "F8_E4M3"
@@ -94,7 +94,7 @@ def dequantize_float8(
 
     Args:
         codes: ``[out, in]`` float8_e4m3fn.
-        scale: A number, or ``[⌈out / rows⌉, ⌈in / columns⌉]``, in any float.
+        scale: One number, ``[out]``, or ``[⌈out / rows⌉, ⌈in / columns⌉]``, in any float dtype.
         block: Rows and columns that share a scale; None if the weight or each row has one scale.
 
     Returns:
@@ -265,7 +265,8 @@ class ModelSource:
     """A model that is ready to be loaded.
 
     Attributes:
-        name: The model id on the hub, the checkpoint's own name, or the directory's name.
+        name: The model id on the hub, the checkpoint's own name, or the name of the directory or
+            GGUF file.
         weights: Directory of a bitsandbytes-4bit checkpoint, or of a model in the cache.
         files: Directory with config.json and the tokenizer.
         digest: Identifies the weights as served: SHA-256 of the weights as a bitsandbytes-4bit
@@ -482,10 +483,10 @@ def _state(name: str, source: str) -> WeightState:
 
 
 def quantize(name: str, tensor: torch.Tensor, source: str, fidelity: Fidelity) -> Nf4Weight:
-    """Quantise a weight to NF4, unless it keeps the values of MXFP4, and count it.
+    """Quantise a weight to NF4, or encode its MXFP4 values exactly if possible, and count it.
 
     Args:
-        name: Its name.
+        name: The weight's name.
         tensor: ``[out, in]``.
         source: The quantised format in the model's files; empty for numbers.
         fidelity: Counts the weight.
@@ -646,7 +647,7 @@ def _new_directory(target: Path) -> Iterator[Path]:
     """Fill a directory next to its final path, then rename it: readers see all or nothing."""
     target.parent.mkdir(parents=True, exist_ok=True)
     for each in target.parent.glob(f"{_UNFINISHED}*"):
-        with contextlib.suppress(FileNotFoundError):  # another process removes it as well
+        with contextlib.suppress(FileNotFoundError):  # another process may remove it
             if time.time() - each.stat().st_mtime > _ABANDONED_SECONDS:
                 shutil.rmtree(each, ignore_errors=True)
     build = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=target.parent))
@@ -673,7 +674,8 @@ def _target(cache_dir: Path, files: Iterable[Path], skip: Sequence[str]) -> Path
     for path in files:
         size = path.stat().st_size
         key.update(f"\n{path.resolve()}:{size}:{path.stat().st_mtime_ns}".encode())
-        # All files of a container image can have the same time, and retraining keeps the sizes.
+        # All files of a container image can have the same time, and retraining keeps the sizes, so
+        # include samples of the content.
         with path.open("rb") as file:
             for part in range(_SAMPLES):
                 file.seek(part * size // _SAMPLES)

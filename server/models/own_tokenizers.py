@@ -84,7 +84,7 @@ class OwnTokenizers:
             return key in self._kept
 
     def find(self, key: TokenizerKey) -> Tokenizer | None:
-        """Find the tokenizer in memory, or None, and mark it as used."""
+        """Return the tokenizer if it is in memory, and mark it as used; otherwise None."""
         with self._lock:
             found = self._kept.get(key)
             if found is not None:
@@ -158,7 +158,8 @@ class OwnTokenizers:
                 )
         known = self._base.beyond(self._base.num_rows)
         for token, number in tokenizer.beyond(rows).items():
-            # Some published tokenizers have more tokens than their models have rows.
+            # Some published tokenizers have more tokens than their models have rows, so accept the
+            # base's own tokens without a row.
             if known.get(token) != number:
                 raise InvalidRequestError(
                     say("TOKEN_WITHOUT_ROW", token=token[:60], number=number, rows=rows)

@@ -25,7 +25,10 @@ _MAX_ERROR_CHARS = 1000
 
 
 def answers(job: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    """The rendered text of a template, or its error. Without variables it is only compiled."""
+    """The rendered text of a template, or its error.
+
+    Without variables, the template is only compiled.
+    """
     try:
         template = _compiled(job["template"])
         yield {"text": template.render(job["variables"]) if "variables" in job else ""}
@@ -38,7 +41,7 @@ def answers(job: Mapping[str, Any]) -> Iterator[dict[str, str]]:
 
 
 class _Generation(Extension):
-    """``{% generation %}`` marks what the assistant said, for training. It changes no text."""
+    """``{% generation %}`` marks what the assistant said, for training; the text stays the same."""
 
     tags = {"generation"}  # noqa: RUF012
 

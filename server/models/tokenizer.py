@@ -121,8 +121,9 @@ class Tokenizer:
     If contradictory rules make the library panic, a RuntimeError is raised.
 
     Attributes:
-        vocab_size: Upper bound of token ids in the tokenizer and in the model, because a tokenizer
-            may have tokens without a row in the model. Not every id below it is a token.
+        vocab_size: Exclusive upper bound of the ids that both the tokenizer and the model have,
+            because a tokenizer may have tokens without a row in the model. Not every id below it
+            is a token.
         num_rows: Rows of the model's embedding.
         longest_token: Number of characters of the longest token. A text of n characters has at
             least n / ``longest_token`` tokens.
@@ -372,7 +373,7 @@ class Tokenizer:
             else:
                 text = self._chats.render(messages, tools, is_short, how)
             parts = re.split(f"{mark}(\\d+)x", text)
-            # A template may write marks of its own, with any number.
+            # A template may write marks of its own; a number without a text raises IndexError.
             parts[1::2] = [held[int(number)] for number in parts[1::2]]
         except (ValueError, IndexError, RecursionError) as error:
             said = say("CHAT_TEMPLATE_FAILED", problem=error)

@@ -15,7 +15,7 @@ PARTS = ("normalizer", "pre_tokenizer", "model", "decoder")
 
 
 def answers(job: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    """The answer to a job, which begins with the name of what to do."""
+    """The answer to a job, which consists of the name of its task and the task's arguments."""
     task, *arguments = job
     yield {"describe": _description, "encode": _encoded}[task](*arguments)
 

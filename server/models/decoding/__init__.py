@@ -305,7 +305,7 @@ def check_served(arch: Arch) -> None:
     """Checks that the decoders support an architecture.
 
     Raises:
-        InvalidRequestError: The error names everything that is not supported.
+        InvalidRequestError: A part is not supported. The error names the first such part.
     """
     kind = arch.activation
     if isinstance(kind, str) and kind not in ACTIVATIONS:

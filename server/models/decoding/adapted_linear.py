@@ -1,9 +1,8 @@
 """A fused projection of the base model with the step's adapters on top.
 
 On the gpu path, the first ``num_decode`` rows, those of decoding sequences, are multiplied
-differently from rows of prompts. There, the launches of a product may also compute the *shrink*,
-which is the first half of the low-rank updates, or the *epilogue*, which is the operation that
-follows the projection.
+differently from rows of prompts. There, the launches of a product may also compute the *shrink*
+(the first half of the low-rank updates) or the *epilogue* (the operation after the projection).
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ class AdaptedLinear:
 
     Attributes:
         layer: Layer number.
-        projection: The projection's name (``qkv``, ``o``, ``gate_up``, ``down``).
+        projection: The projection's name (``qkv``, ``o``, ``gate_up``, ``down``, ``router``).
         base: The bias-free base projection. It and the bias change when adapters are merged.
         bias: ``[out]`` in the serving dtype, or None.
     """
@@ -116,7 +115,7 @@ class AdaptedLinear:
     def __call__(
         self, x: torch.Tensor, adapters: AdapterStep | None, num_decode: int | None = None
     ) -> torch.Tensor:
-        """Project.
+        """Project rows and apply the adapters.
 
         Args:
             x: ``[rows, in]``, with the rows in the order for which ``adapters`` was made.
@@ -185,13 +184,14 @@ class AdaptedExperts:
         adapters: AdapterStep | None,
         rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Project.
+        """Project every pair and apply the adapters.
 
         Args:
             x: ``[rows, in]``, or ``[pairs, in]``.
             routing: The pairs.
             adapters: The step's adapters, or None.
-            rows: The row of ``x`` that each pair reads, ``[pairs]`` int64; None for its own.
+            rows: The row of ``x`` that each pair reads, ``[pairs]`` int64; None if ``x`` has one
+                row per pair.
 
         Returns:
             ``[pairs, out]``.

@@ -1,4 +1,4 @@
-"""The decoder's layers in one native call, if every part of them is a compiled kernel.
+"""The decoder's layers in one native call, if every part of them has a compiled kernel.
 
 If Python called the kernels one by one, a step of one row would take 1.5 times as long: about 250
 calls would each check arguments, allocate a result and take the interpreter's lock. The kernels and
@@ -186,10 +186,7 @@ class CpuLayers:
 
     @staticmethod
     def serves(arch: Arch, layers: Sequence[DecoderLayer]) -> bool:
-        """Whether every projection is a compiled kernel, given that ``CpuLayerOps`` are used.
-
-        The kernels of this file are for bf16.
-        """
+        """Whether the kernels support the layers of a bf16 model that uses ``CpuLayerOps``."""
         bases = [each.base for layer in layers for _, each in _projections(layer)]
         experts = [each.base for layer in layers for each in _experts(layer)]
         return (
@@ -330,7 +327,7 @@ def _experts(layer: DecoderLayer) -> tuple[AdaptedExperts, ...]:
 
 
 def _dense(base: BaseLinear) -> torch.Tensor | None:
-    """See ``DenseLinear.weight``; None for any other kind of weight."""
+    """``DenseLinear.weight``, if the kernels support it; None for any other kind of weight."""
     weight: torch.Tensor | None = getattr(base, "weight", None)
     return weight if weight is not None and serves_dense(weight) else None
 

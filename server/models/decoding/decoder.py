@@ -51,8 +51,8 @@ class StepInput:
 
     Attributes:
         token_ids: ``[rows]`` int64; any valid id where ``soft`` or ``added`` has the row.
-        positions: Position of each row in its sequence, ``[rows]`` int64; ``LONG`` more where the
-            sequence is long (``Arch.long_from``).
+        positions: Position of each row in its sequence, padding not counted, ``[rows]`` int64;
+            ``LONG`` more where the sequence is long (``Arch.long_from``).
         kv_slots: Where each row's keys and values go, ``[rows]`` int64.
         attention: Plan of the decoder's ``ops`` per distinct window (None is full attention).
         adapters: The step's adapters, or None if every row is the base model's.
@@ -75,7 +75,7 @@ class StepInput:
 class DecoderLayer:
     """Weights of one layer. Norms are fp32 and include ``Arch.norm_offset``; None means no norm.
 
-    ``q_norm`` and ``k_norm`` are ``[head_dim]``, or as wide as all heads together, ``sinks``
+    ``q_norm`` and ``k_norm`` are ``[head_dim]``, or as wide as all heads together. ``sinks`` are
     ``[heads]`` fp32. A layer has an MLP (``gate_up`` and ``down``) or ``experts``.
     """
 
@@ -130,7 +130,7 @@ class Decoder:
         self._growth = None
         if arch.query_growth is not None:
             self._growth = GrowingQueries(arch.query_growth, arch.max_model_len, self.device)
-        # Cached C structures for one store epoch and one KV cache.
+        # The C structures of the layers, cached for one ``epoch`` of the weights and one KV cache.
         self._native: tuple[int, KvCache, CpuLayers | None] | None = None
         # Round the factor to the embedding's dtype, as in training.
         self._embedding_scale = float(torch.tensor(arch.embedding_scale).to(self.dtype))
@@ -343,7 +343,7 @@ class LikeliestTokens:
             hidden: Final-norm hidden states, ``[rows, hidden]``.
 
         Returns:
-            None if the logits are needed to decide.
+            The tokens, or None if all logits are needed to decide.
         """
         if hidden.shape[0] > MOST_ROWS:
             return None

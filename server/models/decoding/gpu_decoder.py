@@ -31,7 +31,7 @@ _GATED_SILU = GatedSilu()
 
 
 class GpuLayerOps(LayerOps):
-    """The operations of a layer by Triton kernels, except attention, which is the decoder's."""
+    """A layer's operations by Triton kernels, except attention, which the decoder computes."""
 
     activations = {"silu": silu_mul, "gelu_pytorch_tanh": gelu_mul}  # noqa: RUF012
     clamped_swiglu = staticmethod(clamped_swiglu)

@@ -51,7 +51,7 @@ class KvCache:
         return per_token * block_size * dtype.itemsize
 
     def clear(self, blocks: Sequence[int]) -> None:
-        """Zero blocks that change owner, for ``LayerOps.reads_masked``."""
+        """Zero blocks that change owner; needed if ``LayerOps.reads_masked``."""
         if blocks:
             index = torch.tensor(blocks, device=self.keys.device)
             self.keys.index_fill_(1, index, 0)
@@ -258,7 +258,7 @@ class LayerOps:
         sinks: torch.Tensor | None = None,
         adapters: AdapterStep | None = None,
     ) -> torch.Tensor:
-        """Rotate, store keys and values, attend.
+        """Rotate queries and keys, store keys and values, and attend.
 
         Args:
             number: The layer's number.

@@ -69,7 +69,7 @@ MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def find_gguf() -> Path:
-    """Locate the GGUF file.
+    """Find the bundled model's GGUF file.
 
     Raises:
         InvalidRequestError: The package is not installed. The error explains how to install it.
@@ -119,7 +119,8 @@ class FoundModel:
         """The linear modules, as in the model's ``Arch``.
 
         Returns:
-            None if the config, or the header of a GGUF file, leaves a size to transformers.
+            The modules, or None if the config, or the header of a GGUF file, leaves a size to
+            transformers.
         """
         family, fields, model_type = FAMILIES[self.model_type], self.fields, self.model_type
         wanted = ("num_hidden_layers", "hidden_size", family.inner_key)
@@ -156,7 +157,7 @@ class FoundModel:
 
 
 def check_model(model: Path | None) -> FoundModel:
-    """Check that ``--model`` is a supported model.
+    """Check that ``--model`` is a supported model, and return what is known about it.
 
     Args:
         model: A directory, a GGUF file, or the id of a repository on the hub, which is contacted;
@@ -184,7 +185,7 @@ def check_model(model: Path | None) -> FoundModel:
 
 
 def found_in(config: dict[str, Any], name: str) -> FoundModel:
-    """A model with this ``config.json``, which is supported."""
+    """The facts about a supported model that its ``config.json`` contains."""
     model_type, fields = text_type(config), config.get("text_config")
     if not isinstance(fields, dict) or config.get("model_type") == model_type:
         fields = config
@@ -220,7 +221,7 @@ def _is_size(value: object) -> TypeGuard[int]:
 
 # ``--skip-modules``: the modules of a plain checkpoint that stay in 16 bits.
 
-# Never quantised, but usually listed in ``llm_int8_skip_modules``.
+# The head is never quantised, but usually listed in ``llm_int8_skip_modules``.
 _HEAD = "lm_head"
 
 
@@ -232,8 +233,8 @@ def skipped_modules(patterns: Sequence[str], modules: Iterable[str]) -> frozense
 
     Args:
         patterns: The patterns.
-        modules: The paths of the modules that would be quantised. ``lm_head``, which never is, may
-            be matched too.
+        modules: The paths of the modules that would be quantised. A pattern may also match
+            ``lm_head``, which is never quantised.
 
     Raises:
         InvalidRequestError: A pattern matches no module.

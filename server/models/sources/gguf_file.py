@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 # The transformers config for the keys of a GGUF file.
 #
-# Every tensor, and every key about the architecture, is used or rejected, because ignoring one may
-# give a different function.
+# Every tensor, and every key about the architecture, is used or rejected, because the model may
+# compute something else without it.
 
 # Rotary positions, from the keys of a GGUF file and from tensors of factors.
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # Tensors that hold rotary factors, not weights.
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _ORIGINAL = "rope.scaling.original_context_length"
-# Converters use either of these names for the factor.
+# Converters use either of these names for the attention factor.
 _ATTENTION_FACTORS = ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor")
 _YARN = {
     "rope.scaling.yarn_beta_fast": "beta_fast",
@@ -71,7 +71,7 @@ def read_rope_parameters(
     Args:
         path: The path for messages.
         keys: The file's keys below the architecture.
-        theta: The default for files without this number.
+        theta: The default of ``rope_theta``, for files without that key.
         head_dim: Features of a head.
         tensors: The file's tensors by name.
 
@@ -401,7 +401,7 @@ def _whole(
     other: ReaderTensor | None,
     expert: int | None = None,
 ) -> torch.Tensor:
-    """A tensor, or two as one."""
+    """A tensor, or the two tensors of a pair as one."""
     if pair is None or other is None:
         return first
     second = _values(other, expert)

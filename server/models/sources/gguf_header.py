@@ -55,7 +55,7 @@ def check_gguf(path: Path) -> str:
     if architecture not in LAYOUTS:
         served = ", ".join(sorted(LAYOUTS))
         raise refuse(path, "GGUF_ARCHITECTURE", value=architecture[:80], choices=served)
-    # Keys whose values are lists are read later.
+    # ``keys`` has no lists. Sizes that are lists are checked when the file is opened.
     for key in WANTED.keys() & keys:
         if WANTED[key] in MOST_SIZES:
             check_size(f"{architecture}.{key}", keys[key], WANTED[key])

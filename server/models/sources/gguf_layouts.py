@@ -170,7 +170,8 @@ _MISTRAL_ROW = GgufLayout(
 )
 _OLMO_ROW = GgufLayout(model_type="olmo2", parts=_OLMO, tokenizer="fast")
 
-# ``general.architecture`` → layouts; the first one whose keys the file has applies.
+# ``general.architecture`` → layouts. The first one applies whose ``key`` the file has with a value
+# other than zero, or that has no ``key``.
 LAYOUTS: Mapping[str, tuple[GgufLayout, ...]] = {
     "gemma": (
         GgufLayout(
@@ -245,7 +246,7 @@ LAYOUTS: Mapping[str, tuple[GgufLayout, ...]] = {
             },
             window="some",
             full_every=2,
-            # gpt-oss' released config; GGUF has no key for it.
+            # The value in gpt-oss' released config; GGUF has no key for it.
             rope_constants={"truncate": False},
             tokenizer="fast",
         ),

@@ -58,8 +58,8 @@ def check_model_directory(model: Path) -> dict[str, Any]:
     return config
 
 
-# Reading a config takes memory for each layer, so their number is limited. No published model has
-# as many.
+# Reading a config takes memory for each layer, so the number of layers is limited. No published
+# model has as many.
 MOST_SIZES = {
     "num_hidden_layers": 1024,
     **dict.fromkeys(
@@ -70,7 +70,8 @@ MOST_SIZES = {
         (1 << 31) - 1,
     ),
 }
-# Reading a config also takes time for each expert. Some dense models state that they have none.
+# Reading a config also takes time for each expert, so their number is limited too. It may be 0,
+# because some dense models state that they have no experts.
 _EXPERTS = ("num_local_experts", "num_experts")
 _MOST_EXPERTS = 4096
 _POSITIVE = ("rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor")
@@ -330,7 +331,7 @@ def check_hub_model(hub_id: HubId) -> dict[str, Any]:
         Its ``config.json``.
 
     Raises:
-        InvalidRequestError: The model is not supported. The error has the reason and advice.
+        InvalidRequestError: The model is not supported. The error contains the reason and advice.
     """
     try:
         repository, folder = _describe(hub_id)

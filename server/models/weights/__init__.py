@@ -28,7 +28,7 @@ class BaseLinear(Protocol):
     def __call__(
         self, x: torch.Tensor, ahead: Ahead | None = None, num_decode: int | None = None
     ) -> torch.Tensor:
-        """Multiply.
+        """Multiply rows by the weights of all slices.
 
         Args:
             x: ``[rows, in]``.

@@ -117,13 +117,14 @@ class Nf4Weight:
     def of_mxfp4(cls, weight: torch.Tensor) -> Nf4Weight | None:
         """Encode a weight that was dequantised from MXFP4, with exactly its values.
 
-        The codes may differ from those of the file, because several encode the same values.
+        The codes and scales may differ from those of the file, because several combinations of
+        them stand for the same values.
 
         Args:
             weight: ``[out, in]``.
 
         Returns:
-            None if MXFP4 cannot represent the weight exactly.
+            The encoded weight, or None if MXFP4 cannot represent it exactly.
         """
         if weight.shape[1] % MXFP4.block or not weight.isfinite().all():
             return None
@@ -156,8 +157,8 @@ class Nf4Weight:
             tensors: At least this weight's tensors.
 
         Returns:
-            None if no kernel reads the weight: FP4 other than the MXFP4 of experts, or blocks that
-            are not a multiple of 64.
+            The weight, or None if no kernel reads it: FP4 other than the MXFP4 of experts, or a
+            block size that is not a multiple of 64.
         """
         state = _state_in(name, tensors)
         weight = cls(tensors[name], state)
@@ -367,7 +368,7 @@ class PackedLinear(BaseLinear):
         return self.packed.shape[0], self.in_features
 
     def formulation(self) -> str:
-        """The name of the product, for the log. A library's product is tried first."""
+        """The name of the product, for the log. This tries a library's product first."""
         return nf4_formulation(self.shape)
 
     def dequantize(self, index: int) -> torch.Tensor:
@@ -403,7 +404,7 @@ class MixedLinear(BaseLinear):
     """Projections that are stored in different ways, side by side.
 
     Args:
-        parts: In the order of their outputs.
+        parts: The projections, in the order of their outputs.
     """
 
     def __init__(self, parts: Sequence[BaseLinear]) -> None:

@@ -28,7 +28,7 @@ def has_library_product(device: torch.device) -> bool:
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encode numbers in NF4 as bitsandbytes does, by its own code if there is no kernel.
+    """Encode numbers in NF4 with the kernel, or with bitsandbytes, whose codes are the same.
 
     Returns:
         The codes, ``[numbers / 2, 1]`` uint8, the earlier number in the high bits; and the largest

@@ -37,7 +37,9 @@ _TRIAL = 64
 
 
 def keep_sums_whole(device: torch.device) -> bool:
-    """Set torch up for the process, before the first product and before anything is captured.
+    """Set torch up, for the whole process, so that no product splits a sum.
+
+    Call this before the first product and before anything is captured.
 
     Args:
         device: The device of the products. Only CUDA devices need settings.
@@ -87,7 +89,7 @@ class Nf4Product:
         self._weight = weight
 
     def __call__(self, x: torch.Tensor, num_decode: int) -> torch.Tensor:
-        """Multiply.
+        """Multiply rows by the weight.
 
         Args:
             x: ``[rows, in_features]``, the rows of decoding sequences and short prompts first.
@@ -101,7 +103,7 @@ class Nf4Product:
     def with_shrink(
         self, x: torch.Tensor, num_decode: int, shrink: Shrink
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The product, and the rank activations of all rows, in the first pass over the weight.
+        """The product, and the rank activations of all rows, if possible from the same launch.
 
         Both have the bits of their separate kernels.
         """
