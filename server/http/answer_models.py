@@ -103,7 +103,7 @@ class Completion(_Generated):
 
 
 class Response(BaseModel):
-    """OpenAI's response object; it repeats fields of the request."""
+    """OpenAI's response object. It also repeats fields of the request, which are not listed."""
 
     id: str
     object: Literal["response"]
@@ -139,7 +139,7 @@ class TokenCount(Answer):
 
 
 class AnthropicFailure(Answer):
-    """An error in the form of Anthropic's API, with the further fields of OpenAI's."""
+    """An error in the form of Anthropic's API, with the additional fields of OpenAI's form."""
 
     type: Literal["error"]
     error: Error
@@ -186,7 +186,7 @@ class Text(Answer):
 
 
 class TokenizerInfo(BaseModel):
-    """The fields that are not listed are special tokens, such as ``eos_token``."""
+    """The tokenizer. Fields that are not listed here are special tokens, such as ``eos_token``."""
 
     model_config = ConfigDict(extra="allow")
     tokenizer_class: str

@@ -37,7 +37,7 @@ def stop_reason(answer: Ended) -> str | int | None:
 
 
 def usage_of(ended: Sequence[Ended], num_choices: int) -> dict[str, Any]:
-    """Total usage of the answers. Consecutive answers share a prompt, which counts once."""
+    """Total usage. Every ``num_choices`` consecutive answers share a prompt, which counts once."""
     firsts = ended[::num_choices]
     prompt = sum(answer.usage.prompt_tokens for answer in firsts)
     completion = sum(answer.usage.completion_tokens for answer in ended)
@@ -52,18 +52,18 @@ def usage_of(ended: Sequence[Ended], num_choices: int) -> dict[str, Any]:
 
 
 def adapters_of(ended: Sequence[Ended]) -> list[dict[str, Any]]:
-    """The weights that produced the answers, as the first one reports them; turret's own field."""
+    """The adapters used, as the first answer lists them. OpenAI's API does not have this field."""
     return uses_json(ended[0].adapters_used)
 
 
 def uses_json(uses: Iterable[inference_pb2.AdapterUse]) -> list[dict[str, Any]]:
-    """The weights that produced an answer, as JSON."""
+    """The adapters that produced an answer, as JSON."""
     return [
         {
             "name": use.name,
             "generation": use.generation,
             "digest": use.digest,
-            # Round to the shortest number with the same single-precision value.
+            # Seven digits hide the error of single precision: 0.7 stays 0.7, not 0.69999999.
             "weight": float(f"{use.weight:.7g}"),
             "cold_start": use.cold_start,
             "load_ms": use.load_ms,
@@ -83,7 +83,7 @@ def _bytes_of(text: str) -> list[int] | None:
 
 
 def _name(token: inference_pb2.TokenLogprob | inference_pb2.TopLogprob, *, names_ids: bool) -> str:
-    """The text of a token, or its id as in vLLM, which also identifies parts of characters."""
+    """The text of a token, or its id in vLLM's form; ids also tell parts of characters apart."""
     return f"token_id:{token.token_id}" if names_ids else token.text
 
 
@@ -133,9 +133,9 @@ class CompletionLogprobs:
 
 
 def _by_name(token: inference_pb2.TokenLogprob, *, names_ids: bool) -> dict[str, float]:
-    """The likeliest tokens and the sampled one.
+    """The log probabilities of the likeliest tokens and of the sampled one, by the token's name.
 
-    Of several with the same name, the likeliest counts.
+    If several tokens have the same name, the likeliest one counts.
     """
     found: dict[str, float] = {}
     for each in (*token.top, token):

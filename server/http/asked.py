@@ -51,7 +51,8 @@ NamedMix = list[adapters_pb2.AdapterWeight]
 def named_in(raw: dict[str, Any], base_name: str) -> tuple[NamedMix, list[tuple[str, str]]]:
     """The mix that a parsed request names, and the errors in it.
 
-    Also works for rejected requests, because metrics count them for the adapters that they name.
+    The request may be invalid, because metrics also count rejected requests for the adapters that
+    they name.
 
     Raises:
         AdapterNotFoundError: See ``read_model``.
@@ -152,7 +153,7 @@ def read_request(
     mix, wrong = named_in(sent.raw, info.name)
     exchange.call.about(mix)
     if wrong or sent.wrong:
-        # These fields are this API's own, not those of turret.v1.
+        # These errors already contain the client's field names, so no path must be translated.
         exchange.names.clear()
         Violations([*wrong, *sent.wrong]).raise_if_any()
     assert isinstance(sent.body, kind)
@@ -186,7 +187,7 @@ class Asked:
 
 
 def asked_of(body: Generating, mix: NamedMix, names: dict[str, str]) -> Asked:
-    """Convert a request for an answer; adds the names of its fields to ``names``.
+    """Convert a request for an answer, and add the names of its fields to ``names``.
 
     Raises:
         InvalidRequestError: The request has several constraints or contradictory limits.
@@ -242,8 +243,8 @@ def _stop(body: Generating, names: dict[str, str]) -> inference_pb2.StopConditio
     )
 
 
-# The fields that other servers have for each kind of constraint. ``structured_outputs`` also has
-# one field per kind.
+# The fields of other servers' APIs for each kind of constraint. ``structured_outputs`` also has one
+# field per kind.
 _CONSTRAINTS = {
     "json_schema": ("guided_json", "json_schema"),
     "json_object": ("guided_json_object", "json_object"),
@@ -254,7 +255,7 @@ _CONSTRAINTS = {
 
 
 def _set_constraint(body: Generating, message: _Message, names: dict[str, str]) -> None:
-    """Set the only constraint that a request may have, in any of the forms that clients use."""
+    """Set the constraint of the answer. A request may have one, in any form that clients use."""
     outputs, form = body.structured_outputs, body.response_format
     found: dict[str, tuple[str, Any]] = {}
     for kind, fields in _CONSTRAINTS.items():
@@ -272,7 +273,7 @@ def _set_constraint(body: Generating, message: _Message, names: dict[str, str]) 
         place = "response_format.json_schema.schema"
         found[place] = "json_schema", form.json_schema.schema_
     asked = {name: each for name, each in found.items() if each[1] not in (None, False)}
-    # Some clients send one constraint in several fields.
+    # Some clients send the same constraint in several fields, which is not an error.
     if len({repr(each) for each in asked.values()}) > 1:
         text = say("SEVERAL_CONSTRAINTS", names=", ".join(asked))
         raise InvalidRequestError.of(list(asked)[1], text)
@@ -304,7 +305,10 @@ def set_text_format(
 
 
 def set_rendering(body: ChatOnly, chat: inference_pb2.Chat) -> None:
-    """Set how a conversation is rendered; variables in the request take precedence."""
+    """Set how a conversation is rendered.
+
+    Template variables in the request take precedence over those that follow from its effort.
+    """
     variables = dict(body.chat_template_kwargs)
     if body.effort is not None:
         variables.setdefault("reasoning_effort", body.effort)
@@ -368,7 +372,7 @@ class ToolUse:
             no arguments; the dict is empty if no tool may be called.
         must_call: Whether the answer must consist of calls.
         is_parallel: Whether the answer may have several calls.
-        paths: The path in the request of the schema of each tool's arguments.
+        paths: Where the request contains the schema of a tool's arguments, by the tool's name.
     """
 
     tools: Mapping[str, Mapping[str, Any]]
@@ -394,7 +398,7 @@ def tools_of(
         place: The path, within an entry of ``tools``, of the schema of its arguments.
 
     Raises:
-        InvalidRequestError: ``tool_choice`` does not select any of the tools.
+        InvalidRequestError: ``tool_choice`` is invalid, or requires a tool that is not there.
     """
     functions: dict[str, FunctionTool] = {}
     paths: dict[str, str] = {}
@@ -458,7 +462,7 @@ def _allowed(
 
 
 def _function_name(value: Any) -> str:
-    """The name of a function, which is in a separate object or in the tool itself."""
+    """The name in a tool or a tool choice, at its top level or in ``function``; "" if missing."""
     function = value.get("function", value) if isinstance(value, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     return name if isinstance(name, str) else ""

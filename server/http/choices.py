@@ -57,7 +57,7 @@ class Choices:
         exchange: The request that is answered.
         asked: The request without its prompts.
         prompts: The inputs, one per prompt.
-        places: The path in the request of each prompt; empty if there is only one prompt.
+        places: The path of each prompt in the request; empty if there is only one prompt.
     """
 
     def __init__(
@@ -128,7 +128,8 @@ class Choices:
             async with contextlib.aclosing(answer) as chunks:
                 async for chunk in chunks:
                     if chunk.finish_reason == inference_pb2.GenerateResponse.CANCELLED:
-                        # OpenAI's API has no finish reason for an incomplete answer.
+                        # OpenAI's API has no finish reason for an incomplete answer, so report an
+                        # error.
                         raise UnavailableError(say("REQUEST_ENDED"))
                     yield index, chunk
 
@@ -158,9 +159,9 @@ class Choices:
             for index in indices:
                 await run(index)
 
-        # One task per answer would block the event loop for seconds when the client has gone. The
-        # workers take the answers in order, so a prompt's first answer has started before others
-        # wait for it.
+        # With one task per answer, cancelling them all when the client disconnects would block the
+        # event loop for seconds. The workers take the answers in order, so a prompt's first answer
+        # has started before others wait for it.
         num_workers = min(self._count, self._exchange.call.party.most_at_once)
         tasks = [asyncio.ensure_future(run_some()) for _ in range(num_workers)]
         try:
@@ -212,7 +213,8 @@ async def make_readers(
             place = f"{use.paths[error.tool]}{error.path}"
             raise InvalidRequestError.of(place, error.text) from None
         except RecursionError:
-            # A schema sent as text may be nested as deeply as the parser allows.
+            # A schema sent as text may be nested as deeply as the parser allows, which is too deep
+            # for recursive functions.
             raise InvalidRequestError.of("tools", say("SCHEMA_TOO_NESTED")) from None
     return lambda: AnswerReader(
         form,
@@ -249,8 +251,8 @@ def _constrain(
         return
     name = names.get(kind) or names.get(f"{kind}.texts") or kind
     if grammar.is_object and kind in ("json_schema", "json_object"):
-        # Combine both in one schema. With two grammars that begin in the same way, the one with
-        # longer tokens would win.
+        # Combine the calls and the constraint in one schema. With two grammars that begin in the
+        # same way, the one with longer tokens would win.
         schema = value if kind == "json_schema" else {"type": "object"}
         message.json_schema = json.dumps(grammar.schema_beside(schema), ensure_ascii=False)
         names["json_schema"] = names["json_schema.anyOf[0]"] = name
@@ -283,14 +285,14 @@ def _value(message: _Request, kind: str) -> Any:
 
 
 Logprobs = list[dict[str, Any]]
-# The event's type, and its other fields.
+# The type of an event, and its other fields.
 Event = tuple[str, dict[str, Any]]
 Kind = type[Said] | type[Thought] | type[CallBegun]
 
 
 @dataclass(slots=True)
 class Item:
-    """One entry of an answer; ``call`` is None unless its kind is a call."""
+    """One entry of an answer; ``call`` is None unless ``kind`` is ``CallBegun``."""
 
     index: int
     kind: Kind
@@ -303,9 +305,9 @@ class Dialect(ABC):
     """How an API writes an answer that is made of items.
 
     Attributes:
-        is_never_empty: Whether an empty answer has an empty message.
+        is_never_empty: Whether an answer without any item gets an empty message.
         has_done: Whether a stream ends with ``[DONE]``.
-        whole: The complete answer, once there are no further events.
+        whole: The whole answer; complete only after ``finish``.
     """
 
     is_never_empty: ClassVar[bool]
@@ -430,7 +432,7 @@ async def answer_in_items(
 
     Raises:
         InvalidRequestError: See ``make_readers``.
-        TurretError: The answer broke off.
+        TurretError: The answer could not be completed.
     """
     reader = (await make_readers(exchange, asked, use, prompt.chat))()
     choices = Choices(exchange, asked, [prompt])
@@ -443,7 +445,7 @@ async def answer_in_items(
 
     ended: Ended | None = None
     try:
-        # The items keep the whole answer, even for a stream.
+        # ``is_whole`` is true even for a stream, because the items keep the whole answer.
         async with contextlib.aclosing(choices.chunks(is_whole=True)) as chunks:
             async for _, chunk in chunks:
                 if not is_started:

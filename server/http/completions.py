@@ -75,7 +75,7 @@ class EventStream(ABC):
 
     @abstractmethod
     def _value(self, index: int, grown: Any, **more: Any) -> dict[str, Any]:
-        """The value of an event."""
+        """The object of an event, in which ``grown`` is the new part of the answer."""
 
     async def _text(self, index: int, text: str) -> None:
         """Send an event that only adds text; the bytes around the text are rendered once."""
@@ -128,7 +128,7 @@ async def _score(
     prompts: Sequence[_Prompt],
     places: Sequence[str],
 ) -> list[inference_pb2.GenerateResponse]:
-    """Answers for ``max_tokens`` 0, which have only the prompt and its logprobs."""
+    """Answers for ``max_tokens`` 0, which contain at most the prompt and its logprobs."""
     scored = await together(
         [
             _score_one(exchange, asked, prompt, place)
@@ -148,7 +148,7 @@ async def _score_one(
         top_n=options.top_n,
         cache_salt=asked.message.cache_salt,
     )
-    # The input has the same field numbers in both messages.
+    # The input has the same field numbers in both messages, so its bytes can be merged.
     question.MergeFromString(prompt.SerializeToString())
     with exchange.call.party.hold(), blamed_on(place):
         scored = await inference.score(question, exchange.call)

@@ -53,7 +53,7 @@ class Connection(HttpToolsProtocol):
     A connection is closed if a head takes too long or has too many headers, or if a head or the
     framing of a body has too many bytes. If the answer is sent before the request has been read
     completely, the rest of the request is dropped unparsed. If too many requests are sent ahead,
-    the rest is dropped as well, and the connection is closed once the others are answered.
+    the excess is dropped as well, and the connection is closed once the others are answered.
 
     Args:
         arguments: The arguments that uvicorn passes to every connection.
@@ -80,7 +80,7 @@ class Connection(HttpToolsProtocol):
     async def _answer(
         self, cycle: RequestResponseCycle, app: Any, scope: Any, receive: Any, send: Any
     ) -> None:
-        """Runs the application, and gives it the extension that sends chunks."""
+        """Run the application; for HTTP/1.1, with the extension that sends chunks."""
         self._running = cycle
         is_old = scope["http_version"] == "1.0"
         if not is_old:
@@ -90,10 +90,10 @@ class Connection(HttpToolsProtocol):
             scope = {**scope, "extensions": {EXTENSION: Chunks(cycle)}}
 
         async def framed(message: Any) -> None:
-            """Sends a message of the application, and announces the end of the connection.
+            """Send a message of the application, and announce the end of the connection.
 
-            The connection ends with an answer that begins before its request has been read, or with
-            the last one if too many requests were sent ahead.
+            The connection ends after an answer that begins before its request has been read. If too
+            many requests were sent ahead, it ends after the last answer.
             """
             is_start = message["type"] == "http.response.start"
             if is_old:
@@ -279,7 +279,7 @@ class Listener(socket.socket):
     """Accepts connections up to a limit; further ones are closed at once.
 
     asyncio can use it like any listening socket. It counts the open connections that it has
-    accepted, including those whose handshake is still running. Belongs to one event loop.
+    accepted, including those whose handshake is still running. It belongs to one event loop.
 
     Args:
         bound: The listening socket, which this one replaces.
@@ -334,9 +334,10 @@ class NewestContext(ssl.SSLContext):
 
 
 def tls_context(security: SecurityConfig) -> ssl.SSLContext | None:
-    """The TLS context for the flags, mutual with ``--tls-client-ca``; None for plain text.
+    """The TLS context that the flags describe; None if they do not enable TLS.
 
-    The files are read again at the next connection after they have changed.
+    With ``--tls-client-ca``, clients need a certificate too. After a file has changed, the next
+    connection reads all of them again.
 
     Raises:
         OSError: A file cannot be read, or the files do not match each other.
@@ -346,7 +347,7 @@ def tls_context(security: SecurityConfig) -> ssl.SSLContext | None:
     paths = [security.tls_cert, security.tls_key]
     if security.tls_client_ca is not None:
         paths.append(security.tls_client_ca)
-    # uvicorn passes neither setting on.
+    # uvicorn has no options for these two settings, so change asyncio's own values.
     sslproto.SSLProtocol.max_size = _TLS_BUFFER_BYTES
     constants.SSL_HANDSHAKE_TIMEOUT = HANDSHAKE_SECONDS
     context = NewestContext(ssl.PROTOCOL_TLS_SERVER)

@@ -139,7 +139,7 @@ def _merged(state: adapters_pb2.MergeState) -> dict[str, Any] | None:
 
 
 def _row(adapter: adapters_pb2.Adapter, is_admin: bool) -> dict[str, Any]:
-    """An adapter as in /v1/models, or for an administrator as in ListAdapters."""
+    """A table row: fields of /v1/models and, for an administrator, also of ListAdapters."""
     row = {
         "name": adapter.name,
         "method": adapter.method,

@@ -109,7 +109,7 @@ class Reply:
         """Send a value as the whole answer.
 
         Raises:
-            QueueFullError: See ``Call.send``. Errors are too small to count.
+            QueueFullError: See ``Call.send``; never for an error, which is too small to count.
         """
         body = dumps(value)
         if status < 400:
@@ -186,7 +186,7 @@ class Reply:
         await self._send({"type": "http.response.body", "body": body, "more_body": not is_last})
 
 
-# Placeholder for the text. It is random, so no text from a client contains it.
+# Placeholder for the text of an event. It is random, so no text from a client contains it.
 HOLE = uuid.uuid4().hex
 
 
@@ -205,9 +205,10 @@ class Template:
         return self._before + dumps(text) + self._after
 
 
-# A slower client has probably gone, and would hold a place for which others wait.
+# Time limit for a body. A slower client has probably gone, and would hold a place for which others
+# wait.
 BODY_SECONDS = 60.0
-# Maximum number of lists and objects in a body; 4096 turns with tool calls have 30,000.
+# Maximum number of lists and objects in a body; 4096 turns with tool calls contain 30,000.
 MAX_CONTAINERS = 1 << 15
 # Larger bodies take more than about a millisecond to parse, so they are parsed off the event loop.
 _INLINE_BYTES = 32 << 10
@@ -224,7 +225,7 @@ class ClientGoneError(Exception):
 
 
 def parse(data: bytes) -> dict[str, Any]:
-    """The object in the bytes; the time grows linearly with their number.
+    """The JSON object in the bytes, parsed in time linear in their number.
 
     Raises:
         InvalidRequestError: The bytes are not a JSON object, or have too many lists and objects.
@@ -276,7 +277,7 @@ class Exchange:
         reply: Writes the answer.
         names: The client's names for field paths of turret.v1.
         services: The services that answer.
-        has_admin: Whether adapters can be managed here.
+        has_admin: Whether adapters are managed at this address, not at a separate one.
     """
 
     call: Call
@@ -373,7 +374,8 @@ class Route:
         is_hidden: Whether the OpenAPI document omits the route.
         is_counted: Whether the route runs on adapters, so that metrics count it.
         is_raw: Whether the route is a POST whose body the handler reads itself.
-        is_frequent: Whether clients call the route so often that calls are not logged.
+        is_frequent: Whether clients call the route so often that calls are logged only at level
+            DEBUG.
         verb: The method; empty if it is POST for a route with a body, and GET for others.
         refuse: Converts an error, with the id of its request, to the form of another API.
     """
@@ -396,7 +398,7 @@ class Route:
 
     @property
     def is_polled(self) -> bool:
-        """Whether the route is a probe or a page, whose calls are not logged."""
+        """Whether clients poll the route, so that its calls are logged only at level DEBUG."""
         return self.is_frequent or (self.method == "GET" and self.service != INFERENCE)
 
 
@@ -406,7 +408,7 @@ class Endpoint:
     Args:
         route: The route that handles the request.
         services: The services that answer.
-        has_admin: Whether adapters can be managed here.
+        has_admin: Whether adapters are managed at this address, not at a separate one.
     """
 
     def __init__(self, route: Route, services: Services, *, has_admin: bool) -> None:
@@ -425,7 +427,7 @@ class Endpoint:
             headers=headers.items,
             protocol="http",
             party=Party(services.shares, _authorization(headers), _peer(scope)),
-            # Failures of polled endpoints would crowd out all others.
+            # Failures of polled endpoints would crowd all others out of the list of failures.
             failures=None if route.is_polled else services.failures,
             is_counted=route.is_counted,
             is_private=route.service == TRAINING,
@@ -465,8 +467,8 @@ class Endpoint:
         except ClientGoneError:
             return Code.CANCELLED, None
         except asyncio.CancelledError:
-            # The listener is stopping. Nothing else waits for this task, so report it to the
-            # client.
+            # The listener is stopping. Nothing else waits for this task, so the exception may end
+            # here, and the client gets an error.
             return Code.CANCELLED, refusal_of(UnavailableError(say("REQUEST_ENDED")))
         except Exception as error:
             refusal = refusal_of(error, exchange.names)
@@ -499,7 +501,7 @@ def _check_head(request: Request) -> None:
             raise HttpRefusal(400, say("DUPLICATE_HEADER", header=name))
     if (key := headers.get("x-api-key")) and bearer_token(_authorization(headers) or "") != key:
         raise HttpRefusal(400, say("DUPLICATE_HEADER", header="authorization or x-api-key"))
-    # RFC 9112, section 3.2.
+    # RFC 9112, section 3.2, requires this header.
     if "host" not in headers and scope["http_version"] == "1.1":
         raise HttpRefusal(400, say("HOST_MISSING"))
 
@@ -542,7 +544,7 @@ async def _handled(handler: Handler, exchange: Exchange) -> None:
 
 
 async def _either(work: asyncio.Future[None], gone: asyncio.Future[None]) -> bool:
-    """Wait for a limited time until one of two tasks is done; returns whether one is."""
+    """Wait for a limited time until one of two tasks is done; return whether one is."""
     done, _ = await asyncio.wait(
         (work, gone), timeout=HEARTBEAT_SECONDS / 2, return_when=asyncio.FIRST_COMPLETED
     )

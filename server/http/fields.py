@@ -74,10 +74,10 @@ class Sent(Generic[M]):
     raw: dict[str, Any] = field(default_factory=dict)
 
     def checked(self, kind: type[_C]) -> _C:
-        """The model.
+        """The model of the object.
 
         Raises:
-            InvalidRequestError: Lists all errors.
+            InvalidRequestError: The object has errors, which the exception lists.
         """
         Violations(list(self.wrong)).raise_if_any()
         assert isinstance(self.body, kind)
@@ -170,10 +170,10 @@ class _FieldOf:
     """A field of a model.
 
     Attributes:
-        inner: The model that it contains, if it contains one.
-        is_list: Whether it contains a list of them.
+        inner: The model of the objects that the field contains; None if it contains none.
+        is_list: Whether the field contains a list of such objects.
         refused: For a rejected field: its neutral values, and the field to use instead.
-        is_used: Whether it is neither rejected nor ignored.
+        is_used: Whether the field is neither rejected nor ignored.
     """
 
     inner: type[Body] | None
@@ -208,8 +208,8 @@ def _tidied(
 ) -> dict[str, Any]:
     """The object without nulls, unknown fields and ignored fields.
 
-    Ignored fields are dropped, because they could have any size, and limits on waiting commands do
-    not count them. The fields that must not be ignored are added to ``found``.
+    Ignored fields are dropped, because they could have any size, and the memory limits for waiting
+    training commands do not count them. The fields that must not be ignored are added to ``found``.
     """
     fields = _fields_of(model)
     kept: dict[str, Any] = {}
@@ -264,7 +264,7 @@ def _misspelt(
 
 @functools.lru_cache(maxsize=4096)
 def _meant(model: type[Body], name: str) -> str:
-    """The field that a client meant by an unknown name; "" if the name has another meaning."""
+    """The field that a client meant by an unknown name; "" if no field is similar enough."""
     used = sorted(each for each, here in _fields_of(model).items() if here.is_used)
     return slip_of(name, used)
 
@@ -341,7 +341,7 @@ def _integral(value: Any) -> Any:
 
 
 def are_token_ids(values: list[Any]) -> bool:
-    """Whether all values are integers that fit a message. There may be a million of them."""
+    """Whether all values are unsigned integers of 32 bits. Fast even for a million values."""
     if values and set(map(type, values)) != {int}:
         return False
     try:
@@ -385,8 +385,8 @@ def _schema_text(value: Any) -> Any:
     return _json_text(value, limits.MAX_CONSTRAINT_CHARS)
 
 
-# Keywords that join schemas of one object. If one of these were closed, it would reject the
-# properties of the others.
+# Keywords that apply several schemas to one object. If one of these schemas were closed, it would
+# reject the properties of the others.
 _JOINING = frozenset(
     {"allOf", "anyOf", "oneOf", "$ref", "if", "not", "dependentSchemas", "unevaluatedProperties"}
 )
@@ -396,8 +396,8 @@ _NAMED_SCHEMAS = ("properties", "$defs", "definitions")
 def closed(schema: Any) -> Any:
     """A JSON schema whose objects allow only the listed properties, as OpenAI's API reads it.
 
-    Objects with ``additionalProperties`` or ``patternProperties`` stay unchanged, and so do schemas
-    that join several.
+    Objects with ``additionalProperties`` or ``patternProperties`` stay unchanged. So does the whole
+    schema if a part of it applies several schemas to one object.
     """
     return schema if _joins(schema) else _closed(schema)
 
@@ -461,7 +461,7 @@ MAX_TEXT_PARTS = 4096
 
 
 def text_of(value: Any, kinds: Iterable[str], *place: str) -> str:
-    """A text, or the joined texts of parts that have one of these types."""
+    """A text, or the joined texts of a list of parts. ``kinds`` are the valid types of parts."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):

@@ -39,7 +39,7 @@ def _chat_of(body: CountRequest, names: dict[str, str]) -> inference_pb2.Chat:
     for index, turn in enumerate(body.messages):
         path = f"messages[{index}]"
         # The texts and calls of a turn form one message, and each result forms another. Texts are
-        # joined at once, because each assignment to a protobuf field copies the whole text.
+        # collected and then joined, because each assignment to a protobuf field copies the text.
         is_open, texts = False, list[str]()
         for place, block in enumerate(turn.content):
             at = f"{path}.content[{place}]"
@@ -62,7 +62,7 @@ def _chat_of(body: CountRequest, names: dict[str, str]) -> inference_pb2.Chat:
                     calls.add(id=block.id, name=block.name, arguments=arguments)
         if is_open:
             chat.messages[-1].content = "".join(texts)
-    # If the last message is the assistant's, the answer continues it.
+    # If the last turn is the assistant's and ends with a text, the answer continues this text.
     last_turn = body.messages[-1]
     if last_turn.role == "assistant" and last_turn.content and last_turn.content[-1].text:
         chat.continue_final_message = True

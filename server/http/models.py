@@ -31,7 +31,7 @@ from turret.v1 import adapters_pb2
 from turret.v1.inference_pb2 import GetModelResponse
 
 OWNER = "turret"
-# OpenAI's API requires a creation time. Adapters have none that survives a restart.
+# OpenAI's API requires a creation time. turret does not store one, so this is the server's start.
 _CREATED = int(time.time())
 # Other servers' scheme for repositories on the hub.
 _HF_SCHEME = "hf://"
@@ -172,7 +172,7 @@ async def _succeed(exchange: Exchange, name: str, what: str) -> None:
 ARCHIVE = "application/x-tar"
 ARCHIVE_FLAGS = ("load_inplace", "pinned")
 _BLOCK = tarfile.BLOCKSIZE
-# A folder of checkpoints has fewer files.
+# Maximum number of entries in an archive; a folder of checkpoints has fewer files.
 _MAX_ENTRIES = 1024
 _MAX_PADDING = 1 << 20
 # Entries that contain the next entry's name if it has over 100 characters, in GNU's and POSIX's
@@ -230,7 +230,9 @@ class _Archive:
         self._is_over = False
 
     async def entries(self) -> AsyncIterator[tuple[str, int, AsyncIterator[bytes]]]:
-        """The entries: name without folders, or empty unless it is a file; size in bytes; content.
+        """The entries, each as a name without folders, a size in bytes, and the content.
+
+        The name is empty if the entry is not a file.
 
         Raises:
             InvalidRequestError: The body is not an archive, is truncated, or has too many entries.
@@ -253,7 +255,7 @@ class _Archive:
                 long_name = _LONG_NAMES[info.type].search(data) or long_name
             else:
                 path = long_name[1].decode(errors="replace") if long_name else info.name
-                # Other entries are folders, links and the like.
+                # Entries that are not regular files are folders, links and the like.
                 yield PurePosixPath(path).name if info.isreg() else "", info.size, content
                 long_name = None
             for rest in (content, self._read(-info.size % _BLOCK)):
@@ -262,7 +264,7 @@ class _Archive:
         raise InvalidRequestError(say("ARCHIVE_TOO_LONG", most=_MAX_ENTRIES))
 
     async def _end(self) -> None:
-        """Read the padding."""
+        """Read the padding after the last entry."""
         most_bytes = self._num_bytes + _MAX_PADDING
         while not self._is_over:
             if self._num_bytes > most_bytes:

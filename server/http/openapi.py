@@ -78,7 +78,7 @@ def document(routes: Iterable[Route], *, has_tokens: bool) -> dict[str, Any]:
 
 
 def _with_bounds(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema with JSON Schema's names for bounds, where some of them had pydantic's (``ge``)."""
+    """A schema with JSON Schema's names for bounds (``minimum``), not pydantic's (``ge``)."""
     return {
         _BOUNDS.get(name, name) if isinstance(value, int | float) else name: value
         for name, value in schema.items()
@@ -86,7 +86,7 @@ def _with_bounds(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _described(route: Route) -> Any:
-    """A route as FastAPI describes it. Requests never reach it."""
+    """A FastAPI route that only describes ``route``. No request reaches it."""
     from fastapi.routing import APIRoute
 
     def stub() -> None: ...

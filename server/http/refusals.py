@@ -38,7 +38,7 @@ TABLE: dict[Code, HttpForm] = {
     Code.DATA_LOSS: HttpForm(500, "server_error"),
     Code.UNAUTHENTICATED: HttpForm(401, "authentication_error"),
 }
-# HTTP status of an ``HttpRefusal`` → code. Other statuses have INVALID_ARGUMENT.
+# HTTP status of an ``HttpRefusal`` → code. For other statuses, the code is INVALID_ARGUMENT.
 _CODES = {
     **dict.fromkeys((404, 410), Code.NOT_FOUND),
     405: Code.UNIMPLEMENTED,
@@ -65,14 +65,14 @@ STEPS = {
     " clients)",
     "DEADLINE_EXCEEDED": "set a higher timeout or a lower max_tokens",
 }
-# Errors whose violations contain the whole message. Other messages contain more.
+# Reasons of errors whose message only repeats their violations. Other messages contain more.
 _ABOUT_FIELDS = ("INVALID_REQUEST", "PROMPT_TOO_LONG", "ADAPTER_CLASSIFIES", "HEAD_MISSING")
 # The message repeats what the client sent, so limit it to about a page of text.
 MAX_MESSAGE_CHARS = 4000
 
 
 class HttpRefusal(Exception):
-    """An error that only HTTP has: an invalid path, method, size or media type.
+    """An error that occurs only over HTTP, such as an invalid path, method, size or media type.
 
     Args:
         status: The HTTP status.
@@ -122,7 +122,7 @@ def refusal_of(error: BaseException, names: Mapping[str, str] | None = None) -> 
         if reason in _ABOUT_FIELDS:
             message = "; ".join(f"{path}: {why}" for path, why in wrong)
     elif reason == "ADAPTER_NOT_FOUND":
-        # Bodies that manage adapters have the name in a field other than ``model``.
+        # Requests that manage adapters contain the name in another field than ``model``.
         param = (names or {}).get("name", "model")
     if reason == "INVALID_REQUEST":
         reason = getattr(wrong[0][1] if wrong else message, "reason", reason)
@@ -154,7 +154,7 @@ def _body(message: str, kind: str, param: str | None, reason: str) -> dict[str, 
 
 
 def _renamed(path: str, why: str, names: Mapping[str, str]) -> tuple[str, str]:
-    """A violation with the client's own names for its field and other fields that it mentions."""
+    """A violation with the client's own names for its field and for another that it mentions."""
     if isinstance(why, Text) and "other" in why.params:
         reason = why.reason
         why = say(reason, **{**why.params, "other": renamed_path(why.params["other"], names)})

@@ -49,11 +49,14 @@ _CONSTRAINT = "A constraint that the answer must match. A request can have one."
 
 
 def names_with(main: str, top_n: str = "", chat: str = "") -> dict[str, str]:
-    """A request's names for fields of turret.v1; fields of groups are at the request's top level.
+    """A request's names for fields of turret.v1.
+
+    The fields of the messages for sampling, stop conditions and conversations are at the request's
+    top level.
 
     Args:
         main: The field with the prompt, the conversation or the inputs.
-        top_n: The field with the number of alternatives.
+        top_n: The field with the number of most likely tokens to report.
         chat: The field with the conversation, if it is not ``main``.
     """
     return {
@@ -621,7 +624,7 @@ class Turn(Body):
 
 
 def _few_blocks(value: Any) -> Any:
-    """Limits the blocks of all turns together, before the first of them is read."""
+    """Limit the number of blocks in all turns together, before the first block is read."""
     turns = value if isinstance(value, list) else []
     contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
     found = sum(len(content) for content in contents if isinstance(content, list))

@@ -181,7 +181,7 @@ class _Response(Dialect):
         return [*events, ("response.output_item.done", place)]
 
     def finish(self, answer: Ended, is_cut: bool) -> list[Event]:
-        """The whole response. Its status is incomplete if a limit cut it off."""
+        """The event with the whole response, whose status is incomplete if a limit cut it off."""
         used = usage_of([answer], 1)
         self.whole |= {
             "status": "incomplete" if is_cut else "completed",

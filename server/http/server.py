@@ -40,9 +40,9 @@ _SHORT_PATH = 10
 
 
 class HostCheck:
-    """Rejects requests to other host names with status 421.
+    """Rejects requests whose host name is not one of the server's, with status 421.
 
-    This protects against DNS rebinding: after a page of evil.example was loaded, its owner can make
+    This protects against DNS rebinding: once a page of evil.example is loaded, its owner can make
     that name resolve to this server. The browser then treats requests to this server as requests to
     the page's own origin, and only their Host header shows the difference.
 
@@ -86,7 +86,7 @@ class RequestIds:
 
 
 async def no_route(apart: Collection[str], request: Request, error: Exception) -> Response:
-    """Reports what Starlette itself rejects: an unknown path or method.
+    """The answer to a request that Starlette itself rejects, for its unknown path or method.
 
     Args:
         apart: Paths that are served at a separate address.
@@ -129,7 +129,8 @@ def _response(error: HttpRefusal, headers: Mapping[str, str] | None = None) -> R
     return Response(dumps(refusal.body), refusal.status, every, media_type="application/json")
 
 
-# Clients reuse idle connections, and a request fails if its connection was just closed.
+# Clients reuse idle connections, and a request fails if the server has just closed its connection.
+# Most clients close idle connections earlier than this.
 KEEP_ALIVE_SECONDS = 75
 _LAST_WORD_SECONDS = 1.0
 
@@ -143,12 +144,12 @@ class _Uvicorn(uvicorn.Server):
 
 
 class HttpServer:
-    """The HTTP server. It starts before the model is loaded, and reports that it is starting.
+    """The HTTP server. Until the model is loaded, it answers that the server is starting.
 
     Create and use it inside the running event loop.
 
     Args:
-        listen: The address, and the origins of pages that may call.
+        listen: The address, and the origins of pages that may call the server.
         security: The TLS files; the caller reads the token file.
         services: The services that answer.
 

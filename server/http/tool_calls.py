@@ -100,8 +100,8 @@ _KINDS_OF_TYPES = {
     **{type(None): "null", list: "array", dict: "object"},
 }
 KINDS = frozenset(_KINDS_OF_TYPES.values())
-# Limits on what is followed for the type of one value. Otherwise, alternatives that refer to each
-# other could take any amount of time.
+# Limits on the schemas that are followed to find the type of one value. Without limits,
+# alternatives that refer to each other could take any amount of time.
 MAX_ALTERNATIVES = 32
 _MAX_REFERENCE_CHARS = 256
 # The same whitespace as between the tokens of any constrained JSON.
@@ -226,7 +226,7 @@ class Source:
         return taken
 
     def more(self) -> Parser[bool]:
-        """Wait for more text; returns False at once if none follows."""
+        """Wait for more text and return True; return False at once if none follows."""
         if self.is_over:
             return False
         yield None
@@ -352,7 +352,7 @@ def _message(source: Source, kind: Callable[[str], AnswerPiece]) -> Parser[int]:
 
 
 # Tool calls. A parser of one call returns False, and takes no text, if there is no call of a known
-# tool. If the answer is cut in a call, it returns True.
+# tool. If the answer is cut in a call, the parser returns True.
 
 _JSON_HEAD = re.compile(
     r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
@@ -369,7 +369,7 @@ class ObjectEnd:
         self._is_escaped = False
 
     def find(self, text: str) -> int | None:
-        """The offset in the next piece after the closing bracket; None if it has yet to come."""
+        """The offset after the closing bracket in ``text``, the next piece; None if not there."""
         for place, character in enumerate(text):
             if self._in_string:
                 if self._is_escaped:
@@ -480,7 +480,7 @@ def _xml_call(source: Source, index: int, tools: Tools) -> Parser[bool]:
     """A call that begins with ``<function=``; its arguments become JSON.
 
     A parameter's value is plain text between tags; the tool's schema determines its type. Strings
-    are returned as they arrive, other values once they are complete.
+    are yielded as they arrive, other values once they are complete.
     """
     while (head := _XML_HEAD.match(source.text)) is None:
         begun = source.text.lstrip()
@@ -546,7 +546,11 @@ def _xml_value(source: Source, index: int, kinds: frozenset[str]) -> Parser[bool
 
 
 def _meant(text: str, kinds: frozenset[str]) -> Any:
-    """The value of a parameter's text: parsed as JSON if possible, otherwise the text itself."""
+    """The value that a parameter's text stands for.
+
+    Text that is JSON is parsed, unless the parameter may be a string but not a value of that type.
+    Other text is the value itself.
+    """
     bare = text.strip()
     lowered = bare.lower()
     if lowered in ("true", "false", "null", "none"):
@@ -576,7 +580,7 @@ def _calls(source: Source, form: Form, tools: Tools) -> Parser[None]:
     Text that looks like a call but is not one, or calls an unknown tool, stays text.
     """
     index = 0
-    # See ``_call``; None outside of a call.
+    # The argument ``taken`` of ``_call``; None outside of a call.
     taken = (yield from _opening(source, form)) if form.is_bare else None
     while True:
         if taken is None:
@@ -591,7 +595,7 @@ def _calls(source: Source, form: Form, tools: Tools) -> Parser[None]:
 
 
 def _opening(source: Source, form: Form) -> Parser[str | None]:
-    """The beginning of a call at the front of the answer, with or without the mark; else None."""
+    """Take and return the blanks and the mark before a first call; None if no call is there."""
     while True:
         begun = source.text.lstrip()
         num_blanks = len(source.text) - len(begun)
@@ -607,8 +611,8 @@ def _opening(source: Source, form: Form) -> Parser[str | None]:
 def _call(source: Source, form: Form, tools: Tools, index: int, taken: str) -> Parser[bool]:
     """One call; returns whether there is one.
 
-    ``taken`` is the text that was taken as its beginning, which stays text if there is none. It is
-    empty if the call follows another one without a mark.
+    ``taken`` is the text that was taken as the beginning of the call. If there is no call, it stays
+    text. It is empty if the call follows another one without a mark.
     """
     opening, parse = _CALLS[form.syntax]
     begins_list = form.is_list and not index
@@ -708,7 +712,7 @@ class AnswerReader:
     def feed(self, text: str) -> list[AnswerPiece]:
         """Append text, and return the pieces that are now certain; every call has an id."""
         pieces: list[AnswerPiece] = []
-        # Each step of a parser copies the text, so give it a whole answer in parts.
+        # Each step of a parser copies the text that is not parsed yet, so feed long texts in parts.
         for start in range(0, len(text) or 1, _PART_CHARS):
             self._source.text += text[start : start + _PART_CHARS]
             for piece in self._parser:

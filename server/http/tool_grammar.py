@@ -29,11 +29,13 @@ _SLASH = re.compile(r"(?s)(\\.)|(/)|(\n)")
 
 
 def constrained(kind: str, value: Any) -> str | None:
-    """The rule for an answer; None if a constraint cannot be combined with other rules.
+    """The right side of a rule for answers that match a constraint.
+
+    None if the constraint cannot be combined with other rules.
 
     Args:
         kind: ``json_schema``, ``json_object``, ``regex``, ``grammar`` or ``choice``.
-        value: A schema, true, an expression, Lark, or texts.
+        value: For these kinds: a schema, true, a regular expression, a grammar, or a list of texts.
     """
     if kind == "json_schema":
         return json_rule(value)
@@ -176,7 +178,7 @@ Schema = Mapping[str, Any]
 
 
 class CallsGrammar:
-    """The grammar of answers that consist only of calls.
+    """Makes grammars of answers that are tool calls, alone or beside other answers.
 
     Args:
         form: How the model writes calls: a key of ``FORMS``.
@@ -215,7 +217,7 @@ class CallsGrammar:
         return _joined("start: calls", self._rules())
 
     def beside(self, answer: str) -> str:
-        """A grammar for calls, or for an answer that matches a rule.
+        """A grammar for answers that are calls, or that match a rule.
 
         Args:
             answer: The right side of the answer's rule. Its first token must differ from a call's.
@@ -233,7 +235,7 @@ class CallsGrammar:
                 "type": "object",
                 "properties": {
                     "name": {"const": name},
-                    # The id makes the references in each schema relative to it.
+                    # The id makes the references in a schema relative to that schema.
                     self._form.parameters: {"$id": f"urn:turret:arguments{index}", **schema},
                 },
                 "required": ["name", self._form.parameters],
@@ -290,8 +292,9 @@ class CallsGrammar:
 def _joined(start: str, rules: Iterable[str]) -> str:
     """A grammar of rules.
 
-    Stops after the limit, because the service rejects the grammar then: each parameter in XML
-    repeats all definitions of its tool, so the rules can be hundreds of times as long as the tools.
+    Rules beyond the maximum length are left out, because the service rejects the grammar anyway.
+    Rules can be hundreds of times as long as the tools, because each parameter in XML repeats all
+    definitions of its tool.
     """
     lines, left = [start], MAX_CONSTRAINT_CHARS
     for rule in rules:

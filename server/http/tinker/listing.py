@@ -29,7 +29,8 @@ _MOST_LISTED = 100
 _ARCHIVED = ("adapter_config.json", "adapter_model.safetensors")
 _LINK_SECONDS = 900.0
 _PIECE_BYTES = 1 << 18
-# Signs links, so that nobody else can make one. Links become invalid when the process ends.
+# This key signs links, so that nobody else can make them. Links become invalid when the process
+# ends.
 _KEY, _SIGNATURE_BYTES = secrets.token_bytes(32), 16
 
 
@@ -204,7 +205,7 @@ async def file_urls(exchange: Exchange) -> Json:
 
 
 async def download(exchange: Exchange) -> None:
-    """Send one file, or all of them as an uncompressed tar archive."""
+    """Send one file of a checkpoint, or all of its files as an uncompressed tar archive."""
     checkpoint, name = _linked(exchange, exchange.request.path_params["secret"])
     found = await asyncio.to_thread(_files, tenants_of(exchange).checkpoints.folder(checkpoint))
     found = [each for each in found if name in ("", each[0].name)]

@@ -34,7 +34,7 @@ _SEEDS = 1 << 64
 _METHOD = "POST /api/v1/asample"
 # The approximate memory of a request without its tokens.
 _REQUEST_BYTES = 8 << 10
-# While the queue is full, a request is retried this many times, after this many seconds each.
+# While the queue is full, a request is tried this many times, this many seconds apart.
 _TRIES, _RETRY_SECONDS = 600, 1.0
 
 
@@ -64,7 +64,7 @@ async def create_sampler(exchange: Exchange) -> Json:
 async def _serve(
     tenants: Tenants, session: Session, sampler: SavedSampler, checkpoint: Checkpoint
 ) -> None:
-    """Register a checkpoint for a sampler, which is added so that its files end with it."""
+    """Register a checkpoint's adapter for a sampler, and add the sampler to its session."""
     with tenants.checkpoints.reading(checkpoint) as folder:
         published = await tenants.sessions.training().serve(folder, sampler.adapter)
     sampler.generation, sampler.size = published.generation, published.size

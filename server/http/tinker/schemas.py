@@ -186,8 +186,8 @@ class Stop:
     """The conditions that end a sequence, other than its length.
 
     Attributes:
-        texts: Texts that end it.
-        tokens: Tokens that end it.
+        texts: Texts that end the sequence.
+        tokens: Tokens that end the sequence.
         ignores_eos: Whether the sequence continues after the model's end tokens.
     """
 
@@ -197,7 +197,7 @@ class Stop:
 
 
 def _stop(value: Any) -> Stop:
-    """A text, or a list of texts or tokens. An empty list disables even the end tokens."""
+    """Read a text, or a list of texts or tokens. An empty list disables even the end tokens."""
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list):
@@ -233,7 +233,8 @@ class Sample(Typed):
     """POST /api/v1/asample."""
 
     sampling_session_id: Id
-    # A clone of a sampling client numbers its requests from a multiple of a billion.
+    # A clone of a sampling client numbers its requests from a multiple of a billion, so the maximum
+    # is higher than for other numbers.
     seq_id: int = Field(ge=0, le=_MOST_SEED)
     prompt: Prompt
     sampling_params: SamplingParams

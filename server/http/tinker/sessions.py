@@ -1,4 +1,4 @@
-"""Sessions and results of the Tinker API: their handlers, and what other handlers need of them."""
+"""Handlers of the Tinker API's sessions and results, and functions that other handlers share."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def tenants_of(exchange: Exchange) -> Tenants:
 
 
 def owner_of(exchange: Exchange) -> str:
-    """Identifies the client by its token; empty if the server accepts every caller."""
+    """The client's identity, taken from its token; empty if the server accepts every caller."""
     return tenants_of(exchange).owner(exchange.call.party)
 
 
 def session_of(exchange: Exchange, session_id: str) -> Session:
-    """A session of the client. The call counts as a sign of life for it.
+    """A session of the client. The call keeps the session alive.
 
     Raises:
         HttpRefusal: The session has ended, or belongs to another client.
@@ -48,7 +48,7 @@ def check_base(exchange: Exchange, name: str) -> None:
     """Check that a name is that of the base model.
 
     Raises:
-        HttpRefusal: It is another name.
+        HttpRefusal: The name is another one.
     """
     if name not in (BASE, tenants_of(exchange).info().name):
         raise HttpRefusal(404, say("NO_SUCH_MODEL", model=name[:_SHOWN_CHARS]))
@@ -96,15 +96,15 @@ def number_of(raw: Any) -> int:
     return raw
 
 
-# The client divides lists of sequences into requests of this size, which leaves room for the rest
-# of a body of 4 MiB.
+# The client divides lists of sequences into requests of this size, which leaves room for the other
+# fields of a body of at most 4 MiB.
 _CHUNK_BYTES = 3_000_000
 _CONFIG: dict[str, Any] = {
     "fwdbwd_max_chunk_len": min(256, MAX_DATUMS),
     "fwdbwd_max_chunk_bytes_count": _CHUNK_BYTES,
     "sample_max_concurrent_requests": 256,
 }
-# Clients wait for 45 seconds.
+# Clients wait 45 seconds for an answer, so tell them earlier to ask again.
 POLL_SECONDS = 20.0
 # How often a waiting call checks whether the server is shutting down.
 _LOOK_SECONDS = 1.0
@@ -187,7 +187,8 @@ async def retrieve(exchange: Exchange) -> None:
         again = {"type": "try_again", "request_id": body.request_id, "queue_state": "active"}
         await exchange.reply.json(again, 408)
         return
-    # The result may be dropped elsewhere before the client has read it.
+    # The result may be dropped elsewhere before the client has read it, so this call counts its
+    # bytes.
     exchange.call.send(len(result.body))
     future.fetched()
     await exchange.reply.whole(result.body, 200, {"content-type": result.kind})

@@ -35,7 +35,7 @@ Work = Callable[[Tenants, TenantModel, Any], Awaitable[Result]]
 
 
 def _promise(future: Future, model_id: str) -> Json:
-    """The id of a result that comes later."""
+    """The answer to a call whose result the client retrieves later, by the id in the answer."""
     return {"request_id": future.request_id, "model_id": model_id}
 
 
@@ -57,11 +57,12 @@ def _commanded(exchange: Exchange, sent: Sent[Any], kind: type[Body], work: Work
         raise InvalidRequestError.of("model_id", wrong_type("a string", model_id))
     number = number_of(sent.raw.get("seq_id"))
     model = tenants.sessions.model(owner_of(exchange), model_id)
-    # While the command waits, only these are kept of what was sent.
+    # While the command waits, keep only the model and its errors, not the parsed object.
     kept = Sent(sent.body, sent.wrong)
 
     async def run() -> Result:
-        # A command that fails uses its number too, so that later ones do not wait for it.
+        # Report errors in the body only now: a command that fails uses its number too, so that
+        # later ones do not wait for it.
         return await work(tenants, model, kept.checked(kind))
 
     return _promise(sessions.command(tenants, model, number, run), model.model_id)
@@ -101,7 +102,7 @@ def _create(
     config: LearnerConfig,
     begin: Callable[[TenantModel], Awaitable[Result]],
 ) -> Json:
-    """Add a model to a session; its first command creates it.
+    """Add a model to a session; the model's first command creates its adapter.
 
     Args:
         exchange: The request.
@@ -178,7 +179,7 @@ async def forward_backward(exchange: Exchange) -> Json:
     model = tenants.sessions.model(owner_of(exchange), model_id)
 
     async def run() -> Result:
-        # Until it is its turn, a pass is kept as bytes, because its sequences may take 30 times as
+        # Until its turn comes, a pass is kept as bytes, because its sequences may take 30 times as
         # much memory.
         asked = await tenants.read(tenant, lambda: wire.read_pass(body, info))
         losses = await training.pass_over(
@@ -199,7 +200,7 @@ async def optim_step(tenants: Tenants, model: TenantModel, body: schemas.OptimSt
     """Change a model's weights by the gradients since the last step."""
     adam = AdamParams(**body.adam_params.model_dump())
     metrics = await tenants.sessions.training().step(model.learner_number, adam)
-    # JSON has no other numbers.
+    # Leave out metrics that are infinite or NaN, because JSON cannot represent them.
     finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
     return Result.of(metrics=finite)
 

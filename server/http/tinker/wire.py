@@ -1,4 +1,4 @@
-"""Protobuf bodies of the Tinker API: sequences with losses in, and results out."""
+"""Protobuf bodies of the Tinker API: requests with sequences to train on, and results."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def read_address(body: bytes) -> tuple[str, int]:
 
 
 def _parse(kind: type[_M], body: bytes) -> _M:
-    # A message of millions of parts takes a second, while no other thread runs. Messages whose
-    # parts are bytes are parsed ten times as fast.
+    # Parsing a message of millions of parts takes a second, while no other thread runs. Messages
+    # whose parts are bytes are parsed ten times as fast, so they serve to count the parts first.
     try:
         return kind.FromString(body)
     except DecodeError:
@@ -151,7 +151,7 @@ def read_pass(body: bytes, info: ModelInfo) -> training.AskedPass:
 
 
 def _settings(parts: tinker_pb2.TinkerPassParts, violations: Violations) -> dict[str, float]:
-    """The settings of the loss. The newer field takes precedence if it was sent."""
+    """The settings of the loss. Settings in the newer field override those in the older one."""
     path = "loss_fn_config"
     count = max(len(parts.loss_fn_config), len(parts.loss_fn_config_v2))
     if not violations.check_count(count, training.MAX_SETTINGS, path):
@@ -189,7 +189,7 @@ def result_of_pass(losses: Sequence[DatumLoss]) -> bytes:
         batch.data = b"".join(array.tobytes() for array in arrays)
         batch.offsets = ends.astype(_INT64).tobytes()
         batch.dtype = _Tensor.FLOAT32
-    # The sum of an infinite and a negative infinite loss is NaN.
+    # The sum may be NaN, if one loss is infinite and another one negative infinite.
     total = sum(float(tensor.double().sum()) for tensor in fields["elementwise_loss"])
     result = tinker_pb2.TinkerPassResult(
         loss_fn_output_type=record.type_tag, loss_fn_outputs=[record], metrics={"loss:sum": total}
