@@ -16,7 +16,7 @@ _PATHS = ("FILE", "DIR", "PATH", "FILE.svg", "CONFIG")
 _ADAPTER_ARGUMENTS = ("adapters", "mixes")
 # Verbs in which NAME is the name of a new adapter.
 _VERBS_WITH_NEW_NAME = ("turret adapters load", "turret adapters fuse")
-# A zsh without a configuration has not loaded its completion system.
+# A zsh without a configuration has not loaded its completion system, so the script loads it.
 _ZSH = "#compdef turret\n(( ${+functions[compdef]} )) || { autoload -U compinit && compinit; }\n"
 # Timeout of the call that lists the server's adapters. It usually takes 0.15 s. Without an answer,
 # no names are suggested.

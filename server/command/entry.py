@@ -1,7 +1,7 @@
 """The entry point of the ``turret`` command, which loads quickly, and its signals.
 
-Ctrl-C, SIGTERM and SIGHUP raise exceptions, or end the process while libraries load: an exception
-would pass through C++ code, some of which aborts.
+Ctrl-C and SIGTERM raise exceptions. While libraries load, they end the process instead, because an
+exception would pass through C++ code, some of which aborts.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def take_signals_of_a_start() -> None:
 
 def main() -> int:
     """Run the command in ``sys.argv``; returns its exit code."""
-    # Until something catches KeyboardInterrupt, Ctrl-C ends the process without a traceback. If it
-    # is ignored (a background job), it stays ignored.
+    # Until something catches KeyboardInterrupt, Ctrl-C ends the process without a traceback. In a
+    # background job, where Ctrl-C is ignored, it stays ignored.
     is_caught = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_caught:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

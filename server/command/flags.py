@@ -1,7 +1,7 @@
 """The settings of ``turret serve``, from flags, ``TURRET_…`` variables and a TOML file.
 
 Flags override variables, and variables override the file. All three are derived from
-``server/config.py``. The file has a table for each of its dataclasses. Its keys are the flags'
+``server/config.py``. The TOML file has a table for each dataclass there. Its keys are the flags'
 names with underscores: ``[listen]`` holds ``http_address``, whose variable is
 ``TURRET_HTTP_ADDRESS``.
 """
@@ -78,7 +78,7 @@ class Settings(Generic[C]):
     Attributes:
         model: The class of the configuration.
         layers: The sources of values; the first one that has a value wins.
-        notes: Likely mistakes that have no effect.
+        notes: Variables that have no effect, and are probably misspelt settings.
     """
 
     model: type[C]
@@ -226,7 +226,7 @@ def unknown_variables(
 ) -> tuple[Violation, ...]:
     """A note for each ``TURRET_…`` variable that looks like a misspelt setting."""
     known = {variable_of(name) for name in settings(model)} | _OTHERS
-    # Compare the names without their common prefix.
+    # Compare the names without their common prefix, which would make all of them similar.
     endings = [name.removeprefix(PREFIX) for name in known]
     notes = []
     for name in sorted(environ):

@@ -77,7 +77,8 @@ class CommandParser(argparse.ArgumentParser):
             found = list(dict.fromkeys(flag for flag, _, _ in given if flag in named))
             if len(found) > 1:
                 self.error(f"{found[1]}: {say('CONFLICTS_WITH', other=found[0])}")
-        # Missing arguments are reported below. The help shows which flags are required.
+        # Missing arguments are reported below, so argparse must not require any. For --help, keep
+        # the requirements, because the usage shows required flags.
         asks_help = not {"-h", "--help"}.isdisjoint(self._given)
         required = [] if asks_help else [each for each in self._actions if each.required]
         for action in required:
@@ -112,7 +113,7 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """Print a text. argparse ignores errors, and so would lose a part of a help text."""
+        """Print a text. argparse itself would ignore write errors, and so lose part of a help."""
         if file is sys.stdout:
             print(message, end="")
         else:

@@ -84,7 +84,7 @@ def problems(config: Config, *, may_run: bool = False) -> list[Violation]:
 
 @contextlib.contextmanager
 def _noted(found: list[Violation], field: str) -> Iterator[None]:
-    """Record an error that the block raises as a violation of a setting."""
+    """If the block raises an error, record it as a violation of a setting."""
     try:
         yield
     except TurretError as error:
@@ -140,7 +140,7 @@ def _torch_version() -> str:
 
 
 def base_sizes(model: FoundModel) -> BaseSizes | None:
-    """The sizes of a base, before it is read; None for a mixture of experts, or if unknown."""
+    """The sizes of a base, without its weights; None for a mixture of experts, or if unknown."""
     projections = model.projections()
     if projections is None or projections.experts is not None:
         return None
