@@ -56,9 +56,9 @@ _T = TypeVar("_T")
 
 
 def _build(config: Config, metrics: Metrics, state: NoStateDir) -> Backend:
-    # Import these late: the server listens before torch and transformers are loaded, which takes
-    # seconds, and the device must be chosen first, because a library looks for devices when it is
-    # imported.
+    # Import this late. The server listens before torch and transformers are loaded, which takes
+    # seconds. The device must be chosen before the import too, because libraries look for devices
+    # when they are imported.
     see_only(config.model.device)
     from turret.server.build import build_backend
 
@@ -66,7 +66,7 @@ def _build(config: Config, metrics: Metrics, state: NoStateDir) -> Backend:
 
 
 def _preload(registry: AdapterRegistry, name: str, path: str) -> AdapterInfo:
-    """Load an adapter from the command line. Replaces one that was registered before a restart.
+    """Load an adapter of ``--preload``, or replace the one that was registered before a restart.
 
     Raises:
         PreloadError: The adapter was rejected.
@@ -213,7 +213,7 @@ class App:
         _log.info("serving", extra=log.fields(model=model.name, address=rpc.address))
 
     async def main_loop(self) -> int:
-        """Wait for a stop or the engine's death; returns the exit code for it."""
+        """Wait for a stop or the engine's death; returns the exit code."""
         if self._backend is None:
             return EXIT_OK
         engine = self._backend.engine
@@ -302,7 +302,11 @@ class App:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first SIGTERM or SIGINT stops gracefully, the second at once. SIGHUP reloads."""
+        """Handle signals in the block.
+
+        The first SIGTERM or SIGINT stops the server gracefully, the second at once. SIGHUP reloads
+        the token file, or stops the server if its terminal was closed.
+        """
         loop = asyncio.get_running_loop()
         is_main = threading.current_thread() is threading.main_thread()
         kinds = (signal.SIGTERM, signal.SIGINT) if is_main else ()

@@ -68,13 +68,13 @@ _log = logging.getLogger(__name__)
 _SWITCH_SECONDS = 5e-4
 # Maximum number of prompt tokens in a GPU step whose sequences mostly decode. Smaller steps would
 # make prompts much slower, because each dequantises all weights. By computation, not yet by
-# measurement, a step with 512 tokens of an 8B model takes a third of the time of 2,048.
+# measurement, a step of an 8B model with 512 tokens takes a third of the time of one with 2,048.
 _GPU_CHUNK = 512
-# Positions per KV block; divides the attention tile.
+# Positions per KV block; must divide the tile size of the attention kernels.
 BLOCK_SIZE = 16
 
 
-# Prepares the device for an adapter that is being loaded, or raises.
+# Prepares the device for an adapter that is being loaded; raises an error if it does not fit.
 Admit = Callable[[AdapterOperators], None]
 
 
@@ -254,9 +254,9 @@ def _build_training(
 def _device_bytes(config: AdapterConfig) -> int:
     """The device memory for adapters in training.
 
-    An adapter in training takes 32 bytes per parameter in host memory. A pass copies about 10 of
-    them to the device: an operator in the serving dtype, its leaf in float32 and the leaf's
-    gradient.
+    An adapter in training takes 32 bytes per parameter in host memory. On the device, a pass takes
+    about 10 bytes per parameter: the operator in the serving dtype, and the trained tensor and its
+    gradient in float32.
     """
     return config.training_bytes // 3
 
@@ -398,11 +398,12 @@ def _build_engine(
 
     def is_ready(sequence: Sequence) -> bool:
         # A sequence that runs alone waits for its adapters in its first step, because it delays no
-        # other.
+        # other sequence.
         return engine.is_ready(sequence) and (not scheduler.running or runner.is_near(sequence))
 
     engine: Engine
-    # Steps of the GPU path sample one token per sequence, in a captured graph.
+    # Steps of the GPU path sample one token per sequence, in a captured graph, so they cannot
+    # verify drafts.
     wanted = config.scheduler.speculation if isinstance(executor, TorchExecutor) else "off"
     cost = StepCost()
     scheduler = Scheduler(
@@ -440,7 +441,8 @@ def _on_stream(stream: StepStream, dtype: torch.dtype, device: torch.device) -> 
     if device.type == "cuda":
         # Little work is left to the CPU, so a team of threads would only wait for itself.
         compute_on_this_thread()
-        # The device idles while this thread waits for the interpreter's lock.
+        # The device idles while this thread waits for the interpreter's lock, so make other
+        # threads release it sooner.
         sys.setswitchinterval(_SWITCH_SECONDS)
     elif has_native(dtype, device):
         # Compiled kernels do most of the work of a step, on their own threads.
@@ -493,7 +495,7 @@ def _kv_bytes(config: Config, decoder: Decoder, store: AdapterStore, metrics: Me
         taken |= {"training_bytes": _device_bytes(config.adapters)}
     assert isinstance(executor, GpuExecutor)
     assert isinstance(store, GpuStore)
-    # Each captured step keeps its final hidden states. All of them share the memory of the logits.
+    # Each captured step keeps its own final hidden states, but all share the memory of the logits.
     rows = sum(bucket for bucket, _ in executor.forms())
     taken |= {"captured_bytes": rows * decoder.arch.hidden_size * decoder.dtype.itemsize}
     taken |= {"adapter_bytes": store.later_bytes, "spare_bytes": spare_bytes(device)}

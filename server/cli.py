@@ -87,7 +87,7 @@ def _compile(args: argparse.Namespace) -> int:
     if not (found := resolved(args, "turret compile")):
         return EXIT_USAGE
     settings, config = found
-    # The settings may be those of the machine with the GPU.
+    # The settings may be those of the machine with the GPU, so do not check their device here.
     config = replace(config, model=replace(config.model, device="auto"))
     if found := problems(config, may_run=True):
         refuse(settings.placed(found), is_json=False, command="turret compile")
@@ -381,7 +381,8 @@ def _with_streams(run: Callable[[], int]) -> int:
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
-        # The interpreter writes the rest again when it ends, and would print a traceback.
+        # When the interpreter ends, it writes the rest again. Discard it, because another error
+        # would print a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno == errno.EPIPE:
             # The reader of the output has closed it, which is not an error.

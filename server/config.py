@@ -1,7 +1,7 @@
-"""The settings of an operator: one frozen dataclass per concern.
+"""The settings of ``turret serve``: one frozen dataclass per concern.
 
-Each field has a help text. Flags, the file's keys, the variables and the docs are generated from
-the fields. The error for an invalid value names its field (``basics/settings.py``).
+Each field has a help text. The flags, the variables, the keys of the TOML file and the docs are
+generated from the fields. The error for an invalid value names its field (``basics/settings.py``).
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class SchedulerConfig(Checked):
     def sizes(self, device_type: str) -> tuple[int, int]:
         """``max_num_seqs`` and ``max_num_batched_tokens``, with a device's defaults.
 
-        A given value never contradicts a default.
+        If only one of them is set, the default of the other is adjusted to it.
         """
         seqs, tokens = (64, 512) if device_type == "cpu" else (256, 2048)
         if self.max_num_seqs is not None:
@@ -399,7 +399,7 @@ class SecurityConfig(Checked):
 
     @property
     def is_complete(self) -> bool:
-        """TLS and tokens are both set."""
+        """Whether TLS and tokens are both set."""
         return self.tls_cert is not None and self.token_file is not None
 
 
@@ -437,10 +437,11 @@ class TelemetryConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class Config(Checked):
-    """The whole server, resolved.
+    """The settings of the whole server, from all sources.
 
     Raises:
-        ValueError: A non-local address without TLS and tokens, and no ``--insecure``.
+        ValueError: An address is open to other machines without both TLS and tokens, and
+            ``--insecure`` is not set.
     """
 
     model: ModelConfig = ModelConfig()

@@ -92,7 +92,7 @@ def find_examples(given: Path | None) -> Path:
 
 
 def read_questions(examples: Path) -> list[Question]:
-    """Every example prompt with its adapter, some with the base model, one with a mix."""
+    """Every example prompt with its adapter, some with the base model, and two with a mix."""
     lines = (examples / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     first = {row["adapter"]: row["prompt"] for row in reversed(rows)}

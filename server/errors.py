@@ -3,8 +3,8 @@
 A class's docstring describes when the error occurs, for the table in docs/operations.md. Classes
 without a docstring are only bases.
 
-``reason`` is an AIP-193 identifier: the name of the class, unless the class names another. Unless
-it is given, ``metadata`` has the parameters of the message, except those that are sentences
+``reason`` is an AIP-193 identifier: the name of the class, unless the class names another. By
+default, ``metadata`` contains the parameters of the message, except those that are sentences
 themselves. ``code`` is the code with which the call ends; each protocol translates it.
 """
 
@@ -74,7 +74,7 @@ class InvalidRequestError(TurretError):
 
     @classmethod
     def of_all(cls, violations: Sequence[tuple[str, str]]) -> Self:
-        """The error for several fields; only a single one has parameters as metadata."""
+        """The error for several fields. It has metadata only if there is a single violation."""
         message = "; ".join(
             f"{printable(field)}: {description}" for field, description in violations
         )
@@ -211,7 +211,7 @@ class StorageFullError(ResourceError):
 class StorageFailedError(TurretError):
     """The disk is read-only or broken, or no file can be opened."""
 
-    # A retry fails in the same way until an operator acts.
+    # A retry fails in the same way until somebody repairs the disk.
     code = Code.UNAVAILABLE
 
 

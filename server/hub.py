@@ -165,12 +165,12 @@ def _remember(hub_id: HubId, commit: str) -> None:
         beside.write_text(commit)
         beside.replace(ref)
     except OSError as error:
-        # A read-only cache is still useful.
+        # A read-only cache is still useful, so do not fail.
         _log.debug("cannot record a revision", extra=log.fields(repository=hub_id, reason=error))
 
 
 def cached_repository(hub_id: HubId) -> Repository | None:
-    """The repository from the cache, at the commit that the revision last had."""
+    """The cached repository, at the revision's last known commit; None if it is not cached."""
     if not hub_id.is_commit:
         try:
             hub_id = hub_id.at(_ref(hub_id).read_text().strip())
@@ -272,7 +272,7 @@ def _fetch(hub_id: HubId, name: str, on_bytes: OnBytes) -> None:
 
 
 def _bar(on_bytes: OnBytes) -> Any:
-    """The class that ``huggingface_hub`` takes for its progress bars."""
+    """The class that ``huggingface_hub`` uses for its progress bars; it calls ``on_bytes``."""
     from tqdm import tqdm
 
     class Bar(tqdm):

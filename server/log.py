@@ -115,7 +115,7 @@ class _Lines(io.TextIOBase):
 
 @contextmanager
 def taken_by(take: Callable[[str], None]) -> Iterator[None]:
-    """Within this, log lines go to ``take`` instead of stderr."""
+    """Pass log lines to ``take`` instead of stderr while the block runs."""
     handlers = [
         each
         for each in logging.getLogger().handlers
@@ -190,7 +190,7 @@ def end_bars() -> None:
 
 
 def _lines(now: Callable[[], float]) -> OnProgress:
-    """Log steps that take longer than ``_FIRST_SECONDS``, and again every ``_EVERY_SECONDS``."""
+    """A function that logs steps after ``_FIRST_SECONDS``, and then every ``_EVERY_SECONDS``."""
     due: dict[str, float] = {}
 
     def report(description: str, done: int, total: int) -> None:

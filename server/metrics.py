@@ -39,7 +39,7 @@ _STEP_ADAPTERS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class _Gaps(Histogram):
-    """A histogram that counts equal values at once, because a step has one for each request."""
+    """A histogram that counts equal values at once; the requests of a step often have the same."""
 
     def observe_equal(self, amount: float, count: int) -> None:
         """Observe an amount ``count`` times."""
@@ -51,8 +51,8 @@ class Metrics:
     """Every series of one server.
 
     Args:
-        max_adapter_labels: Number of registered adapters that get their own label value. The rest
-            are counted under ``other``, and requests without adapters under ``base``.
+        max_adapter_labels: Number of registered adapters that get their own label value. Further
+            adapters are counted under ``other``, and requests without adapters under ``base``.
     """
 
     def __init__(self, max_adapter_labels: int = MAX_ADAPTER_LABELS) -> None:
@@ -425,6 +425,6 @@ class _Aliases(Collector):
 
 
 def add_aliases(registry: CollectorRegistry, names: str | None) -> None:
-    """Adds the aliases of a setting's value, ``VLLM`` or None, to a registry of ``Metrics``."""
+    """Add the aliases that a setting selects (``VLLM``, or None) to the registry of ``Metrics``."""
     if names == VLLM:
         registry.register(_Aliases(registry))

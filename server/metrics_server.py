@@ -74,7 +74,7 @@ class MetricsServer:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop listening, drop what is open and wait for the thread."""
+        """Stop listening, drop open connections and wait for the thread."""
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
 
@@ -101,7 +101,7 @@ class MetricsServer:
             if len(self._open) >= MAX_CONNECTIONS:
                 return
             self._open.add(task)
-            # A client that disconnects, stays silent or does not send HTTP gets no answer.
+            # A client that disconnects, is too slow or sends too long a head gets no answer.
             gone = (OSError, EOFError, TimeoutError, asyncio.LimitOverrunError)
             with contextlib.suppress(*gone):
                 async with asyncio.timeout(TIMEOUT_SECONDS):

@@ -66,7 +66,7 @@ class MetricsExport:
         self._thread.start()
 
     def close(self, seconds: float) -> None:
-        """Export once more and end; blocks for at most this long."""
+        """Export once more and end the thread; blocks for at most ``seconds``."""
         self._ended.set()
         self._thread.join(seconds)
         if self._thread.is_alive():

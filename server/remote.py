@@ -84,14 +84,14 @@ class RemoteAdapters(_Downloads):
     """Fetches adapters whose paths have a scheme, below the prefixes that are allowed."""
 
     def fetch(self, path: str, stage: StageFiles) -> StagedUpload:
-        """Downloads an adapter's files; blocks.
+        """Download an adapter's files; blocks.
 
         Args:
             path: The path, with its scheme.
             stage: Makes room for the files.
 
         Returns:
-            The finished upload, which the caller discards.
+            The finished upload, which the caller must discard in the end.
 
         Raises:
             AdapterCheckpointError: The path is not allowed, or not an adapter's.
@@ -113,7 +113,7 @@ class RemoteAdapters(_Downloads):
             self._places.release()
 
     def _download(self, path: str, stage: StageFiles) -> StagedUpload:
-        """Downloads in a child process, which has limits of time and memory."""
+        """Download in a child process, which has limits of time and memory."""
         limits = map(str, (LEAST_SECONDS, LEAST_BYTES_PER_SECOND, _MAX_PROCESS_BYTES))
         with subprocess.Popen(
             # With -P, no module is imported from the program's own directory.
@@ -225,7 +225,7 @@ class AdapterHub(_Downloads):
 
     @property
     def root(self) -> Path | None:
-        """The folder of the files; None if no adapter from the hub is allowed."""
+        """The folder below which adapters are cached; None if none from the hub is allowed."""
         return cache_dir() if self._allowed else None
 
     def fetch(self, path: str) -> str:
@@ -283,7 +283,9 @@ class AdapterHub(_Downloads):
         return repository
 
     def find(self, path: str, repository: Repository | None) -> str | None:
-        """The files of ``path`` below ``root``, if they are in the cache. Does not contact the hub.
+        """The folder of an adapter's files, relative to ``root``; None if they are not cached.
+
+        This does not contact the hub.
 
         Args:
             path: A path that ``check`` accepted.

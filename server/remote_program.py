@@ -185,7 +185,7 @@ def _nearness(host: str) -> list[int]:
         # A link-local address may have a zone after a percent sign.
         found = {str(entry[4][0]) for entry in socket.getaddrinfo(host.partition("%")[0], None)}
     except OSError:
-        # A proxy may know the name.
+        # This machine cannot resolve the name, but a proxy may know it.
         return [0]
     return [*map(_nearness_of, found)]
 
@@ -203,7 +203,7 @@ def _nearness_of(text: str) -> int:
 
 
 def resolve_once() -> None:
-    """Makes every look-up of a host return what its first one found, in the whole process.
+    """Make all look-ups of a host in this process return what the first one found.
 
     Otherwise, a name could have one address when it is checked, and another one for the connection.
     """

@@ -71,8 +71,8 @@ from turret.v1 import (
 
 # Limit for all clients together.
 MOST_CALLS = 1 << 14
-# Limit for one connection, which gRPC enforces (``_OPTIONS``). Clients learn this
-# limit and wait. At the limit, a call that arrives before an earlier one has ended on the server
+# Limit for one connection, which gRPC enforces (``_OPTIONS``). Clients learn this limit, and wait
+# when they reach it. A call that then arrives before the server has ended an earlier one still
 # fails with UNAVAILABLE, so the limit is high enough for a program that sends all of its prompts at
 # once.
 MOST_CALLS_PER_CONNECTION = 4096
@@ -91,7 +91,7 @@ class Arrivals:
     """Limits how many messages are received at the same time.
 
     One token, or one address without a token, may take three quarters of the places. Its further
-    messages wait for one another, and those of other clients do not wait for them.
+    messages wait for one another, and the messages of other clients do not wait for them.
 
     Args:
         most: The number of places.
@@ -115,7 +115,8 @@ class Arrivals:
 
 # Request messages on their way from gRPC to a handler.
 
-# A client that takes longer to send a message is gone, or holds a place that others wait for.
+# Time limit for a message. A slower client has probably gone, and would hold a place that others
+# wait for.
 MESSAGE_SECONDS = 60.0
 
 
@@ -240,7 +241,7 @@ def _shortened(text: str, limit: int) -> str:
 def _bad_request(
     violations: tuple[tuple[str, str], ...], count: int
 ) -> error_details_pb2.BadRequest:
-    """The invalid fields that fit; there are ``count`` in all."""
+    """As many of the ``count`` invalid fields as the headers of an answer have room for."""
     detail = error_details_pb2.BadRequest()
     used = 0
     for index, (field, description) in enumerate(violations):
@@ -524,7 +525,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     (DETAILS_KEY, status.SerializeToString()),
                 )
             )
-            # ``body`` may refer to the error, whose frames refer to ``body``.
+            # ``body`` may refer to the error, whose frames refer to ``body``. Break this cycle,
+            # which would keep the request in memory.
             error.with_traceback(None)
             return None
         finally:
@@ -543,7 +545,7 @@ def _limits(method: str, tenant: bytes) -> Iterator[Limit]:
 
 
 def authorization_of(metadata: Iterable[tuple[str, str | bytes]]) -> str | bytes | None:
-    """The call's only ``authorization``; None if it has none or several."""
+    """The value of the call's ``authorization`` header; None if it has none or several."""
     found = [value for key, value in metadata if key == "authorization"]
     # If there are several headers, a proxy in front may have checked a different one.
     return found[0] if len(found) == 1 else None
@@ -622,7 +624,7 @@ _OPTIONS = (
 
 
 def _add_reflection(names: tuple[str, ...], server: grpc.aio.Server) -> None:
-    """Offers reflection as v1alpha, and as v1, which has the same messages under another name."""
+    """Offer reflection as v1alpha, and as v1, which has the same messages under another name."""
     reflection.enable_server_reflection(names, server)
     servicer: Any = reflection.aio.ReflectionServicer(names)
     handler = grpc.stream_stream_rpc_method_handler(
@@ -646,9 +648,10 @@ def _certificates(security: SecurityConfig) -> Any:
 
 
 def read_credentials(security: SecurityConfig) -> grpc.ServerCredentials | None:
-    """TLS credentials, mutual with ``--tls-client-ca``; None for plain text.
+    """The TLS credentials that the flags describe; None if they do not enable TLS.
 
-    The files are read again when they have changed, at the next connection.
+    With ``--tls-client-ca``, clients need a certificate too. After a file has changed, the next
+    connection reads all of them again.
 
     Raises:
         OSError: A file cannot be read.
@@ -669,13 +672,13 @@ def read_credentials(security: SecurityConfig) -> grpc.ServerCredentials | None:
 
 
 class RpcServer:
-    """The gRPC server. It starts before the model is loaded and reports that it is starting.
+    """The gRPC server. Until the model is loaded, it answers that the server is starting.
 
     Create and use it inside the running event loop.
 
     Args:
         listen: Addresses. Without an admin address, the Adapters service uses the main one.
-        security: TLS files; its token file is read by the caller.
+        security: TLS files; the caller reads the token file.
         services: The services that answer.
     """
 

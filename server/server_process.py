@@ -127,7 +127,7 @@ class ServerProcess:
             )
 
     def stop(self, timeout_seconds: float = 45.0) -> int:
-        """Let the server finish and end; returns its exit code. Idempotent."""
+        """Let the server finish, or kill it at the timeout; returns its exit code. Idempotent."""
         if self.process.poll() is None:
             self.process.terminate()
             try:

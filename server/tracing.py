@@ -55,13 +55,13 @@ _OPERATIONS = (
     (re.compile(r"Score"), "score"),
 )
 TEXT_COMPLETION, CHAT = "text_completion", "chat"
-# Only these codes are errors of the server. Other codes mean that the client is at fault.
+# Only these codes are errors of the server. Spans of calls with other codes do not count as errors.
 _SERVER_FAULTS = {
     *(Code.UNKNOWN, Code.DEADLINE_EXCEEDED, Code.UNIMPLEMENTED),
     *(Code.INTERNAL, Code.UNAVAILABLE, Code.DATA_LOSS),
 }
 _SECOND = 10**9  # nanoseconds
-# A call may have thousands of inputs.
+# Maximum number of a call's requests that its span lists; a call may have thousands of inputs.
 _MOST_LISTED = 128
 
 
@@ -96,7 +96,7 @@ class CallTrace:
         self._cached_tokens = 0
 
     def submitted(self, request: Request, base: str, *, is_stream: bool) -> int:
-        """Record a request's parameters, unless an earlier request of the call had them.
+        """Record a request's parameters, unless those of another request of the call are recorded.
 
         Returns:
             The time, for ``output``.
@@ -195,7 +195,7 @@ def _parameters(request: Request, is_stream: bool) -> Mapping[str, Any]:
         "top_k": float(sampling.top_k) or None,
         "presence_penalty": sampling.presence_penalty or None,
         "frequency_penalty": sampling.frequency_penalty or None,
-        # An attribute is a signed integer.
+        # An attribute is a signed integer of 64 bits, so leave out larger seeds.
         "seed": None if (sampling.seed or 0) >> 63 else sampling.seed,
         "stream": is_stream or None,
     }
@@ -252,7 +252,7 @@ class Tracing:
         return CallTrace(span, operation_of(method)) if span.is_recording() else None
 
     def close(self, seconds: float) -> None:
-        """Export the last spans and metrics; blocks for at most this long."""
+        """Export the last spans and metrics; blocks for at most ``seconds``."""
         end = time.monotonic() + seconds
         # The processor's shutdown has no time limit and may take longer, so it runs on another
         # thread.
@@ -297,7 +297,7 @@ def begin(method: str, headers: Headers) -> CallTrace | None:
 
 
 def stop(seconds: float) -> None:
-    """Export the rest and stop tracing; blocks for at most this long."""
+    """Export the last spans and metrics, and stop tracing; blocks for at most ``seconds``."""
     global _tracing
     tracing, _tracing = _tracing, None
     if tracing is not None:
