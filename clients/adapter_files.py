@@ -66,7 +66,7 @@ def _path(directory: object) -> Path:
 
 
 def _has_vocabulary(path: Path) -> bool:
-    """Whether tensors of the embedding or the head are present, so that tokens may be added."""
+    """Whether a file contains tensors of the embedding or the head, which may add tokens."""
     with path.open("rb") as file:
         size = min(int.from_bytes(file.read(8), "little"), _HEADER_BYTES)
         names = file.read(size)
@@ -130,7 +130,7 @@ class NewDirectory:
         """Add bytes to a file, which is created if it is new.
 
         Raises:
-            ValueError: The name is a path.
+            ValueError: The name is a path, or that of a hidden file.
         """
         if name not in self._open:
             if not _FILE_NAME.fullmatch(name):

@@ -151,7 +151,7 @@ class ServiceClient:
         return filled(GetMessageClass(self._service.methods_by_name[rpc].input_type)(), **values)
 
     def _mix(self, request: Any) -> Iterable[adapters_pb2.AdapterWeight]:
-        """The mix that the request runs on, if a balancer should know it."""
+        """The mix that a load balancer should know for this request; empty if none."""
         return ()
 
     async def _answer(
@@ -278,7 +278,7 @@ class AsyncTurretClient(InferenceBase):
         """Complete a prompt, chunk by chunk. The request starts at once.
 
         Arguments and errors are those of :meth:`generate`. If the server rejects the request, the
-        first iteration raises; ``AnswerCutError`` is raised after the last chunk.
+        first iteration raises the error; ``AnswerCutError`` is raised after the last chunk.
         """
         return self._stream(prompt, timeout, options)
 
@@ -443,10 +443,11 @@ class AsyncAdaptersClient(AdaptersBase):
         chat_template: str | None = None,
         timeout: float | None = None,
     ) -> Adapter:
-        """Register the adapter in ``path``, a directory relative to the server's adapter root.
+        """Register the adapter in ``path``.
 
-        If the files contain several tasks, ``task`` chooses one of them. ``chat_template`` is a
-        Jinja template to use instead of the one in the files.
+        The path is a directory relative to the server's adapter root, or begins with ``hub:``,
+        ``s3://`` or ``oci://``. If the files contain several tasks, ``task`` chooses one of them.
+        ``chat_template`` is a Jinja template to use instead of the one in the files.
         """
         ...
 
@@ -637,7 +638,10 @@ class AsyncAdaptersClient(AdaptersBase):
         precision: str = "auto",
         timeout: float | None = None,
     ) -> MergeState:
-        """Merge a mix into the base model, stored as ``nf4`` or ``bf16``.
+        """Merge a mix into the base model.
+
+        ``precision`` is that of the merged weights: ``nf4``, ``bf16``, or ``auto``, which chooses
+        ``nf4`` if that keeps the update, and otherwise ``bf16``.
 
         Raises:
             ValueError: The precision is unknown.
@@ -651,7 +655,7 @@ class AsyncAdaptersClient(AdaptersBase):
 
     @_rpc("GetMergeState", MergeState)
     async def get_merge_state(self, *, timeout: float | None = None) -> MergeState:
-        """Return what is merged."""
+        """Return the mix that is merged into the base model."""
         ...
 
     async def export(
@@ -708,8 +712,8 @@ class AsyncTrainingClient(TrainingBase):
         """Create an adapter in training.
 
         Args:
-            rank: Its rank.
-            method: Such as ``lora``; see docs/tenants.md.
+            rank: The rank of the adapter.
+            method: The method, such as ``lora``; see docs/tenants.md.
             seed: Determines the initial weights; None for random ones.
             alpha: The update is scaled by alpha divided by the rank; None for 32.
             targets: The trained modules, such as ``q_proj``; empty if the next three arguments

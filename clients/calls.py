@@ -41,7 +41,8 @@ from turret.v1 import (
 )
 
 _TOKEN_KEY = "authorization"
-# Metadata of calls that run on adapters: where possible, requests of one mix go to one server.
+# Metadata key of calls that run on adapters. With its value, a load balancer can send all requests
+# for one mix to the same server.
 ROUTING_KEY = "x-turret-mix"
 # Thirty years. gRPC counts nanoseconds and treats a deadline beyond its range as passed.
 _MOST_SECONDS = 1e9
@@ -178,7 +179,7 @@ class CallSettings:
         """The settings of a call that runs on a mix."""
         # Weights are left out, since all mixes of the same adapters need the same memory.
         key = ",".join(sorted(member.name for member in mix))
-        # Metadata cannot contain such names. The server reports that no adapter has them.
+        # Metadata cannot contain names with other characters. The server reports them as unknown.
         if not (key and key.isascii() and key.isprintable()):
             return self
         return replace(self, metadata=(*self.metadata, (ROUTING_KEY, key)))
@@ -220,7 +221,7 @@ def stream_timeout(timeout: float | None) -> float | None:
     return float(timeout) if timeout < _MOST_SECONDS else None
 
 
-# Time for the last event of a call that was cut short, which takes about 1 ms.
+# Time to wait for the last event of a cancelled call, which usually arrives within 1 ms.
 _CUT_SECONDS = 0.05
 # gRPC's message for a request that it could not send.
 _NOT_SENT = "Internal error from Core"
@@ -266,7 +267,7 @@ class Connection:
 
 
 class _ClosedStub:
-    """Replaces a closed client's stub, with an error in terms of the client instead of gRPC's."""
+    """Replaces the stub of a closed client. Its error names the client, unlike that of gRPC."""
 
     def __getattr__(self, name: str) -> NoReturn:
         raise RuntimeError(say("CLIENT_CLOSED"))
@@ -326,7 +327,7 @@ class AsyncConnection(Connection):
         self.training = _LoopStub(self.training, loop, self._note_cut)
 
     def _note_cut(self, call: grpc.aio.Call) -> None:
-        """Note when a call was cut short.
+        """Note the time at which a call was cancelled.
 
         gRPC handles the last event of a cancelled call a little later, through a queue that all
         event loops of the process share. If the loop has ended by then and any channel is still
@@ -345,7 +346,7 @@ class AsyncConnection(Connection):
         self._close_stubs()
         for channel in self._channels:
             await channel.close()
-        # Wait in this event loop for as long as the last event of a cut call may arrive.
+        # Wait in this event loop for as long as the last event of a cancelled call may arrive.
         left = self._last_cut + _CUT_SECONDS - time.monotonic()
         if left > 0:
             await asyncio.sleep(left)
@@ -370,7 +371,7 @@ class _LoopStub:
     Args:
         stub: gRPC's stub.
         loop: The event loop.
-        ended: Takes each call that has ended.
+        ended: Called with each call that has ended.
 
     Raises:
         RuntimeError: No event loop is running, or a different one is.
@@ -635,8 +636,8 @@ class AnswerProgress:
         request: The request, of which this class changes a copy.
         retries: The remaining attempts. Each new token restores all of them.
         resume: Whether an interrupted answer continues where it stopped. The server continues as if
-            nothing had happened, so no text is repeated or missing. With a seed or greedily, the
-            text is also the same.
+            nothing had happened, so no text is repeated or missing. With a seed or greedy decoding,
+            the text is also the same as without the interruption.
 
     Attributes:
         request: The request to send next, with the answer so far.

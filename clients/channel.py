@@ -20,7 +20,8 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     # the answer can continue elsewhere. Servers treat more frequent pings as abuse.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    # This also limits pings that measure the connection; while one is pending, no other is sent.
+    # Apply the same limit to the pings with which gRPC measures the connection. While such a ping
+    # is pending, no keepalive ping is sent.
     ("grpc.http2.ping_timeout_ms", 20_000),
     # Keep pinging however long the server is silent.
     ("grpc.http2.max_pings_without_data", 0),

@@ -163,11 +163,11 @@ class TurretClient(InferenceBase):
             be reached, or if a stopping server cuts its answer. The client waits 0.5 s, 1 s and so
             on, or as long as the server asks.
         resume: Whether an interrupted stream continues where it stopped, as long as each attempt
-            brings another token. If False, a stream that is interrupted after its first text
-            raises. Unless ``max_retries`` is 0, the client waits up to a minute for a server to
-            return, or until the call's deadline. With a seed or greedily, the answer is the same
-            as without an interruption. If the weights that it began with are gone, NotFoundError
-            is raised.
+            brings another token. If False, a stream that is interrupted after its first text raises
+            an error. Unless ``max_retries`` is 0, the client waits up to a minute for a server to
+            return, or until the call's deadline. With a seed or greedy decoding, the answer is the
+            same as without an interruption. If the weights that the answer began with are gone,
+            NotFoundError is raised.
 
     Every method's ``timeout`` is a deadline in seconds. ``math.inf``, or a value too large for a
     clock, means no deadline. None means the client's default; streams and exports have none.

@@ -73,7 +73,7 @@ COMMAND_HINTS: Mapping[str, str] = {
     "REQUEST_TOO_LARGE": "shorten the prompt, or spread several texts over several calls",
     "ANSWER_TOO_LARGE": "lower --top-n or --logprobs, or pass fewer texts in a call",
 }
-# The message of an error with one of these keys already says what to do.
+# If an error's metadata has one of these keys, the message already says what to do.
 _ANSWERS = ("closest", "current_generation", "alias")
 
 

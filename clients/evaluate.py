@@ -202,7 +202,7 @@ LABEL_SET_METRICS = ("accuracy", "micro_f1", "macro_f1")
 # A label applies if its probability is above this.
 _THRESHOLD = 0.5
 _MOST_RETRIES = 30
-# Failures that do not depend on a line.
+# Failures that do not depend on a line of the test set, so their errors do not name one.
 _NOT_OF_A_LINE = (AuthenticationError, NotFoundError, PermissionDeniedError, UnavailableError)
 
 NamedMix = tuple[AdapterWeight, ...]
@@ -296,11 +296,12 @@ def evaluate(
 
     Raises:
         TurretRpcError: A call failed; the message names the test set's line and the mix.
-        ValueError: A right answer has no tokens.
+        ValueError: A right answer has no tokens, or an adapter predicts numbers where an example
+            has several labels.
     """
     for mix in mixes:
-        # Report an unknown name before the first example. After a successful call, an unreachable
-        # server is known to have gone away.
+        # Report an unknown name before the first example. Once this call has succeeded, a server
+        # that cannot be reached must have gone away.
         _called(mix_name(mix), partial(client.tokenize, "a", adapters=mix))
     on_progress(0, len(examples) * len(mixes))
     with ThreadPoolExecutor(options.concurrency) as pool:
@@ -317,7 +318,7 @@ def evaluate(
             # Cancel calls that have not started. The with statement then waits only for the others.
             pool.shutdown(wait=False, cancel_futures=True)
             if isinstance(error, KeyboardInterrupt):
-                # Nothing waits for the running calls, so end them too.
+                # Nobody needs the results of the running calls, so end them too.
                 client.close()
             raise
     return [

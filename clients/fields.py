@@ -71,7 +71,7 @@ def named(argument: str, value: object, wanted: str = "") -> Iterator[None]:
 
 
 def fill(message: Any, values: Mapping[str, Any], *, within: str = "") -> None:
-    """Set fields.
+    """Set fields of a message.
 
     Args:
         message: The message that has the fields.
@@ -124,7 +124,7 @@ def given(**values: Any) -> dict[str, Any]:
 
 
 def _enum_value(name: str, value: Any, enum: EnumDescriptor) -> int:
-    """The number of a name, ignoring case; skips the first name, which means unspecified."""
+    """The number of an enum's name, in any case. The first name, for unspecified, is rejected."""
     numbers = {each.name.lower(): each.number for each in enum.values[1:]}
     if isinstance(value, str) and value.lower() in numbers:
         return numbers[value.lower()]

@@ -38,7 +38,7 @@ class AdapterWeight:
 
     Attributes:
         name: A registered name.
-        weight: Factor on the adapter's update, in [-100, 100].
+        weight: Factor of the adapter's update, in [-100, 100].
         generation: The required generation; None means the current one.
     """
 
@@ -81,8 +81,8 @@ def to_mix(adapters: AdaptersLike) -> list[adapters_pb2.AdapterWeight]:
 
     Raises:
         TypeError: A member has none of the accepted forms.
-        ValueError: A name contains one of the command line's separators, or a generation is out of
-            range.
+        ValueError: A name contains a separator of names, weights and generations, or a number is
+            out of range.
     """
     match adapters:
         case str() | AdapterWeight() | adapters_pb2.AdapterWeight() | (str(), int() | float()):
@@ -115,7 +115,7 @@ def _to_proto(adapter: object) -> adapters_pb2.AdapterWeight:
 
 
 def _plain_name(name: str) -> str:
-    """The name; raises ``ValueError`` if it contains a separator of names and weights."""
+    """The name; raises ``ValueError`` if it contains a separator, such as that of a weight."""
     check_text("adapters", name)
     if (_OF_HTTP | {"=", "@"}).isdisjoint(name):
         return name
@@ -192,7 +192,7 @@ def _to_message(place: str, turn: object) -> inference_pb2.ChatMessage:
 
 
 def _of_mapping(place: str, role: Any, rest: Mapping[str, Any]) -> inference_pb2.ChatMessage:
-    # Libraries fill unused fields with None or an empty list of annotations.
+    # Libraries fill unused fields with None or an empty list, so leave both out.
     values = {key: value for key, value in rest.items() if value is not None and value != []}
     unknown = values.keys() - {*_TURN_FIELDS, *_IGNORED}
     if unknown:
@@ -512,7 +512,8 @@ _CONVERSIONS: dict[str, Callable[[Any, Any], None]] = {
 }
 
 
-# A request with more tokens could take longer than the default deadline on a busy server.
+# Maximum number of tokens in one request of a pass. A request with more could take longer than the
+# default deadline on a busy server.
 _MOST_TOKENS = 4096
 # The server's limit on the sequences of a request.
 _MOST_DATA = 1024

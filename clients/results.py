@@ -23,7 +23,7 @@ _PLAIN: dict[str, Callable[[Any], Any]] = {
 
 @dataclass_transform(frozen_default=True)
 class Result:
-    """A message as a frozen dataclass, whose fields have the names of the message's."""
+    """A message as a frozen dataclass, whose fields have the names of the message's fields."""
 
     def __init_subclass__(cls) -> None:
         dataclass(frozen=True)(cls)
@@ -60,7 +60,7 @@ def _chosen(oneof: str, proto: Message) -> Any:
 
 
 def _converter(field: FieldDescriptor, is_optional: bool) -> Callable[[Any], Any]:
-    """The function that turns a field's value, or each of its values, into one of Python's."""
+    """The function that turns a field's value, or each of its values, into a Python value."""
     if field.message_type is not None:
         name = field.message_type.name
         return _PLAIN.get(name) or globals()[name].from_proto
@@ -120,13 +120,13 @@ class Usage(Result):
 
 
 class AdapterUse(Result):
-    """The weights of one adapter that answered.
+    """An adapter that a request used.
 
     Attributes:
         name: The name in the request.
-        uuid: The registration that answered.
-        generation: The generation that answered.
-        digest: The digest of that generation; see ``AdapterInfo``.
+        uuid: The registration that was used.
+        generation: The generation that was used.
+        digest: The digest of that generation; see :class:`Adapter`.
         weight: Its factor in the mix.
         cold_start: Whether the request had to wait for the adapter to be loaded.
         load_ms: How long the load took, in milliseconds; 0 without a cold start.
@@ -167,7 +167,7 @@ class Completion(Result):
             before a ``DeadlineExceededError``, if the server notices the deadline first.
         stop: The stop string or stop token id of the request that ended the answer, or None.
         usage: The tokens that the request used.
-        adapters_used: The weights that answered, in the order of the request.
+        adapters_used: The adapters that produced the answer, in the order of the request.
         timing: How long the parts of the request took.
         request_id: The request's id.
     """
@@ -215,7 +215,7 @@ class Score(Result):
     Attributes:
         tokens: One entry per token of the prompt.
         usage: The tokens that the request used.
-        adapters_used: The weights that answered, in the order of the request.
+        adapters_used: The adapters that were used, in the order of the request.
         timing: How long the parts of the request took.
         request_id: The request's id.
     """
@@ -287,7 +287,7 @@ class Embeddings(Result):
     Attributes:
         vectors: One vector for each input, in their order.
         usage: The tokens that all inputs used together.
-        adapters_used: The weights that answered, in the order of the request.
+        adapters_used: The adapters that were used, in the order of the request.
         timing: How long the parts of the request took.
         request_id: The request's id.
     """
@@ -336,7 +336,7 @@ class Classifications(Result):
     Attributes:
         classifications: One entry for each input, in their order.
         usage: The tokens that all inputs used together.
-        adapters_used: The weights that answered, in the order of the request.
+        adapters_used: The adapters that were used, in the order of the request.
         timing: How long the parts of the request took.
         request_id: The request's id.
     """
@@ -488,13 +488,13 @@ class MergeState(Result):
 
     Attributes:
         active: Whether a merge is active. If not, only ``base_generation`` is set.
-        base_generation: The number of the base model's weights, counted from 1.
+        base_generation: The version of the base model's weights, counted from 1.
         adapters: The mix.
         precision: ``NF4`` or ``BF16``; empty without a merge.
         merge_time: When the merge took effect (UTC).
         relative_error: Rounding error over all modules together.
         modules: The same for each module.
-        update_error: The error as a share of the change; at 1 the mix is lost.
+        update_error: The error as a share of the change; at 1 the mix is lost in the rounding.
     """
 
     active: bool
@@ -589,7 +589,7 @@ class Checkpoint(Result):
         config: The config of the adapter.
         create_time: When it was saved (UTC).
         size_bytes: The size of its files.
-        has_optimizer: Whether it has the optimizer.
+        has_optimizer: Whether it contains the state of the optimizer.
     """
 
     path: str

@@ -228,7 +228,7 @@ def as_typed(argument: str, args: argparse.Namespace) -> str:
 
 
 def flag_of(destination: str, args: argparse.Namespace) -> str:
-    """The flag, or the environment variable that has set it."""
+    """The flag for a destination, or the environment variable if that sets the value."""
     variable, given = _VARIABLES.get(destination), getattr(args, destination)
     if variable and (given is None or str(given) == os.environ.get(variable)):
         return variable
@@ -322,8 +322,8 @@ def with_client(
 ) -> Callable[[argparse.Namespace], int]:
     """Pass a client to a verb, and convert its errors to one line and an exit code.
 
-    A verb returns an exit code, or None for 0. It may set ``stopped`` of its arguments to the line
-    that is printed if Ctrl-C ends it.
+    A verb returns an exit code, or None for 0. It may set ``args.stopped`` to the line that is
+    printed if Ctrl-C ends the verb.
     """
 
     def run(args: argparse.Namespace) -> int:

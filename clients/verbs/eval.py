@@ -181,7 +181,7 @@ def _figures(report: MixReport) -> dict[str, object]:
 
 
 def _print_labels(reports: Sequence[MixReport]) -> None:
-    """Print F1 of each label; a label may be missing in a mix's answers and in the test set."""
+    """Print F1 of each label; empty where a mix did not find the label and no example has it."""
     rows = []
     for label in sorted({label for report in reports for label in report.labels}):
         figures = (report.labels.get(label) for report in reports)

@@ -45,7 +45,7 @@ def _promote(args: argparse.Namespace, client: TurretClient) -> int:
     examples, options = read_test_set(args)
     provenance = _read_provenance(args.directory)
     served = client.adapters.get(args.name)
-    # Requests that name the adapter must not get the new one yet.
+    # Use another name, because requests for the adapter must not get the new one yet.
     name = f"{args.name}-candidate"
     candidate = client.adapters.upload(name, args.directory)
     mixes = [
@@ -82,7 +82,7 @@ def _promote(args: argparse.Namespace, client: TurretClient) -> int:
 
 
 def _is_sure(difference: Estimate) -> bool:
-    """Whether a gain is certain. It has no interval if all draws gave the same number."""
+    """Whether a gain is certain. There is no interval if all bootstrap draws gave one number."""
     return (difference.value if difference.low is None else difference.low) > 0.0
 
 
