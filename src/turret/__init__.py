@@ -1,4 +1,4 @@
-"""turret: many adapters of many methods on one 4-bit base model, served over gRPC.
+"""turret: many adapters of many methods on one 4-bit base model, served over gRPC and HTTP.
 
 The Python client can be imported from here, without torch::
 
@@ -39,10 +39,10 @@ def __getattr__(name: str) -> Any:
 
 
 def _quietly_imported(module: str) -> Any:
-    """The module, imported so that gRPC does not log lines that repeat errors.
+    """The module, imported so that gRPC does not log lines that only repeat the errors of calls.
 
-    gRPC reads the variable when it is loaded. If it is already set, or gRPC is already loaded,
-    nothing changes.
+    gRPC reads ``GRPC_VERBOSITY`` when it is loaded. If the variable is already set, or gRPC is
+    already loaded, its log stays as it is.
     """
     is_unset = "GRPC_VERBOSITY" not in os.environ
     if is_unset:

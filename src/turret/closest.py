@@ -11,7 +11,7 @@ _FEW_CHARS = 3
 
 
 def closest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice that is closest to the word, if one is close and is not the word itself."""
+    """The choice that is closest to the word; None if none is close, or it is the word itself."""
     if len(word) > _MOST_CHARS:
         return None
     known = {choice.lower(): choice for choice in choices}

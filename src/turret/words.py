@@ -134,7 +134,7 @@ def sayer(*catalogues: Mapping[str, str]) -> Callable[..., Text]:
 
 
 def counted(count: int, thing: str) -> str:
-    """``1 token``, ``2 tokens``; ``thing`` is a noun whose plural takes an s."""
+    """A count and its noun, such as ``2 tokens``; the plural of ``thing`` must end in an s."""
     return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
