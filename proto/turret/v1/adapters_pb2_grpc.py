@@ -30,8 +30,8 @@ class AdaptersStub(object):
     so that it can listen on another address and require another role (`admin`).
 
     Errors are a gRPC status with `google.rpc.ErrorInfo` (domain `turret`), and
-    `google.rpc.BadRequest` where fields are to blame. Every RPC may return:
-    - INVALID_ARGUMENT: a field breaks its documented range. All offending fields are listed.
+    `google.rpc.BadRequest` if fields are invalid. Every RPC may return:
+    - INVALID_ARGUMENT: a field is outside its documented range. All offending fields are listed.
     - UNAUTHENTICATED: the token is missing or unknown.
     - PERMISSION_DENIED: the token lacks the role `admin`.
     - UNAVAILABLE: the server is starting or draining.
@@ -136,8 +136,8 @@ class AdaptersServicer(object):
     so that it can listen on another address and require another role (`admin`).
 
     Errors are a gRPC status with `google.rpc.ErrorInfo` (domain `turret`), and
-    `google.rpc.BadRequest` where fields are to blame. Every RPC may return:
-    - INVALID_ARGUMENT: a field breaks its documented range. All offending fields are listed.
+    `google.rpc.BadRequest` if fields are invalid. Every RPC may return:
+    - INVALID_ARGUMENT: a field is outside its documented range. All offending fields are listed.
     - UNAUTHENTICATED: the token is missing or unknown.
     - PERMISSION_DENIED: the token lacks the role `admin`.
     - UNAVAILABLE: the server is starting or draining.
@@ -190,8 +190,8 @@ class AdaptersServicer(object):
 
     def RollbackAdapter(self, request, context):
         """Makes a kept generation current again, with the number that it had. Its files are read first,
-        unless its weights are in memory. Requests already received finish on their
-        generation. The generation that was current is kept. A pinned adapter stays pinned.
+        unless its weights are in memory. Requests already received finish on their generation. The
+        generation that was current is kept. A pinned adapter stays pinned.
 
         Idempotent if `generation` is set. Returns NOT_FOUND if the name is not registered or the
         generation is not kept, FAILED_PRECONDITION if the adapter is being unloaded, if a learned fusion
@@ -222,8 +222,8 @@ class AdaptersServicer(object):
         files below the adapter root are not.
 
         Returns NOT_FOUND if the name is not registered, FAILED_PRECONDITION if it is pinned, if a
-        learned fusion is built from it, if an alias names it, or if it is still in use when `timeout` has
-        passed.
+        learned fusion is built from it, if an alias stands for it, or if it is still in use when `timeout`
+        has passed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -262,8 +262,8 @@ class AdaptersServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAlias(self, request, context):
-        """Frees the name of an alias. Requests already received still finish. Returns NOT_FOUND if
-        there is no such alias.
+        """Deletes an alias, so that its name is free. Requests already received still finish. Returns
+        NOT_FOUND if there is no such alias.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -332,8 +332,8 @@ class AdaptersServicer(object):
     def ExportAdapter(self, request, context):
         """Streams an adapter's files in PEFT's layout. The first message is the header, the others are
         chunks of the files that it announces, byte for byte as they were loaded. Returns NOT_FOUND if the
-        name or the generation is not registered, FAILED_PRECONDITION if the files have changed since
-        then.
+        name or the generation is not registered, FAILED_PRECONDITION if the files have changed since they
+        were loaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -440,8 +440,8 @@ class Adapters(object):
     so that it can listen on another address and require another role (`admin`).
 
     Errors are a gRPC status with `google.rpc.ErrorInfo` (domain `turret`), and
-    `google.rpc.BadRequest` where fields are to blame. Every RPC may return:
-    - INVALID_ARGUMENT: a field breaks its documented range. All offending fields are listed.
+    `google.rpc.BadRequest` if fields are invalid. Every RPC may return:
+    - INVALID_ARGUMENT: a field is outside its documented range. All offending fields are listed.
     - UNAUTHENTICATED: the token is missing or unknown.
     - PERMISSION_DENIED: the token lacks the role `admin`.
     - UNAVAILABLE: the server is starting or draining.

@@ -29,8 +29,8 @@ class InferenceStub(object):
     """Runs the base model under a mix of adapters that each request chooses.
 
     Errors are a gRPC status with `google.rpc.ErrorInfo` (domain `turret`), and
-    `google.rpc.BadRequest` where fields are to blame. Every RPC may return:
-    - INVALID_ARGUMENT: a field breaks its documented range. All offending fields are listed.
+    `google.rpc.BadRequest` if fields are invalid. Every RPC may return:
+    - INVALID_ARGUMENT: a field is outside its documented range. All offending fields are listed.
     - UNAUTHENTICATED: the token is missing or unknown.
     - PERMISSION_DENIED: the token lacks the role `inference`.
     - UNAVAILABLE: the server is starting or draining.
@@ -92,8 +92,8 @@ class InferenceServicer(object):
     """Runs the base model under a mix of adapters that each request chooses.
 
     Errors are a gRPC status with `google.rpc.ErrorInfo` (domain `turret`), and
-    `google.rpc.BadRequest` where fields are to blame. Every RPC may return:
-    - INVALID_ARGUMENT: a field breaks its documented range. All offending fields are listed.
+    `google.rpc.BadRequest` if fields are invalid. Every RPC may return:
+    - INVALID_ARGUMENT: a field is outside its documented range. All offending fields are listed.
     - UNAUTHENTICATED: the token is missing or unknown.
     - PERMISSION_DENIED: the token lacks the role `inference`.
     - UNAVAILABLE: the server is starting or draining.
@@ -229,8 +229,8 @@ class Inference(object):
     """Runs the base model under a mix of adapters that each request chooses.
 
     Errors are a gRPC status with `google.rpc.ErrorInfo` (domain `turret`), and
-    `google.rpc.BadRequest` where fields are to blame. Every RPC may return:
-    - INVALID_ARGUMENT: a field breaks its documented range. All offending fields are listed.
+    `google.rpc.BadRequest` if fields are invalid. Every RPC may return:
+    - INVALID_ARGUMENT: a field is outside its documented range. All offending fields are listed.
     - UNAUTHENTICATED: the token is missing or unknown.
     - PERMISSION_DENIED: the token lacks the role `inference`.
     - UNAVAILABLE: the server is starting or draining.

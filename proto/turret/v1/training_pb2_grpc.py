@@ -32,12 +32,12 @@ class TrainingStub(object):
 
     Calls for one model run one after the other, in the order in which they arrived. A call that was
     accepted runs to its end, even if the client has gone. Calls for different models run together, and
-    give each model the same bits as alone.
+    each model gets the same bits as if it ran alone.
 
     Errors are a gRPC status with `google.rpc.ErrorInfo` (domain `turret`), and
-    `google.rpc.BadRequest` where fields are to blame. After an error the weights are as they were.
+    `google.rpc.BadRequest` if fields are invalid. After an error the weights are as they were.
     Every RPC may return:
-    - INVALID_ARGUMENT: a field breaks its documented range. All offending fields are listed.
+    - INVALID_ARGUMENT: a field is outside its documented range. All offending fields are listed.
     - UNAUTHENTICATED: the token is missing or unknown.
     - PERMISSION_DENIED: the token lacks the role `training`.
     - NOT_FOUND: a model or a checkpoint does not exist, or belongs to another token.
@@ -117,12 +117,12 @@ class TrainingServicer(object):
 
     Calls for one model run one after the other, in the order in which they arrived. A call that was
     accepted runs to its end, even if the client has gone. Calls for different models run together, and
-    give each model the same bits as alone.
+    each model gets the same bits as if it ran alone.
 
     Errors are a gRPC status with `google.rpc.ErrorInfo` (domain `turret`), and
-    `google.rpc.BadRequest` where fields are to blame. After an error the weights are as they were.
+    `google.rpc.BadRequest` if fields are invalid. After an error the weights are as they were.
     Every RPC may return:
-    - INVALID_ARGUMENT: a field breaks its documented range. All offending fields are listed.
+    - INVALID_ARGUMENT: a field is outside its documented range. All offending fields are listed.
     - UNAUTHENTICATED: the token is missing or unknown.
     - PERMISSION_DENIED: the token lacks the role `training`.
     - NOT_FOUND: a model or a checkpoint does not exist, or belongs to another token.
@@ -186,7 +186,7 @@ class TrainingServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def LoadCheckpoint(self, request, context):
-        """Continues a model from a checkpoint of the same config, to the same bits as if it had not been
+        """Continues a model from a checkpoint of the same config, with the same bits as if it had not been
         interrupted. Gradients since the last step are dropped.
 
         Returns FAILED_PRECONDITION if the checkpoint is of another base model.
@@ -298,12 +298,12 @@ class Training(object):
 
     Calls for one model run one after the other, in the order in which they arrived. A call that was
     accepted runs to its end, even if the client has gone. Calls for different models run together, and
-    give each model the same bits as alone.
+    each model gets the same bits as if it ran alone.
 
     Errors are a gRPC status with `google.rpc.ErrorInfo` (domain `turret`), and
-    `google.rpc.BadRequest` where fields are to blame. After an error the weights are as they were.
+    `google.rpc.BadRequest` if fields are invalid. After an error the weights are as they were.
     Every RPC may return:
-    - INVALID_ARGUMENT: a field breaks its documented range. All offending fields are listed.
+    - INVALID_ARGUMENT: a field is outside its documented range. All offending fields are listed.
     - UNAUTHENTICATED: the token is missing or unknown.
     - PERMISSION_DENIED: the token lacks the role `training`.
     - NOT_FOUND: a model or a checkpoint does not exist, or belongs to another token.
