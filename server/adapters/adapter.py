@@ -26,7 +26,7 @@ class AdapterRef:
 
     Attributes:
         name: The name of an adapter, or of an alias if there is a draw.
-        generation: None means the current one.
+        generation: The number of a generation; None for the current one.
         weight: The factor of the adapter's update.
         draw: A random number in [0, 1) that chooses among the targets of an alias. None if the name
             must be an adapter's.
@@ -128,7 +128,7 @@ def kept_generations(
         name: The adapter's name.
         current: The generation that the name stands for.
         replaced: The replaced generations, in the order in which they were replaced.
-        keep: How many of them are kept.
+        keep: How many of the most recently replaced ones are kept in any case.
         aliases: All aliases.
     """
     surplus = max(len(replaced) - keep, 0)
@@ -156,7 +156,8 @@ TOKENIZER_FILES = {
     "added_tokens.json": 4 << 20,
     TEMPLATE_FILE: 256 << 10,
 }
-# A chat template and its special tokens are read from these, even if all tokens are the base's.
+# A chat template and its special tokens are read from these files, even if all tokens are the
+# base's.
 TEMPLATE_FILES = (TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE, TEMPLATE_FILE)
 # ``turret train`` writes this file alongside its adapters; reading it is optional.
 PROVENANCE_FILE = "provenance.json"
@@ -169,7 +170,8 @@ class Source:
     Attributes:
         path: Relative to the adapter root, or to the state directory if ``is_upload``; or
             ``hub:org/name@commit``.
-        is_upload: The server wrote the files itself and removes them when they are not needed.
+        is_upload: Whether the server wrote the files itself, and so removes them when they are not
+            needed.
         adapter: The adapter's name, for an upload.
         task: The task, if the files contain several; None if not specified.
         origin: Where an upload was fetched from, such as ``oci://host/name@sha256:…``; empty if a
@@ -215,7 +217,7 @@ MAX_LABELS, MAX_LABEL_CHARS = 4096, 256
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A head without its weights.
+    """A classification head without its weights.
 
     Attributes:
         labels: One label for each number that the head computes, in order.
@@ -249,29 +251,32 @@ class AdapterFacts:
     The server keeps them in memory and on disk, without the weights.
 
     Attributes:
-        digest: SHA-256 over config and weights, hex.
+        digest: SHA-256 over config, weights and, if there are any, the task and its own tokenizer;
+            hex.
         method: ``lora``, ``dora``, …
         ranks: Distinct ranks, ascending.
         target_modules: Distinct last components of the adapted paths, ascending.
         base_model: The base that the config names, or "".
-        warnings: Warnings for the operator.
+        warnings: Warnings for the server's operator.
         num_soft_tokens: The number of its soft tokens before the prompt.
-        num_prefix_positions: Positions before the prompt for which it has keys and values.
+        num_prefix_positions: The number of positions before the prompt for which it has keys and
+            values.
         bytes_disk: Size of the checkpoint's files.
         bytes_host: Size of its operators in host memory, in the dtype served when it was read.
         invocation: The tokens at whose last occurrence in the prompt the adapter takes effect;
             empty if it applies everywhere.
         labels: Labels of its classification head; empty without one.
         problem_type: See ``Head``; empty without one.
-        first_pass: The pass that runs before every pass of its own to compute its scalings:
-            ``base``, or ``adapter`` (itself, at constant scalings); empty for none.
+        first_pass: The pass that computes the weights of its components before each regular pass:
+            ``base`` (without the adapter), or ``adapter`` (with it, at constant weights); empty for
+            none.
         components: Digests of the adapters that it is built from, which must stay registered.
         vocab_size: Number of rows of its vocabulary, if it differs from the base's or the adapter
             has its own tokenizer; otherwise 0.
         tokenizer: SHA-256 over the files of its own tokenizer, hex; empty if its requests use the
             base's.
-        chat_template: Its own chat template, as ``OwnTemplate`` writes it; empty
-            without one.
+        chat_template: Its own chat template, as ``OwnTemplate.to_json`` writes it; empty without
+            one.
     """
 
     digest: str
@@ -295,27 +300,27 @@ class AdapterFacts:
 
     @property
     def content(self) -> tuple[str, str]:
-        """The digest of its weights, and its chat template; equal only for the same content."""
+        """The digest and the chat template, which are both equal only for the same content."""
         return self.digest, self.chat_template
 
 
 # Origins of a template that is not in the adapter's files: the caller sent it, or a fusion took it
 # from its members.
 REQUEST, MEMBERS = "request", "members"
-# Origin of a template that a conversation brings, which does not belong to an adapter.
+# Origin of a template in a chat request, which does not belong to an adapter.
 IN_CHAT = "chat"
 
 
 @dataclass(frozen=True, slots=True)
 class OwnTemplate:
-    """An adapter's own chat template, with the special tokens that it writes.
+    """A chat template other than the base's, with the special tokens that it writes.
 
     Attributes:
         origin: The file that contains it, ``REQUEST``, ``MEMBERS`` or ``IN_CHAT``.
-        templates: The template by its name, ``default``, and perhaps one for conversations with
-            tools, ``tool_use``.
+        templates: The templates by name: ``default``, and perhaps ``tool_use`` for conversations
+            with tools.
         tokens: Texts of special tokens by the template's variables, such as ``eos_token``; None for
-            a token that the adapter's tokenizer lacks. The base's are used for the others.
+            a token that the adapter's tokenizer lacks. For other variables, the base's are used.
     """
 
     origin: str
@@ -324,7 +329,7 @@ class OwnTemplate:
 
     @property
     def is_in_chat(self) -> bool:
-        """Whether a conversation brings it."""
+        """Whether the template comes from a chat request."""
         return self.origin == IN_CHAT
 
     def to_json(self) -> str:
@@ -359,20 +364,21 @@ class Adapter:
     Attributes:
         name: Registered name.
         uuid: Identifies the registration; all its generations have it.
-        generation: From 1.
+        generation: The generation's number, from 1.
         key: Identifies this generation uniquely.
         facts: The facts that reading its files found.
         source: The location of its files.
-        operators: By module path; None while on disk. They do not change while a mix that was
-            granted residency (see ``Mix.ensure_host``) holds the adapter, unless the base changes.
+        operators: The operators in host memory; None if they are only on disk. They do not change
+            while a mix that was granted residency (see ``Mix.ensure_host``) holds the adapter,
+            unless the base changes.
         base_generation: The generation of the base weights from which ``operators`` were computed;
             None if they do not depend on these weights.
         host_bytes_needed: Host memory that its operators take when resident.
         in_flight: Number of mixes that hold the adapter.
         holds: How many of these mixes were granted residency; an adapter with holds is not evicted.
-        pinned: Never evicted.
-        is_retired: Another generation has replaced it.
-        bytes_device: Set by the code that copies the operators to a device.
+        pinned: Whether it is never evicted.
+        is_retired: Whether another generation has replaced it, or its name was removed.
+        bytes_device: Bytes of its operators on the device, set by the code that copies them there.
     """
 
     name: str
@@ -448,17 +454,19 @@ class AdapterInfo:
         name: Registered name.
         uuid: Identifies this registration. A name that is loaded again after an unload gets a new
             one.
-        generation: From 1; a replacement under the same registration is the next one.
+        generation: The generation's number, from 1. Each replacement under the same registration
+            gets the next number.
         kept_generations: Replaced generations that requests may still name, ascending.
         facts: The facts that reading its files found.
         bytes_host: Bytes of operators held in host memory now.
         bytes_device: Bytes held on the device now.
         residency: The fastest tier that holds it now.
-        pinned: Never evicted, never unloaded.
+        pinned: Whether it is never evicted and cannot be unloaded.
         in_flight: Number of requests that hold it.
         last_used_time: Unix seconds of the last request, or None.
-        state: While it is ``DELETING``, new requests are refused.
-        source: The path that it was loaded from, with the hub's commit; "" if it was uploaded.
+        state: While it is ``DELETING``, new requests are rejected.
+        source: Where its files came from, such as a path with the hub's commit; "" if a client
+            uploaded them.
     """
 
     name: str
@@ -482,8 +490,8 @@ class HostResult:
 
     Attributes:
         mix: The mix that was waiting.
-        error: The reason why the mix cannot be served. If None, every member is resident until the
-            mix is released.
+        error: The reason why the mix cannot be served. If None, every member is resident, for as
+            long as ``Mix.ensure_host`` says.
         load_seconds: The duration of each read, by the key of the member that was not resident.
     """
 

@@ -79,13 +79,13 @@ class BaseExperts:
 
     Attributes:
         name: Its path, e.g. ``model.layers.0.mlp.experts.gate_up_proj``.
-        modules: The modules of one expert that it joins along their outputs, by their names in
-            older checkpoints; ``{}`` stands for the number of the expert.
+        modules: The modules of one expert that the projection joins along their outputs, by their
+            names in older checkpoints, where ``{}`` stands for the number of the expert.
         count: The number of experts.
         in_features: Inputs of an expert.
         out_features: Outputs of an expert.
-        is_first: Whether it is the first of its module's parameters. PEFT wraps a module once per
-            parameter, and keeps the tensors of the first one innermost.
+        is_first: Whether the projection is the first parameter of its module. PEFT wraps a module
+            once per parameter, and keeps the tensors of the first parameter innermost.
         dequantize: Returns one expert's weight as served, ``[out_features, in_features]`` fp32.
     """
 
@@ -99,7 +99,7 @@ class BaseExperts:
 
     @property
     def folder(self) -> str:
-        """The module to which the parameter belongs."""
+        """The path of the module to which the parameter belongs."""
         return self.name.rpartition(".")[0]
 
 
@@ -110,7 +110,7 @@ class BaseNorm:
     Attributes:
         weight: The checkpoint's weight, ``[hidden]`` fp32.
         offset: Number that the model adds to the weight before the multiplication.
-        feeds: The modules that take its result, by path.
+        feeds: The paths of the modules that take its result.
     """
 
     weight: torch.Tensor
@@ -125,7 +125,8 @@ class BaseVocabulary:
     Attributes:
         embedding: Turns input tokens into vectors.
         head: Turns the last hidden states into logits.
-        is_tied: Whether the checkpoint declares that they are the same (``tie_word_embeddings``).
+        is_tied: Whether the checkpoint declares that both are the same matrix
+            (``tie_word_embeddings``).
         named: The number of rows for which the base's tokenizer has tokens. The rows after them
             are padding. None means all rows.
     """
@@ -147,14 +148,15 @@ class BaseModel:
     Attributes:
         name: The model's name in its config, or the name of its directory. It is compared loosely
             with ``base_model_name_or_path``.
-        model_type: The name in the checkpoint's config.
+        model_type: The ``model_type`` in the checkpoint's config.
         digest: SHA-256 over the weights as loaded, which adapters are trained on. A merge does not
             change it; ``generation`` identifies the weights served.
         dtype: Serving dtype of activations and operators.
         modules: The quantised linear modules of the decoder layers, by full path, in layer order,
             and ``lm_head`` after them.
-        other_modules: Paths that exist but are not linear modules (norms, ``model.embed_tokens``).
-            A method that does not support one rejects the adapter, instead of skipping it.
+        other_modules: Paths of modules that are not linear (norms, ``model.embed_tokens``). A
+            method that does not support such a module rejects the adapter instead of skipping the
+            module.
         experts: Fused projections of experts, by path, in layer order.
         renamed: Parts of paths in older adapter checkpoints, with their current names.
         norms: The ``other_modules`` that are norms and feed only linear modules, by path.
@@ -169,8 +171,8 @@ class BaseModel:
         generation: The version of the weights, from 1; each merge and each unmerge increases it.
         text_prefix: The prefix of the adapter that is being read, if it was trained on a model of
             text and images (``checkpoint.text_prefix``).
-        beside: A context manager. Inside ``with base.beside():``, a thread's work on the device
-            does not block steps.
+        beside: Makes a context manager. Inside ``with base.beside():``, a thread's work on the
+            device does not block steps.
     """
 
     name: str
@@ -240,8 +242,8 @@ class ChangedBase:
 
     Attributes:
         generation: The version of these weights.
-        stale: Keys of adapters that were computed from the previous weights. Copies of their
-            operators have to be dropped.
+        stale: Keys of adapters whose operators were computed from the previous weights. Copies of
+            these operators have to be dropped.
         merged: The uuids and digests of the adapters that are part of these weights.
     """
 

@@ -1,8 +1,8 @@
-"""The combinations of updates for ``FuseAdapters``: their names, and the settings of each.
+"""The combinations of updates for the RPC ``FuseAdapters``: their names, and the settings of each.
 
-``exact`` equals ``Σ w_k ΔW_k``, and ``svd`` approximates it. The others are the combinations of
-PEFT's ``add_weighted_adapter``, under PEFT's names. This file does not need torch, so that requests
-can be checked before torch is loaded.
+``exact`` is the weighted sum of the members' updates, ``Σ w_k ΔW_k``, and ``svd`` approximates this
+sum. The others are the combinations of PEFT's ``add_weighted_adapter``, under PEFT's names. This
+file does not need torch, so that requests can be checked before torch is loaded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from turret.server.words import say
 
 @dataclass(frozen=True, slots=True)
 class ModuleReport:
-    """One module of the result.
+    """A report on one module of a fusion's result.
 
     Attributes:
         module: Full path in the base.
@@ -32,12 +32,12 @@ class ModuleReport:
 
 @dataclass(frozen=True, slots=True)
 class FuseResult:
-    """A registered result.
+    """The result of a fusion.
 
     Attributes:
-        record: The new adapter.
+        record: The new adapter, which is registered.
         relative_error: The relative error of all modules together.
-        modules: The modules, in the base model's order.
+        modules: A report on each module, in the base model's order.
     """
 
     record: AdapterInfo
@@ -45,11 +45,11 @@ class FuseResult:
     modules: tuple[ModuleReport, ...]
 
 
-# Concatenate the factors, which keeps the whole sum.
+# Combinations that concatenate the factors, which keeps the whole sum.
 CONCATENATED = frozenset({"exact", "cat"})
-# Combine A with A and B with B; the product of the results is the update.
+# Combinations that combine all A and, separately, all B; the product of the results is the update.
 ON_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
-# Combine whole updates, then truncate.
+# Combinations of whole updates, whose result an SVD truncates.
 ON_UPDATES = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
 NAMES = ("exact", "cat", *ON_FACTORS, *ON_UPDATES)
 SIGN_METHODS = ("total", "frequency")
@@ -63,14 +63,14 @@ class Combination:
     Attributes:
         name: One of ``NAMES``.
         rank: The maximum rank of a module in the result, at least 1.
-        energy: Share of the squared singular values to keep, in (0, 1]; instead of ``rank``.
+        energy: Share of the sum of squared singular values to keep, in (0, 1]; excludes ``rank``.
         density: Share of the entries that pruning keeps, in (0, 1].
         majority_sign_method: How TIES elects a sign: ``total`` (the default) or ``frequency``.
         seed: Seeds DARE's random pruning; 0 by default.
 
     Raises:
-        InvalidRequestError: Values are out of range or belong to other combinations. The error
-            lists all of them.
+        InvalidRequestError: A value is missing, out of range, in conflict with another one, or
+            belongs to another combination. The error lists all such values.
     """
 
     name: str = "exact"
@@ -96,7 +96,10 @@ class Combination:
 
     @property
     def prunes_at_random(self) -> bool:
-        """DARE (arXiv 2311.03099): entries are dropped at random and the rest scaled up."""
+        """Whether it is DARE (arXiv 2311.03099).
+
+        DARE drops entries at random and scales up the others.
+        """
         return self.name.startswith("dare")
 
     @property
@@ -105,7 +108,7 @@ class Combination:
 
     @property
     def elects_signs(self) -> bool:
-        """TIES (arXiv 2306.01708): entries whose sign is outvoted do not count."""
+        """Whether it is TIES (arXiv 2306.01708), which ignores entries whose sign is outvoted."""
         return "ties" in self.name
 
     def _misplaced(self) -> list[Finding]:

@@ -42,7 +42,8 @@ class Component:
         method: The name of its method.
         operators: Its operators.
         ranks: Distinct ranks.
-        scalings: The scaling folded into ``b`` of a module; 1 where it is missing.
+        scalings: The scaling that is folded into a module's ``b``, by module path; 1 for modules
+            that are missing here.
     """
 
     ref: ComponentRef

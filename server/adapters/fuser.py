@@ -1,8 +1,8 @@
 """Fuses registered adapters into a new one, on a separate thread.
 
-One fusion runs at a time, at low priority, one module at a time. It reads its members'
-files again, in fp32, because the operators that are served may be rounded. The fusion holds its
-members as a request does, so that none is unloaded meanwhile.
+One fusion runs at a time, at low priority, one module at a time. It reads its members' files again,
+in fp32, because the operators that are served may be rounded. The fusion holds its members as a
+request does, so that none is unloaded meanwhile.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ METHOD = "lora"
 def fused_files(
     modules: Mapping[str, FusedModule], base: BaseModel, base_model: str
 ) -> AdapterFiles:
-    """The files of a result.
+    """The files of a fusion's result.
 
     Args:
-        modules: The modules by path, not empty.
+        modules: The result's modules by path, not empty.
         base: The base of the modules.
         base_model: The base's name for the config.
     """
@@ -93,8 +93,8 @@ class AdapterFiles:
     """The two files of an adapter.
 
     Args:
-        config: PEFT's keys.
-        tensors: fp32 on the CPU, by PEFT's names.
+        config: The config, with PEFT's keys.
+        tensors: The tensors by PEFT's names, in fp32 on the CPU.
     """
 
     def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -123,14 +123,14 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write a safetensors file of fp32 tensors on the CPU.
 
     Raises:
-        OSError: The disk is full or broken; safetensors' own function raises another error.
+        OSError: The disk is full or broken. (The safetensors library raises an error of its own.)
     """
     with path.open("wb") as file:
         file.writelines(safetensors_parts(tensors))
 
 
 def digest_of(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
-    """The digest of an adapter with this config, whose tensors ``save_tensors`` writes."""
+    """The digest of an adapter with this config and the file that ``save_tensors`` writes."""
     digest = begin_digest(config)
     for part in safetensors_parts(tensors):
         digest.update(part)
@@ -138,7 +138,7 @@ def digest_of(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) ->
 
 
 def target_modules(names: list[str], base: BaseModel) -> list[str]:
-    """The last components if they select exactly these modules, otherwise the whole paths."""
+    """The paths' last components if they select exactly these modules; otherwise the paths."""
     leaves = {_leaf(name) for name in names}
     selected = [name for name in base.modules if _leaf(name) in leaves]
     return sorted(leaves) if len(selected) == len(names) else names
@@ -154,7 +154,7 @@ def lora_config(
     """The config of a LoRA with these ranks. Alpha equals the rank, so nothing is scaled.
 
     Args:
-        ranks: The ranks by path of the module, not empty.
+        ranks: The ranks by module path, not empty.
         base: The base of the modules.
         base_model: The base's name for the config.
         has_bias: Whether every module has a bias for B.
@@ -232,7 +232,7 @@ def rank_of_result(members: Sequence[FusionMember], combination: Combination) ->
     """Maximum number of singular values to keep, for combinations that end in an SVD.
 
     Raises:
-        InvalidRequestError: The request sets no rank, and no member has one.
+        InvalidRequestError: The request sets neither rank nor energy, and no member has a rank.
     """
     if combination.rank is not None:
         return combination.rank
@@ -331,8 +331,7 @@ class Fuser:
         except RuntimeError as error:
             self._end(job)
             refusal = turret_error(error, "") if is_out_of_memory(error) else _shutting_down()
-            # The executor may keep the work even if it could not start a thread, so cancel the
-            # work.
+            # The executor may keep the work even if it could not start a thread, so cancel it.
             cancellation.set(refusal)
             raise refusal from None
         # A future that is cancelled before it starts never calls _run, so end the job here.
@@ -340,7 +339,7 @@ class Fuser:
         return future
 
     def _abort(self, uuid: str) -> None:
-        """Ends the current fusion if it holds this registration."""
+        """Ends the current fusion if it holds a generation of this registration."""
         with self._lock:
             mix = None if self._job is None else self._job.mix
             found = [] if mix is None else [a for a, _ in mix.members if a.uuid == uuid]
@@ -415,7 +414,7 @@ class Fuser:
             job.cancellation.check()
             module = fused[path] = fuser.fuse(parts, base.modules[path])
             num_bytes += module.a.nbytes + module.b.nbytes
-            # Check after each module, so that a fusion that does not fit ends early.
+            # Check after each module, so that a fusion whose files do not fit ends early.
             self._registry.check_room(num_bytes)
             now = time.monotonic()
             if len(fused) == len(work) or now - reported >= REPORT_SECONDS:

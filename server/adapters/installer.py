@@ -59,7 +59,7 @@ class AdapterTokenizers:
         self._loader.check_tokenizer = check
 
     def find(self, refs: Iterable[AdapterRef]) -> tuple[Adapter | None, str]:
-        """The adapter of a mix that has its own tokenizer, and the mix's ``template_of``.
+        """The first adapter of a mix that has its own tokenizer, and the mix's chat template.
 
         Unknown names and generations are ignored. The adapter is not held: a name may stand for
         another generation when its request is submitted.
@@ -100,11 +100,11 @@ class NewWeights:
     Attributes:
         name: A well-formed name.
         source: The present location of the files.
-        staged: The upload that contains ``source``; it is moved to its place.
-        pinned: Whether to pin them too.
+        staged: The upload that contains ``source``; the installer moves it to its final place.
+        pinned: Whether to pin the new weights.
         replace: If True, the name must be registered already. If False, it must be free or have the
             same content.
-        expected_generation: The generation that they replace; None for any.
+        expected_generation: The generation that the files replace; None for any.
         chat_template: The chat template to use instead of the one in the files.
     """
 

@@ -2,9 +2,10 @@
 
 A mix is granted all its adapters at once, or waits and holds none, so two mixes never wait for each
 other. Grants are first come, first served, and tenants take turns. A mix whose adapters are all
-resident may overtake, but only until the first in line has waited ``PATIENCE_SECONDS``. So popular
-adapters cannot keep a cold one out forever. Nor can long requests, because the engine hands the
-memory of granted mixes over to one that waits.
+resident may overtake waiting ones, but only until the first in line has waited
+``PATIENCE_SECONDS``. So popular adapters cannot keep an adapter on disk out of memory forever. Long
+requests cannot do so either, because the engine hands the memory of granted mixes over to a mix
+that waits.
 """
 
 from __future__ import annotations
@@ -29,17 +30,18 @@ from turret.server.words import say
 class HostMemory:
     """The adapters in host memory, within a byte budget. Evicts the least recently granted first.
 
-    Owns ``Adapter.operators`` and ``pinned``.
+    Only this class sets ``Adapter.operators`` and ``Adapter.pinned``.
 
-    The bytes of an adapter that has entered are reserved, and it is either resident or being read.
-    Not thread-safe: ``Leases`` calls every method under its lock.
+    From ``enter`` to ``leave``, an adapter's bytes are reserved, and the adapter is either resident
+    or being read. Not thread-safe: ``Leases`` calls every method under its lock.
 
     Args:
-        budget_bytes: Resident and arriving adapters never exceed it.
+        budget_bytes: Maximum number of bytes of all resident adapters and those being read. It is
+            exceeded only if an adapter is larger than recorded and no others can be evicted.
         metrics: Receives residency, bytes and evictions.
 
     Attributes:
-        used_bytes: Bytes that resident and arriving adapters take.
+        used_bytes: Bytes of all resident adapters and those being read.
     """
 
     def __init__(self, budget_bytes: int, metrics: Metrics) -> None:
@@ -59,7 +61,7 @@ class HostMemory:
         return self._budget_bytes - self._pinned_bytes
 
     def enter(self, adapter: Adapter) -> None:
-        """Reserves the bytes of an adapter. The caller has made room for it."""
+        """Reserves the bytes of an adapter. The caller must have made room for the adapter."""
         self._entries[adapter.key] = adapter
         self.used_bytes += adapter.host_bytes_needed
 
@@ -74,7 +76,7 @@ class HostMemory:
         self._entries.move_to_end(adapter.key)
 
     def leave(self, adapter: Adapter, reason: str | None = None) -> None:
-        """Frees the bytes of an adapter. With a ``reason``, it is counted as an eviction."""
+        """Frees the bytes of an adapter. With a ``reason``, this counts as an eviction."""
         del self._entries[adapter.key]
         self.used_bytes -= adapter.host_bytes_needed
         adapter.operators = None
@@ -117,7 +119,7 @@ class HostMemory:
         return stale
 
     def is_stale(self, base_generation: int | None) -> bool:
-        """Whether operators of this base generation do not fit the present base. None fits any."""
+        """Whether operators of this base generation are stale; those with None never are."""
         return base_generation not in (None, self._base_generation)
 
     def report(self, adapter: Adapter) -> None:
@@ -157,7 +159,7 @@ PATIENCE_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
 Reload = Callable[[str, Source, str], LoadedAdapter]
-# Callbacks (``OnHost``) to call once the change is complete.
+# Calls of mixes' callbacks (``OnHost``), to be made once the change is complete.
 _Callbacks = list[Callable[[], None]]
 
 
@@ -186,15 +188,15 @@ class _Load:
 class Leases:
     """The leases of mixes. Thread-safe.
 
-    Owns ``Adapter.holds``, the number of leases on an adapter that were granted. The registry owns
-    ``Adapter.in_flight``, which also counts the leases that wait.
+    Only this class sets ``Adapter.holds``, the number of granted leases on an adapter. The registry
+    sets ``Adapter.in_flight``, which also counts the leases that wait.
 
-    Every method that changes the holds or the memory also grants waiting mixes, where possible,
-    before it returns; their callbacks may run under a lock that the caller holds.
+    Every method that may free memory also grants waiting mixes, where possible, before it returns.
+    The callbacks of these mixes may run under a lock that the caller holds.
 
     Args:
-        host_bytes: The budget; resident and arriving adapters never exceed it.
-        reload: ``(name, source, digest) → adapter``; runs on threads of this object, without the
+        host_bytes: The budget; see ``HostMemory``.
+        reload: ``(name, source, digest) → adapter``; runs on this object's threads, without the
             lock.
         lock: The registry's lock, re-entrant; every method takes it.
         metrics: Receives residency, bytes, loads and evictions.
@@ -222,11 +224,15 @@ class Leases:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes that resident and arriving adapters take."""
+        """Bytes of all resident adapters and those being read."""
         return self._memory.used_bytes
 
     def insert(self, adapter: Adapter, loaded: LoadedAdapter) -> bool:
-        """Stores freshly lowered operators. If it returns False, the adapter stays on disk."""
+        """Stores freshly lowered operators, if possible.
+
+        Returns:
+            Whether the operators are stored; if not, the adapter stays on disk.
+        """
         with self._lock:
             # Waiting mixes take precedence over an adapter that no request has asked for yet.
             if self._line or self._memory.is_stale(loaded.base_generation):
@@ -242,8 +248,8 @@ class Leases:
         """Reacts to new weights of the base: operators computed from the old ones are stale.
 
         A stale adapter that is pinned or held by a mix is read again at once, into the memory that
-        is reserved for it, and its mixes wait for it (call ``ensure_host`` again). Other stale
-        adapters are dropped.
+        is reserved for it. Mixes with this adapter must wait for the read: call ``ensure_host`` for
+        them again. Other stale adapters are dropped.
 
         Returns:
             Keys of the adapters whose operators were dropped.
@@ -271,12 +277,15 @@ class Leases:
                 self._metrics.adapter_bytes.labels("host").set(self._memory.used_bytes)
 
     def set_pinned(self, adapter: Adapter, pinned: bool) -> None:
-        """Pins an adapter that is in memory or coming back to it, or unpins one."""
+        """Pins an adapter that is in memory or being read into it, or unpins one."""
         with self._change():
             self._memory.set_pinned(adapter, pinned)
 
     def open_lease(self, mix: Mix) -> None:
-        """Starts a mix's claim; grants it at once if everything is resident."""
+        """Starts a mix's claim.
+
+        The claim is granted at once if every adapter is resident and no mix has waited too long.
+        """
         with self._lock:
             adapters = tuple(adapter for adapter, _ in mix.members)
             lease = self._leases[mix] = _Lease(mix, adapters)
@@ -315,9 +324,10 @@ class Leases:
             return frozenset(lease.mix for lease in self._line)
 
     def hand_over(self, mixes: Iterable[Mix], to: Mix) -> None:
-        """Grants a mix before all others that wait, with the memory of ``mixes`` if that fits.
+        """Takes the grants of ``mixes`` away, and grants ``to`` before all others that wait.
 
-        ``mixes`` are no longer granted; call ``ensure_host`` for them again.
+        ``to`` keeps waiting, as the first in line, if the freed memory is not enough. If ``to`` is
+        not waiting, nothing happens. Call ``ensure_host`` for ``mixes`` again.
         """
         with self._change():
             lease = self._leases[to]
@@ -343,7 +353,7 @@ class Leases:
                 self._fail(lease, _shutting_down(), callbacks)
         self._executor.shutdown(wait=True, cancel_futures=True)
         with self._lock:
-            # Reads that never began do not release the memory reserved for them.
+            # Reads that never began have not released the memory reserved for them.
             for load in self._loads.values():
                 self._memory.leave(load.adapter)
             self._loads.clear()
@@ -381,7 +391,7 @@ class Leases:
                 break
 
     def _join_line(self, lease: _Lease) -> None:
-        """Puts a lease in line, so that each tenant's next one is granted in turn."""
+        """Puts a lease in line, so that the tenants' leases are granted in turn."""
         turn = sum(each.mix.tenant == lease.mix.tenant for each in self._line)
         seen = Counter[bytes]()
         for place, each in enumerate(self._line):
@@ -407,7 +417,7 @@ class Leases:
         return not lease.mix.is_resident or waited > PATIENCE_SECONDS
 
     def _grant(self, lease: _Lease) -> None:
-        """Holds every adapter of the lease and starts the missing reads. There is room for them."""
+        """Holds the lease's adapters and starts the missing reads. The caller has made room."""
         lease.is_granted = True
         for adapter in lease.adapters:
             adapter.holds += 1
@@ -469,7 +479,7 @@ class Leases:
             outcome = self._try_reload(adapter)
             seconds = time.monotonic() - start
             with self._change() as callbacks:
-                # The base may have changed during the read.
+                # If the base has changed during the read, read again.
                 if not (
                     isinstance(outcome, LoadedAdapter)
                     and self._memory.is_stale(outcome.base_generation)

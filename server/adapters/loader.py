@@ -1,4 +1,4 @@
-"""From files to operators: reads and lowers adapters, and checks the budgets."""
+"""Reads adapters, lowers them (turns files into operators), and checks the budgets."""
 
 from __future__ import annotations
 
@@ -118,12 +118,13 @@ class AdapterLoader:
             set it before the first adapter is loaded.
 
     Args:
-        root: The allow-listed adapter root; None to reject every path.
+        root: The allow-listed adapter root; None to reject every path but those of the hub.
         base: The base model as served.
         host_bytes: The maximum size of one adapter's operators.
         max_rank: The maximum rank served.
         uploads: The directory to which the paths of uploads are relative.
-        find_source: Finds the files of a registered component; raises AdapterComponentError.
+        find_source: Finds the files of a component; raises AdapterComponentError if the component
+            is not registered.
         allowed: Exceptions to the default rejections.
         hub: The hub for paths that begin with ``hub:``; None to reject them.
         admit: Called with every adapter's operators; raises if they cannot be served.
@@ -177,7 +178,7 @@ class AdapterLoader:
         if source.is_hub:
             # This downloads nothing unless the cache was emptied.
             self._hub.fetch(source.path)
-        # Operators have at least one element per weight, so a larger adapter cannot fit.
+        # Operators have at least one element per weight in the file, so a larger file cannot fit.
         item_bytes = self.base.dtype.itemsize
         checkpoint = read_checkpoint(
             self.root_of(source),
@@ -241,10 +242,10 @@ class AdapterLoader:
         return files
 
     def lower(self, checkpoint: AdapterCheckpoint) -> LoadedAdapter:
-        """Makes the operators.
+        """Turns a checkpoint into operators.
 
         Raises:
-            AdapterCheckpointError: Unsupported method, key or tensor.
+            AdapterCheckpointError: A method, key or tensor is not supported.
             AdapterMismatchError: The adapter was made for another base.
             AdapterComponentError: A component is not registered.
             BudgetExceededError: The rank or the size exceeds a limit.

@@ -1,8 +1,8 @@
 """Defines the form of a method, and turns its checkpoints into checked operators.
 
-A method is a declaration, and a function from tensors to operators, which are made in fp32 or
-wider. The operators are rounded to the serving dtype when a module is assembled, moved to one block
-of memory, checked, and summarised. A method may also declare the start of its training.
+A method consists of a declaration, and of a function from tensors to operators, which computes in
+fp32 or wider. The operators are rounded to the serving dtype when a module is assembled, moved to
+one block of memory, checked, and summarised. A method may also declare how its training starts.
 
 Importing this module does not load torch.
 """
@@ -49,7 +49,7 @@ from turret.server.words import Text, say
 
 
 class NewModule:
-    """A module that is to be adapted.
+    """A module for which training starts with a new adapter.
 
     Args:
         base: The module of the base.
@@ -149,8 +149,8 @@ def _blocks(weight: WeightRows) -> list[slice]:
     return [slice(start, start + size) for start in range(0, weight.shape[0], size)]
 
 
-# Elements of ``b`` folded at once: 1 MB in fp32. Larger temporaries are returned to the system
-# after every adapter, and touching fresh memory took a quarter of the time.
+# Elements of ``b`` that are scaled at once: 1 MB in fp32. The allocator returns larger temporaries
+# to the system after every adapter, and touching fresh memory then took a quarter of the time.
 _BATCH_ELEMENTS = 1 << 18
 
 
@@ -191,7 +191,7 @@ def sparse(
 
 
 def _rounded(factors: Mapping[str, Scaled], dtype: torch.dtype) -> dict[str, LowRank]:
-    """Scales ``b`` of all modules in fp32 and rounds once, with one call for each shape.
+    """Scales ``b`` of all modules in fp32 and rounds once, for many modules of one shape at a time.
 
     Args:
         factors: The factors by module, in the file's dtype.
@@ -221,11 +221,15 @@ def _rounded(factors: Mapping[str, Scaled], dtype: torch.dtype) -> dict[str, Low
 
 
 class Assembly:
-    """Assembles modules. Each operator is rounded as soon as it is made, if possible."""
+    """Collects the operators of modules, in the serving dtype.
+
+    Each operator is rounded as soon as it is added. Only the factors of LoRA (``Scaled``) are
+    rounded together at the end.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
-        # A None marks a low-rank update that is rounded later with those of other modules.
+        # None stands for a low-rank update that is rounded later, with those of other modules.
         self._made: dict[str, list[Operator | None]] = {}
         self._factors: dict[str, Scaled] = {}
 
@@ -261,8 +265,9 @@ class Lowered:
         operators: CPU tensors that own their memory.
         ranks: Distinct ranks, ascending.
         base_model: The base that the checkpoint names, or "".
-        warnings: Warnings for the operator. None of them means that the result is inexact.
-        scalings: The scaling that a method folded into ``b`` of a module; 1 where it is missing.
+        warnings: Warnings for the server's operator. None of them means that the result is inexact.
+        scalings: The scaling that a method folded into a module's ``b``, by module path; 1 for
+            modules that are missing here.
         components: Digests of the adapters from which it is built.
         depends_on_base: Whether the operators were computed from the base's weights or biases. If
             so, the adapter is lowered again when a merge changes the base.
@@ -326,12 +331,12 @@ class Lowered:
         )
 
 
-# All operators of an adapter are in one block of memory.
+# The operators of all linear modules of an adapter are in one block of memory.
 #
 # Hundreds of tensors of all sizes that come and go with thousands of adapters would fragment the
 # heap. A block is a separate memory mapping, which is returned to the system as a whole when the
 # adapter leaves. Tensors of the same shape are side by side in the order of the layers, so that a
-# store whose matrices contain all layers needs only one copy.
+# store whose matrices contain all layers can copy them with one call.
 
 
 # Every group of tensors begins at a cache line.
@@ -353,7 +358,7 @@ def in_one_block(
     if any(tensor.requires_grad for tensors in before.values() for tensor in tensors):
         # Training differentiates these operators and drops them at once, so they need no block.
         return dict(modules), True
-    # Files list tensors by name, which puts layer 10 before layer 2.
+    # Sort by layer number, because files list tensors by name: layer 10 before layer 2.
     tensors = [tensor for name in sorted(modules, key=_place) for tensor in before[name]]
     copies, is_finite = _copies(list({id(tensor): tensor for tensor in tensors}.values()))
     after: dict[str, ModuleOperators] = {}
@@ -363,13 +368,17 @@ def in_one_block(
 
 
 def _place(name: str) -> list[int | str]:
-    """Orders modules: by kind, then by layer."""
+    """A key that sorts modules by kind, then by layer."""
     parts = re.split(r"(\d+)", name)
     return [*parts[::2], *map(int, parts[1::2])]
 
 
 def _copies(tensors: Sequence[torch.Tensor]) -> tuple[dict[int, torch.Tensor], bool]:
-    """Copies by ``id`` of the original; tensors of one dtype and shape are copied in one call."""
+    """Copies tensors into one block; those of one dtype and shape are copied in one call.
+
+    Returns:
+        The copies by ``id`` of the original, and whether every value is finite.
+    """
     groups: dict[tuple[torch.dtype, torch.Size], list[torch.Tensor]] = {}
     for tensor in tensors:
         if tensor.numel():
@@ -389,7 +398,7 @@ def _copies(tensors: Sequence[torch.Tensor]) -> tuple[dict[int, torch.Tensor], b
 
 
 def _map_memory(num_bytes: int) -> torch.Tensor:
-    """Separate memory, ``[num_bytes]`` uint8, freed with the last view of it."""
+    """A separate memory mapping, ``[num_bytes]`` uint8, which is freed with its last view."""
     if not num_bytes or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.empty(num_bytes, dtype=torch.uint8)
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -456,7 +465,7 @@ def _with_biases(
     for name, bias in biases.items():
         served = base.modules[name].bias
         assert served is not None  # the reader checked that there is one
-        # The file holds the whole bias. Operators are added to the base's, so use the difference.
+        # The file holds the whole bias, but the operator is added to the base's bias.
         change = bias.to(torch.float32) - served.to(torch.float32).cpu()
         before = result.get(name, ModuleOperators())
         whole = change if before.bias is None else before.bias + change
@@ -471,10 +480,10 @@ Pieces = Piece | Iterable[Piece]
 class Method(FileFormat):
     """An adapter method whose tensors are not those of linear modules.
 
-    A file in ``methods/`` binds one, or a ``LinearMethod``, to the name ``METHOD``.
+    A method's file in ``methods/`` binds a ``Method`` or ``LinearMethod`` to the name ``METHOD``.
 
     Attributes:
-        check: Reports faults of names, shapes and dtypes. Only the sizes of the base may be known.
+        check: Reports faults of names, shapes and dtypes. The base may be known only by its sizes.
         lower: Makes the operators from a checkpoint without such faults; see
             ``LinearMethod.lower``.
     """
@@ -496,7 +505,7 @@ class LinearMethod(LinearFormat):
         order: The modules in the order in which they are computed, if that is not the base's.
         after: Checks the whole adapter, after every module is done.
         complete: Adds to the result everything that does not belong to modules.
-        start: How a server trains it from scratch; None if it cannot.
+        start: How training starts from scratch; None if turret cannot start it.
     """
 
     operators: Callable[[Module], Pieces]
@@ -582,8 +591,8 @@ def gate_of(
 
     Args:
         updates: Each component's update of the module; None if it has none.
-        score_of: Makes the score that determines a token's weights from the factors ``b`` of all
-            components.
+        score_of: Makes, from the factors ``b`` of all components, the score that determines the
+            weights of the components for a token.
     """
     some = [update for update in updates if update is not None]
     a = filled_up(torch.cat([update.a for update in some]))

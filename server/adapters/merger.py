@@ -2,8 +2,8 @@
 
 The merged weights are computed module by module on the caller's thread, and stored alongside those
 in use. Only then do requests wait: running ones finish, the weights are exchanged between two
-steps, and waiting requests continue with the new base. A merge that ends before the exchange leaves
-no trace.
+steps, and waiting requests continue with the new base. A merge that fails or is cancelled before
+the exchange leaves no trace.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from turret.server.words import say
 
 @dataclass(frozen=True, slots=True)
 class MergedAdapter:
-    """A member of the mix, with its name at the time of the merge."""
+    """A member of a merged mix, with its name at the time of the merge."""
 
     name: str
     uuid: str
@@ -60,7 +60,7 @@ class MergeReport:
         relative_error: ``‖stored − exact‖ / ‖exact‖``, Frobenius norms over all changed modules,
             where ``exact = W + Σ w_k ΔW_k`` in fp32, and ``stored`` is the weight in use.
         update_error: ``‖stored − exact‖ / ‖exact − W‖``, the error as a share of the change. At 1,
-            the rounding has removed the mix. 0 if there was no change.
+            the error is as large as the change. 0 if there was no change.
         modules: ``relative_error`` of each changed module, by path, in the base's order.
     """
 
@@ -71,12 +71,12 @@ class MergeReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActiveMerge:
-    """A merge that took effect.
+    """A merge that is in effect, or is ready to take effect.
 
     Attributes:
         adapters: The mix, in the request's order.
         precision: The format of the merged weights.
-        time: Unix seconds.
+        time: The time at which the merged weights were complete, in Unix seconds.
         report: The difference between the stored weights and the exact ones.
     """
 
@@ -88,7 +88,7 @@ class ActiveMerge:
 
 @dataclass(frozen=True, slots=True)
 class MergeState:
-    """The base's generation, and the merge from which it results, or None."""
+    """The base's generation, and the merge that is in effect, or None."""
 
     base_generation: int
     merge: ActiveMerge | None = None
@@ -96,8 +96,8 @@ class MergeState:
 
 _log = logging.getLogger(__name__)
 
-# NF4 keeps an update if rounding loses at most this share of it. For the example adapters, BF16
-# loses 0.08 to 0.14 and NF4 loses everything (docs/combining.md).
+# NF4 counts as keeping an update if ``update_error`` is at most this. For the example adapters, the
+# error is over 1 in NF4, and 0.08 to 0.14 in BF16 (docs/combining.md).
 KEPT_ERROR = 0.1
 # NF4 is tried on this many modules, those of one decoder layer, before BF16 is used instead.
 _TRIAL_MODULES = 7
@@ -130,7 +130,7 @@ class Merger:
     Args:
         registry: The registry of the adapters.
         edit: Begins an edit of the base as loaded.
-        describe: Returns the base with its present weights, as the given generation.
+        describe: Describes the base with its present weights, under the given generation.
         change_base: See ``ChangeBase``.
         metrics: Receives whether a merge is active.
     """
@@ -164,19 +164,21 @@ class Merger:
         """Makes ``W + Σ w_k ΔW_k``, with biases added likewise, the base of every later request.
 
         The update is that of the adapters as served, with operators in the serving dtype and gains
-        computed from the served weight. It is added in fp32. Only one module at a time is dense.
+        computed from the served weight. It is added in fp32. At any time, only one module's weight
+        is a dense matrix.
 
         Args:
             refs: The mix.
             precision: The format of the merged weights; None for NF4 if that keeps the update, else
                 BF16.
             cancellation: Set when the caller has gone; until the weights have been exchanged, this
-                undoes the merge.
+                cancels the merge.
 
         Raises:
             InvalidRequestError: The mix is empty, a member changes more than weights and biases, or
                 a merged weight is not finite.
-            MergeActiveError: A merge is active, or another change is under way.
+            MergeActiveError: A merge is active.
+            MergeUnderWayError: Another merge or unmerge is under way.
             AdapterNotFoundError, BudgetExceededError, AdapterCheckpointError: The adapters cannot
                 be used.
             UnavailableError: The server is stopping.
@@ -197,7 +199,7 @@ class Merger:
     def _prepare(
         self, refs: Sequence[AdapterRef], precision: Precision | None, cancellation: Cancellation
     ) -> PreparedMerge:
-        """Makes merged weights alongside those in use. The caller must release their mix."""
+        """Makes merged weights alongside those in use. The caller must release the result's mix."""
         mix = self._registry.acquire(refs)
         try:
             _wait_until_resident(mix, cancellation)
@@ -216,7 +218,11 @@ class Merger:
     def _build(
         self, wanted: Precision | None, mix: Mix, cancellation: Cancellation
     ) -> tuple[Precision, Edit, MergeReport]:
-        """Stores the weights in the wanted precision, or in the smallest that keeps the update."""
+        """Stores the merged weights in NF4 or BF16; see ``merge`` for the choice if none is wanted.
+
+        Returns:
+            The precision, the edit that holds the weights, and how they differ from the exact ones.
+        """
         base = self._registry.base
         if wanted is None:
             edit = self._edit("NF4")
@@ -230,11 +236,11 @@ class Merger:
         return precision, edit, report
 
     def unmerge(self, cancellation: Cancellation) -> MergeState:
-        """Puts the base's own weights back: the same memory as before the merge.
+        """Puts the base's own weights back, which have stayed in memory during the merge.
 
         Raises:
             NotMergedError: No merge is active.
-            MergeActiveError: Another change is under way.
+            MergeUnderWayError: Another merge or unmerge is under way.
             UnavailableError, TurretError: See ``merge``.
         """
         with self._only_change():
@@ -259,9 +265,14 @@ class Merger:
         cancellation: Cancellation,
         generation: int | None = None,
     ) -> None:
-        """Exchanges the weights.
+        """Exchanges the base's weights with those of ``edit``.
 
-        The base then has ``generation``, which a fleet gives its replicas, or else the next one.
+        Args:
+            edit: The merged weights, or the base's own ones while a merge is active.
+            merge: The merge; None for an unmerge.
+            cancellation: See ``merge``.
+            generation: The base's generation afterwards, which a fleet determines for its replicas;
+                None for the next one.
         """
         if generation is None:
             generation = self._state.base_generation + 1
@@ -328,12 +339,16 @@ def _build_edit(
     *,
     most_error: float = float("inf"),
 ) -> MergeReport | None:
-    """Stores every changed module in ``edit``; None once ``update_error`` is over ``most_error``.
+    """Stores every changed module in ``edit``. Gives up if ``update_error`` is over ``most_error``.
 
-    The limit applies once a whole layer is stored, because a single module is not typical.
+    The limit applies from ``_TRIAL_MODULES`` modules on, because a single module is not typical.
+
+    Returns:
+        The difference between the stored and the exact weights; None if it is over the limit.
 
     Raises:
-        InvalidRequestError: Merged weights are not finite. The error lists all such modules.
+        InvalidRequestError: Merged weights are not finite. The error lists all modules with such
+            weights.
         TurretError: The one that ``cancellation`` was set with.
     """
     compute_on_this_thread()
@@ -356,7 +371,7 @@ def _build_edit(
         update = frobenius_norm(exact - weight)
         del weight
         if update == 0.0:
-            continue  # quantising it again would change an unchanged weight
+            continue  # Quantising the unchanged weight again would change it.
         stored = edit.put_weight(path, exact)
         if not bool(torch.isfinite(stored).all()):
             overflown.append(path)

@@ -1,7 +1,8 @@
 """Fuses the updates of one module into two factors, by the sum or one of PEFT's combinations.
 
-If every update is a pair of factors, sums, SVDs and errors are computed on the factors, in fp64.
-Otherwise the update is dense, in fp32, for one module at a time.
+If every update is a pair of factors, the weighted sum, its SVD and the error are computed from the
+factors, in fp64. Otherwise, and to combine whole updates, one module's updates at a time become
+dense matrices in fp32.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ class Factors:
         return float(torch.linalg.matrix_norm(left @ right.T))
 
     def truncated(self, choose_rank: ChooseRank) -> Factors:
-        """The nearest product of the chosen rank, fp32. The cost grows with the factors' rank."""
+        """The nearest matrix of the chosen rank, as fp32 factors.
+
+        The cost grows with the rank of the given factors.
+        """
         qb, rb = torch.linalg.qr(self.b.double())
         qa, ra = torch.linalg.qr(self.a.double().T)
         core = truncated_svd(rb @ ra.T, choose_rank)
@@ -63,25 +67,25 @@ class Factors:
 
 
 def side_by_side(parts: Sequence[Factors]) -> Factors:
-    """The sum of the products; the ranks add up."""
+    """One pair of factors for the sum of the products; the ranks add up."""
     return Factors(
         torch.cat([part.b for part in parts], dim=1), torch.cat([part.a for part in parts])
     )
 
 
 def energy_rank(values: torch.Tensor, energy: float) -> int:
-    """The smallest number of singular values that make up a share of the sum of squares.
+    """The smallest number of singular values whose squares make up a share of the sum of squares.
 
     Args:
         values: The singular values, descending, not empty.
-        energy: In (0, 1].
+        energy: The share, in (0, 1].
     """
     held = values.double().square().cumsum(0)
     return min(len(values), int((held < energy * held[-1]).sum()) + 1)
 
 
 def truncated_svd(matrix: torch.Tensor, choose_rank: ChooseRank) -> Factors:
-    """The nearest product of the chosen rank (Eckart and Young), in the dtype of the matrix.
+    """The nearest matrix of the chosen rank (Eckart and Young), as factors in the matrix's dtype.
 
     As in PEFT, ``a`` has orthonormal rows and ``b`` holds the singular values. Directions that
     consist of rounding errors are never kept, so the rank may be lower than the chosen one.
@@ -167,7 +171,7 @@ def _with_elected_signs(
 def _pruned(
     tensor: torch.Tensor, combination: Combination, generator: torch.Generator
 ) -> torch.Tensor:
-    """The tensor, or a new one in which the share ``density`` of the entries is kept."""
+    """A new tensor with the share ``density`` of the entries, or the given one if all are kept."""
     density = combination.density
     if density is None or density >= 1.0:
         return tensor
@@ -188,8 +192,8 @@ class Contribution:
         name: The member's name.
         weight: The member's weight.
         operators: The member's operators in fp32.
-        scaling: The factor in ``operators.low_rank.b`` that is the scaling of a LoRA; PEFT's
-            combinations of factors divide it between A and B.
+        scaling: The scaling of a LoRA, with which ``operators.low_rank.b`` is multiplied. PEFT's
+            combinations of factors divide this scaling between A and B.
     """
 
     name: str
@@ -246,7 +250,7 @@ class ModuleFuser:
         """Rejects members that cannot be fused because of their ranks.
 
         Raises:
-            BudgetExceededError: The factors side by side exceed ``max_rank``.
+            BudgetExceededError: The rank of the concatenated factors exceeds ``max_rank``.
             InvalidRequestError: Factors that have to be combined have different ranks.
         """
         combination = self._combination
@@ -264,7 +268,7 @@ class ModuleFuser:
         """Fuses the members' updates of one module; there is at least one update.
 
         Raises:
-            BudgetExceededError: ``energy`` needs more than ``max_rank``.
+            BudgetExceededError: ``energy`` needs a rank over ``max_rank``.
         """
         bias = _sum_of_biases(parts)
         parts = _with_update(parts)
@@ -283,13 +287,13 @@ class ModuleFuser:
         return FusedModule(fused.a.contiguous(), fused.b.contiguous(), bias, error, reference)
 
     def _kept(self, exact: Factors, module: BaseModule) -> Factors:
-        """The sum of factors as it is, or truncated."""
+        """The sum of factors as it is, or truncated for combinations that end in an SVD."""
         if self._combination.is_on_updates:
             return exact.truncated(self._choose(module))
         return Factors(exact.b.float(), exact.a.float())
 
     def _combined(self, parts: Sequence[Contribution], module: BaseModule) -> Factors | None:
-        """The result of a combination that does not approximate the plain sum; else None."""
+        """The factors that the combination makes; None for the weighted sum and its SVD."""
         combination, generator = self._combination, self._generator
         if combination.is_concatenated or combination.name == "svd":
             return None
@@ -351,10 +355,10 @@ def _sum_of_biases(parts: Sequence[Contribution]) -> torch.Tensor | None:
 
 
 def _sum_of_factors(parts: Sequence[Contribution], module: BaseModule) -> Factors | None:
-    """``Σ w_k ΔW_k`` in fp64, or None if it is not made of factors."""
+    """``Σ w_k ΔW_k`` as factors in fp64; None if an update is not a pair of factors."""
     if not all(is_low_rank(part.operators) for part in parts):
         return None
-    # A member of weight 0 would only take up ranks.
+    # Leave out members of weight 0, which would only take up ranks.
     factors = [
         Factors(part.low_rank.b.T.double() * part.weight, part.low_rank.a.double())
         for part in parts

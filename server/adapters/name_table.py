@@ -45,7 +45,7 @@ class Registration:
     A replaced generation is ``kept`` as long as requests may name it, then ``retired`` as long as
     mixes hold it, and then gone. When the name is unloaded, all generations are retired or gone.
 
-    It belongs to the registry and changes under the registry's lock.
+    A registration belongs to the registry and changes under the registry's lock.
 
     Attributes:
         name: The name in requests.
@@ -53,8 +53,8 @@ class Registration:
         current: The generation that new requests get.
         kept: Replaced generations that requests may still name; the last one was served last.
         retired: Other replaced generations, which mixes still hold.
-        state: ``DELETING`` refuses new requests.
-        unloaders: Number of calls that wait to unload it.
+        state: While it is ``DELETING``, new requests are rejected.
+        unloaders: Number of calls that are waiting to unload the adapter.
         is_replacing: Whether other content is being loaded.
         last_used_time: Unix seconds of the last request, or None.
     """
@@ -77,7 +77,7 @@ class Registration:
 
     @property
     def in_flight(self) -> int:
-        """Mixes that hold any generation."""
+        """The number of mixes that hold any generation."""
         return sum(a.in_flight for a in (*self.named, *self.retired))
 
     @property
@@ -94,7 +94,7 @@ class Registration:
         return max(adapter.generation for adapter in self.named) + 1
 
     def find(self, generation: int | None) -> Adapter | None:
-        """The generation that a request may name; None stands for the current one."""
+        """The generation with this number (None: the current one), if requests may name it."""
         return next((a for a in self.named if generation in (None, a.generation)), None)
 
     @property
@@ -190,10 +190,10 @@ def generation_for_rollback(registration: Registration, generation: int | None) 
 
 
 def registration_of(saved: SavedRegistration, known: Iterable[Adapter] = ()) -> Registration:
-    """The saved registration.
+    """Makes a registration from its saved form.
 
     Args:
-        saved: The registration.
+        saved: The saved form.
         known: Generations that exist already, which are used instead of new objects.
     """
     by_number = {adapter.generation: adapter for adapter in known}
@@ -244,9 +244,10 @@ class NameTable:
         self._by_name: dict[str, Registration] = {}
         self._aliases: dict[str, Alias] = {}
         self._mixes: set[Mix] = set()
-        # Maps keys to the registrations of generations that were unloaded while requests held them.
+        # Maps keys of generations that were dropped while requests held them to their
+        # registrations.
         self._dropped: dict[str, Registration] = {}
-        # Digests of components that a fusion being loaded needs.
+        # The number of adapters being loaded that need a component, by its digest.
         self._awaited: Counter[str] = Counter()
 
     def find(self, name: str, *, suggests: bool = True) -> Registration:
@@ -257,7 +258,7 @@ class NameTable:
             suggests: Whether the error suggests a name, which takes milliseconds.
 
         Raises:
-            AdapterNotFoundError: Not registered.
+            AdapterNotFoundError: The name is not registered.
         """
         with self._changed:
             if name in self._by_name:
@@ -276,7 +277,7 @@ class NameTable:
     def records(self) -> list[AdapterInfo]:
         """Snapshots of all adapters, by name.
 
-        Each is consistent, but the list as a whole may not be.
+        Each snapshot is consistent, but the list as a whole may not be.
         """
         with self._changed:
             registrations = list(self._by_name.values())
@@ -289,7 +290,7 @@ class NameTable:
         return records
 
     def check_active(self, registration: Registration) -> None:
-        """Raises AdapterInUseError during its unload, and AdapterNotFoundError afterwards."""
+        """Raises AdapterInUseError during an unload, and AdapterNotFoundError after it."""
         with self._changed:
             if self._by_name.get(registration.name) is not registration:
                 raise AdapterNotFoundError(_not_found(registration.name))
@@ -315,7 +316,7 @@ class NameTable:
         return kept_generations(current.name, current, replaced, self._keep_generations, aliases)
 
     def still_kept(self, registration: Registration) -> tuple[Adapter, ...]:
-        """The kept generations that a setting or an alias still keeps."""
+        """The kept generations that ``kept_generations`` still selects."""
         with self._changed:
             return self._kept(registration.current, registration.kept)
 
@@ -421,7 +422,7 @@ class NameTable:
         """While this context is open, no new fusion is built from the current generation.
 
         Raises:
-            AdapterInUseError: A fusion is built from it.
+            AdapterInUseError: A fusion, perhaps still being loaded, needs the current generation.
         """
         with self._changed:
             self.check_not_component(registration)
@@ -443,7 +444,7 @@ class NameTable:
             raise AdapterGenerationError(text)
 
     def check_not_component(self, registration: Registration) -> None:
-        """Raises AdapterInUseError if a fusion needs its weights and no other name has them."""
+        """Raises AdapterInUseError if a fusion needs weights that no other name has."""
         digest = registration.current.digest
         with self._changed:
             others = [r for r in self._by_name.values() if r is not registration]
@@ -457,7 +458,7 @@ class NameTable:
         raise AdapterInUseError(text)
 
     def wait_until_unheld(self, registration: Registration, timeout_seconds: float | None) -> None:
-        """Returns when no mix holds it, or after the timeout; the caller checks which."""
+        """Waits until no mix holds a generation, or until the timeout. The caller checks which."""
         with self._changed:
             self._changed.wait_for(lambda: registration.in_flight == 0, timeout_seconds)
 

@@ -80,7 +80,7 @@ CHUNK_BYTES = 256 << 10
 
 @dataclass(frozen=True, slots=True)
 class ExportedFile:
-    """One file: its plain name, its size in bytes and the SHA-256 of its content in hex."""
+    """A file to export: its plain name, its size and the SHA-256 of its content in hex."""
 
     name: str
     size_bytes: int
@@ -288,7 +288,7 @@ class Unloads:
 
 _log = logging.getLogger(__name__)
 
-# The key of the lock for all aliases, among those of names. No name contains this character.
+# The key of the lock for all aliases, among the locks of names. No name contains this character.
 _ALL_ALIASES = "@"
 
 
@@ -316,7 +316,8 @@ class AdapterRegistry:
 
     Attributes:
         on_force_unload: Listeners, called with the uuid of an adapter whose requests must end now.
-            The requests still have to release their mixes. Code that acquires mixes adds one.
+            The requests still have to release their mixes. Code that acquires mixes adds a
+            listener.
         tokenizers: The adapters' own tokenizers and chat templates.
     """
 
@@ -395,9 +396,10 @@ class AdapterRegistry:
         return ChangedBase(base.generation, stale)
 
     def restore(self) -> int:
-        """Registers the adapters in the state directory without reading weights; call it first.
+        """Registers the adapters in the state directory; call it first.
 
-        Pinned adapters are read at once. One that cannot be read is logged and left unpinned.
+        Only the weights of pinned adapters are read. A pinned adapter that cannot be read is logged
+        and left unpinned.
 
         Returns:
             The number of registered adapters.
@@ -466,9 +468,10 @@ class AdapterRegistry:
     ) -> AdapterInfo:
         """Makes the adapter in ``path`` the next generation of a registered name.
 
-        Requests that hold the previous generation finish on it; the last of them frees it. A pinned
-        adapter stays pinned, so both generations must fit in memory at once. The same content does
-        not make a new generation, but is read from ``path`` from then on.
+        Requests that hold the previous generation finish on it; the last of them frees it unless it
+        is kept. A pinned adapter stays pinned, so both generations must fit in memory at once. The
+        same content does not make a new generation. It is read from ``path`` from then on, unless
+        the old or the new files are an upload.
 
         Raises:
             AdapterNotFoundError: The name is not registered.
@@ -495,7 +498,7 @@ class AdapterRegistry:
     def _found(
         self, name: str, path: str, task: int | None
     ) -> Iterator[tuple[Source, StagedUpload | None]]:
-        """The source of a path, and the download that contains it, if it is remote."""
+        """The source of a path and, if the path is remote, the download that contains the files."""
         if not is_remote(path):
             yield self._loader.find(path, task), None
             return
@@ -528,7 +531,7 @@ class AdapterRegistry:
         task: int | None = None,
         chat_template: OwnTemplate | None = None,
     ) -> AdapterInfo:
-        """Registers uploaded files, as ``load`` does, or as ``replace`` does if that is set."""
+        """Registers uploaded files as the method ``load`` does, or ``replace`` if that is set."""
         source = dataclasses.replace(self._state.staged_source(staged, name), task=task)
         with self._changing(name):
             self._table.check_generation(name, expected_generation)
@@ -547,7 +550,8 @@ class AdapterRegistry:
     def publish(self, name: str, loaded: LoadedAdapter, staged: StagedUpload) -> AdapterInfo:
         """Registers an adapter that this server made, as a new name or a name's next generation.
 
-        The same content does not make a new generation. A private name does not survive a restart.
+        The same content does not make a new generation. A private name (``is_private``) does not
+        survive a restart.
 
         Args:
             name: The name.
@@ -811,8 +815,8 @@ class AdapterRegistry:
         Raises:
             AdapterNotFoundError: The name is not registered.
             AdapterGenerationError: The generation is not the expected one.
-            AdapterInUseError: The adapter is pinned, is a component of a fusion, or is still held
-                after the timeout.
+            AdapterInUseError: The adapter is pinned, is a component of a fusion or the target of an
+                alias, or is still held after the timeout.
             InvalidRequestError: The mode is unknown.
         """
         self._unloads.unload(name, mode, timeout_seconds, expected_generation)

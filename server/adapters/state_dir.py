@@ -5,12 +5,12 @@
     adapters/<name>.json        one registration per file
     aliases/<name>.json         one alias per file
     files/<uuid>.<generation>/  the files of an uploaded generation
-    incoming/<random>/          a running upload; emptied at startup
+    incoming/<random>/          an unfinished upload; removed at startup
 
-Only the registrations' files count. Other content of ``files/`` is left over from a crash, from a
-generation that was still in use at shutdown, or from a private adapter, which has no registration
-here. It is removed at startup. An operation writes files first and the registration last, so a
-crash leaves the state before it or the state after it.
+In ``files/``, only directories that a registration names are valid. Other content is left over from
+a crash, from a generation that was still in use at shutdown, or from a private adapter, which has
+no registration here. It is removed at startup. An operation writes files first and the registration
+last, so after a crash, the directory is as before or as after the operation.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class SavedRegistration:
         """Reads what ``to_json`` wrote.
 
         Raises:
-            ValueError: The file has another form.
+            ValueError: The data has another form.
         """
         saved = _parse("a registration", _REGISTRATION, data, _READ_VERSIONS)
         kept = tuple(_completed(generation, saved.name) for generation in saved.kept)
@@ -105,7 +105,7 @@ class SavedRegistration:
 _G = TypeVar("_G", SavedGeneration, SavedRegistration)
 _S = TypeVar("_S", SavedRegistration, Alias)
 _REGISTRATION, _ALIAS = TypeAdapter(SavedRegistration), TypeAdapter(Alias)
-# Facts that are equal for most adapters, which therefore share one object.
+# Facts that are equal for many adapters, which therefore share one object for each value.
 _ALIKE = ("method", "ranks", "target_modules", "base_model", "warnings", "labels", "chat_template")
 
 
@@ -118,7 +118,7 @@ def _completed(saved: _G, name: str) -> _G:
     """Restores the name of an upload's source, and shares facts with other adapters."""
     source, facts = saved.source, saved.facts
     if source.is_upload:
-        # An upload's directory is removed with the adapter.
+        # The server removes this directory with the adapter, so it must be below ``files/``.
         if not source.path.startswith("files/") or ".." in Path(source.path).parts:
             raise ValueError("its files are outside the state directory")
         source = dataclasses.replace(source, adapter=name)
@@ -135,7 +135,8 @@ def _parse(kind: str, adapter: TypeAdapter[_S], data: bytes, versions: Sequence[
     fields = json.loads(data)
     if not isinstance(fields, dict) or fields.pop("version", None) not in versions:
         raise ValueError(f"is not {kind} of version {versions[-1]} or earlier")
-    # Earlier versions accepted halves of surrogate pairs, which messages cannot contain.
+    # Replace halves of surrogate pairs, which earlier versions accepted, because no message can
+    # contain them.
     data = json.dumps(fields, ensure_ascii=False).encode(errors="replace")
     try:
         return adapter.validate_json(data, strict=True, extra="forbid")
@@ -147,12 +148,12 @@ def _parse(kind: str, adapter: TypeAdapter[_S], data: bytes, versions: Sequence[
 
 @dataclass(frozen=True, slots=True)
 class UploadedFile:
-    """An announced file.
+    """A file of an upload, as announced before its data.
 
     Attributes:
         name: Plain file name; the caller has checked it.
         size_bytes: Exact size.
-        sha256: Lower-case hex, or "" for unchecked.
+        sha256: Lower-case hex; "" if the content is not to be checked.
     """
 
     name: str
@@ -187,7 +188,7 @@ class StagedUpload:
         self._is_over = False
 
     def announce(self, file: UploadedFile) -> None:
-        """Adds a file with a new name to those that must arrive. The caller checks the room."""
+        """Adds a file with a new name to those that must arrive. The caller checks free space."""
         with self._lock:
             self._missing[file.name] = file
 
@@ -195,7 +196,8 @@ class StagedUpload:
         """Appends to a file.
 
         Raises:
-            InvalidRequestError: Not an announced file, out of order, or longer than announced.
+            InvalidRequestError: The file was not announced, is longer than announced, has another
+                SHA-256, or begins before the previous file is complete; or the upload is over.
             StorageFullError: The disk is full.
         """
         with self._lock, reporting_disk_faults():
@@ -213,10 +215,10 @@ class StagedUpload:
                 self._complete()
 
     def finish(self) -> None:
-        """Checks that everything has arrived, and makes it durable.
+        """Checks that all announced files are complete, and makes them durable.
 
         Raises:
-            InvalidRequestError: A file is missing or short.
+            InvalidRequestError: A file is missing or too short.
         """
         with self._lock, reporting_disk_faults():
             self._check_open()
@@ -283,7 +285,7 @@ MIN_FREE_BYTES = 16 << 20
 
 
 class NoStateDir:
-    """Replaces ``StateDir``, which extends it, in a server without ``--state-dir``.
+    """Stands in for ``StateDir``, its subclass, in a server without ``--state-dir``.
 
     Registrations do not survive a restart, and adapters cannot be uploaded or fused.
     """
@@ -322,7 +324,7 @@ class NoStateDir:
             StorageFullError: The disk is full; what was saved before still holds.
         """
         if is_private(adapter.name):
-            # Adapters of samplers do not survive a restart.
+            # A private adapter belongs to a training session and does not survive a restart.
             return
         saved = SavedRegistration(
             name=adapter.name,
@@ -376,7 +378,8 @@ def _required() -> StateDirRequiredError:
 class SharedStateDir(NoStateDir):
     """A state directory that another process owns; this process only stages uploads in it.
 
-    A fleet's replicas use it: they read it, and only the fleet's registry changes anything else.
+    A fleet's replicas use this class. They read the directory, and only the fleet's registry
+    changes anything else in it.
 
     Args:
         path: The directory, which the registry has made.
@@ -393,7 +396,7 @@ class SharedStateDir(NoStateDir):
         return self._path
 
     def stage(self, files: Sequence[UploadedFile]) -> StagedUpload:
-        """Makes room for an upload, in a separate directory.
+        """Makes a separate directory for an upload, after checking that there is room.
 
         Raises:
             BudgetExceededError: The upload is larger than the server's limit.
@@ -495,7 +498,7 @@ class StateDir(SharedStateDir):
             return found
         for saved in found:
             if is_private(saved.name):
-                # Earlier versions saved the adapters of samplers, too.
+                # Earlier versions saved private adapters, too.
                 self.remove(saved.name)
         found = [saved for saved in found if not is_private(saved.name)]
         for path in self._incoming.iterdir():

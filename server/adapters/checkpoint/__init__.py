@@ -14,7 +14,7 @@ from turret.server.adapters.adapter import TokenizerFiles
 from turret.server.errors import AdapterCheckpointError, AdapterMismatchError, InvalidRequestError
 from turret.server.words import Text, say
 
-# A hostile file can break thousands of rules; the answer stays readable and small.
+# Maximum number of findings in an error, because a hostile file can break thousands of rules.
 MAX_REPORTED = 64
 # Maximum number of kinds of findings that a message describes, and of further fields that it lists
 # for each kind. The error's violations contain all reported findings.
@@ -44,7 +44,7 @@ class Findings:
     def __init__(self, path: str, base: str = "") -> None:
         self._path = path
         self._base = base
-        # Start the message about a mismatch, because one cause often explains many wrong shapes.
+        # A message about mismatches begins with these: one cause often explains many wrong shapes.
         self.causes: tuple[Text, ...] = ()
         # Dictionaries serve as ordered sets, so a fault that two checks find is reported once.
         self._faults: dict[Finding, None] = {}
@@ -55,7 +55,7 @@ class Findings:
         self._faults.setdefault((field, why))
 
     def mismatch(self, field: str, why: Text) -> None:
-        """Adds a finding that may be correct in itself but does not fit this base."""
+        """Adds a field that may be valid in itself but does not fit this base."""
         self._mismatches.setdefault((field, why))
 
     @property
@@ -71,7 +71,10 @@ class Findings:
     def check_shape(
         self, name: str, tensor: HasShape, *shapes: tuple[int, ...], of_base: bool = True
     ) -> bool:
-        """Whether the tensor has one of the shapes; if not, adds a mismatch or a fault."""
+        """Whether the tensor has one of the shapes.
+
+        If not, adds a mismatch, or a fault if the base does not determine the shapes (``of_base``).
+        """
         if tuple(tensor.shape) in shapes:
             return True
         wanted = " or ".join(str(list(shape)) for shape in shapes)
@@ -86,10 +89,10 @@ class Findings:
             more: Further metadata of faults of the checkpoint.
 
         Raises:
-            AdapterCheckpointError: Unsupported or inconsistent; ``violations`` lists every fault
-                (after ``MAX_REPORTED``, the number of further ones), and the message only the first
-                ones.
-            AdapterMismatchError: The adapter is valid, but for another base. The faults are
+            AdapterCheckpointError: The checkpoint is unsupported or inconsistent. ``violations``
+                lists up to ``MAX_REPORTED`` faults and the number of further ones; the message
+                describes only the first ones.
+            AdapterMismatchError: The adapter is valid, but for another base. The mismatches are
                 reported in the same way.
         """
         if self._faults:
@@ -149,7 +152,7 @@ def _summary(found: Iterable[Finding], causes: Iterable[Text] = ()) -> Text:
     return say("FINDINGS", found="; ".join(lines), first=lines[0])
 
 
-# Name of the tensor in methods that learn a prompt.
+# Name of the tensor that holds the prompt in methods that learn one.
 PROMPT_EMBEDDINGS = "prompt_embeddings"
 PEFT_PREFIX = "base_model.model."
 # torch.compile, FSDP and activation checkpointing insert these components around an unchanged
@@ -167,16 +170,17 @@ _OWN_PARTS = ("layers.", "embed_tokens.", "norm.")
 
 
 def canonical_name(name: str) -> str:
-    """Drops ``base_model.model.``, wrapper components and the ``default`` adapter name.
+    """A name without ``base_model.model.``, wrapper components and the ``default`` adapter name.
 
     ``base_model.model.model.layers.0.q_proj.lora_A.default.weight`` becomes
-    ``model.layers.0.q_proj.lora_A.weight``, even if the name contains ``language_model``.
+    ``model.layers.0.q_proj.lora_A.weight``. The prefixes of the language model in models of text
+    and images become ``model.`` as well.
     """
     return _own_name(_without_noise(name))
 
 
 def text_prefix(names: Iterable[str]) -> str:
-    """The ``TEXT_PREFIXES`` entry, or ``NO_PREFIX``, of some names; "" for the usual names."""
+    """The prefix of the names: one of ``TEXT_PREFIXES``, ``NO_PREFIX``, or "" for the usual one."""
     for name in names:
         if _without_noise(name).startswith("layers."):
             return NO_PREFIX
@@ -242,11 +246,11 @@ _TOKENIZER_DOMAIN = b"turret-adapter-tokenizer-1\0"
 
 @dataclass(frozen=True, slots=True)
 class TrainedBase:
-    """The base of an adapter's training, as ``turret train`` wrote it.
+    """The base of an adapter's training, as ``turret train`` recorded it.
 
     Attributes:
         digest: The digest of its weights; "" if none is readable.
-        weights: How its modules were stored, see ``BaseModel.weights``; empty if not readable.
+        weights: How its modules were stored, see ``BaseModel.weights``; empty if none is readable.
     """
 
     digest: str = ""
@@ -264,13 +268,13 @@ class AdapterCheckpoint:
         tensors: By canonical name (module path and PEFT's parameter name, without wrapper
             prefixes), in the file's dtype; views of one buffer, which is not the file's mapping.
         digest: SHA-256, hex, over the config (canonical JSON) and every byte of the tensor file.
-        bytes_disk: Size of the two files.
+        bytes_disk: Size of the two files, and of its own tokenizer's.
         is_partial: Whether tensors were left out on purpose, so that the method must not report
             them as missing.
         trained_base: The base in ``provenance.json`` alongside the files.
         task: The task, if the files contain several; otherwise None. The digest includes it.
-        text_prefix: The prefix of the language model's names, if the adapter was trained on a model
-            of text and images; "" for no prefix.
+        text_prefix: The prefix of the language model's names in training; see the function
+            ``text_prefix``.
         tokenizer: The adapter's own tokenizer, or None. The digest includes it.
         chat_template: See ``AdapterFacts``. The digest does not include it.
     """

@@ -33,9 +33,9 @@ from turret.server.words import Text, say
 # A cache of file digests, so that an unchanged adapter is not hashed again.
 #
 # A file is identified by its device, inode, size, mtime and ctime. Every write call advances
-# the ctime, which no program can set back. A write through a memory mapping can leave it as it was,
-# so the cache holds only files that nobody else can open for writing. A file that changed just
-# before it was read is not cached: a second change within the same tick would go unnoticed.
+# the ctime, which no program can set back. A write through a memory mapping may not advance the
+# ctime, so the cache holds only files that nobody else can open for writing. A file that changed
+# just before it was read is not cached: a second change within the same tick would go unnoticed.
 
 
 # Seconds that a file must have been unchanged before it was read; some network file systems keep
@@ -107,7 +107,7 @@ def refuse(path: str, why: Text) -> AdapterCheckpointError:
 
 
 def _cannot_be_read(error: OSError) -> Text:
-    """The reason; for a permission error, with the user who needs read access."""
+    """The reason for the error; for a permission error, with the user who needs read access."""
     if not isinstance(error, PermissionError):
         return say("CANNOT_READ", why=error.strerror)
     try:
@@ -282,7 +282,7 @@ class AdapterRoot:
             shown: The whole path, for messages.
 
         Returns:
-            The descriptor, and the path below the root that has no link in it.
+            The descriptor, and the path below the root without links, as a list of names.
 
         Raises:
             AdapterCheckpointError: The path leads out of the root.
@@ -386,7 +386,7 @@ def check_is_adapter(directory: AdapterDirectory, path: str) -> None:
     """Reject a directory that lacks one of an adapter's two files.
 
     Args:
-        directory: The directory. Its other files show what it contains instead.
+        directory: The directory. The error reports what it contains instead.
         path: The adapter's name in messages.
 
     Raises:

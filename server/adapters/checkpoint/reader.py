@@ -3,7 +3,7 @@
 Each byte is read once: the same bytes are hashed, checked and turned into tensors, so a file that
 changes during the load can make it fail but cannot pass a check with other content. Uploads whose
 digest is known (``adapter_root.py``) are not hashed again, but their stamp must be the same before
-and after. The methods interpret the keys and tensors.
+and after. The adapter methods later interpret the keys and tensors.
 """
 
 from __future__ import annotations
@@ -124,16 +124,18 @@ def _is_text(value: Any) -> bool:
     return True
 
 
-# Values of these keys stay in memory and on disk, and go to every client that lists adapters.
+# Keys whose values must be short, because the server keeps them and sends them to every client that
+# lists adapters.
 _NAMES = ("base_model_name_or_path", "revision")
 MAX_NAME_CHARS = 512
 
 
 def parse_config(data: bytes, path: str) -> dict[str, Any]:
-    """``adapter_config.json`` of the adapter ``path``.
+    """Parses the ``adapter_config.json`` of the adapter ``path``.
 
     Raises:
-        AdapterCheckpointError: The file or a name in it is too long, or it is not a JSON object.
+        AdapterCheckpointError: The file or a name in it is too long, or the file is not a JSON
+            object.
     """
     findings = Findings(path)
     config: dict[str, Any] = {}
@@ -154,7 +156,7 @@ def parse_config(data: bytes, path: str) -> dict[str, Any]:
 
 
 def read_trained_base(directory: AdapterDirectory) -> TrainedBase:
-    """The base in ``provenance.json`` alongside an adapter's files."""
+    """The base in ``provenance.json`` alongside an adapter's files; empty if it is unreadable."""
     if not directory.has(PROVENANCE_FILE):
         return TrainedBase()
     try:
@@ -163,7 +165,7 @@ def read_trained_base(directory: AdapterDirectory) -> TrainedBase:
             digest, weights = base["digest"], base.get("weights")
     except (AdapterCheckpointError, OSError, ValueError, LookupError, TypeError, AttributeError):
         return TrainedBase()
-    # A warning contains the beginning of the digest.
+    # A warning contains the beginning of the digest, so accept only letters and digits.
     if not isinstance(digest, str) or not digest.isalnum():
         return TrainedBase()
     return TrainedBase(digest, weights if isinstance(weights, dict) else {})
@@ -283,7 +285,7 @@ def over_host_memory(path: str, needed: int, budget: int, **more: int) -> Budget
 
 
 def _parse(text: bytes, data_bytes: int) -> tuple[TensorEntry, ...]:
-    """The entries, in file order."""
+    """Parses a header's JSON into entries, in file order."""
     table = parse_object(text)
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, Mapping):
@@ -383,7 +385,7 @@ def read_checkpoint(
 
     Raises:
         AdapterCheckpointError: The path, a file, a header or values are rejected.
-        BudgetExceededError: There are more than ``max_elements``.
+        BudgetExceededError: There are more than ``max_elements`` elements.
     """
     place, path = path, path if shown is None else shown
     with ExitStack() as files:
@@ -463,10 +465,10 @@ def _read_tensors(
 
 
 def _read_data(file: BinaryIO, num_bytes: int) -> torch.Tensor | None:
-    """``[num_bytes]`` uint8, or None if there is less. It owns its memory, never a mapping.
+    """The file's next bytes, ``[num_bytes]`` uint8, copied to memory; None if there are too few.
 
-    A single read fetches all of it, because reading hundreds of small tensors would hold the GIL,
-    which engine steps need.
+    All bytes are read at once, because reading hundreds of small tensors one by one would hold the
+    GIL, which engine steps need.
     """
     data = torch.empty(num_bytes, dtype=torch.uint8)
     view = data.numpy().data

@@ -1,9 +1,10 @@
 """The tokenizer and the chat template in an adapter's directory.
 
 Adapters with tokens that the base lacks have their own tokenizer, whose files are read as bytes and
-not interpreted here. Only files with known names are opened, up to their maximum size. Only those
-keys of the config that describe texts and tokens are kept, because others name files, classes and
-code. A chat template is read for any adapter, from the places where transformers looks for it.
+not interpreted here. Only files with known names are opened, up to their maximum size. From the
+config, only the class and the keys that describe texts and tokens are kept, because other keys name
+files and code. A chat template is read for any adapter, from the places where transformers looks
+for it.
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ def _checked(name: str, data: bytes, findings: Findings) -> bytes | None:
             data.decode()
             return data
         if name == TOKENIZER_FILE:
-            # This file has millions of keys; the tokenizers library parses it, just as strictly.
+            # This file is too large to parse twice; the tokenizers library is just as strict.
             return data
         content = parse_object(data)
     except UnicodeDecodeError:

@@ -1,8 +1,8 @@
 """The classification head of a checkpoint with ``task_type`` SEQ_CLS, which any method may have.
 
 PEFT saves the head whole, alongside the method's tensors (``PeftModelForSequenceClassification``
-adds ``classifier`` and ``score`` to ``modules_to_save``). It saves no labels. They come from
-``id2label`` in the config, in transformers' format, if somebody added it.
+adds ``classifier`` and ``score`` to ``modules_to_save``). PEFT saves no labels. They come from
+``id2label`` or ``label2id`` in the config, in transformers' format, if somebody added one of them.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def fault_of_text(value: Any) -> Text | None:
 
 
 def optional(check: Check) -> Check:
-    """A check that also takes null."""
+    """A check that also accepts null."""
     return lambda value: None if value is None else check(value)
 
 
@@ -176,13 +176,14 @@ class MethodKeys:
         ignored: Config keys that do not affect the forward pass, each with the reason.
         refused: Config keys that change the forward pass in an unsupported way, with the values
             that switch them off, and advice.
-        required: Config keys that must be present in addition to those in ``needed``.
+        required: The method's own config keys that must be present; ``needed`` has all such keys.
         tasks: The config key for the number of tasks in the files, or None.
         bias: Values of ``bias`` that stand for the targeted modules' biases. If there are none, the
             config has no such key.
         conflicts: Returns pairs of a key and the reason why it conflicts with others. Each key
             alone is well-formed.
-        accepts: Whether a config means this method, and no other one with the same ``peft_type``.
+        accepts: Whether a config is for this method, and not for another one with the same
+            ``peft_type``.
         is_dense: Whether the updates of an adapter with this config are whole matrices, which
             need ``--allow-dense-adapters``.
         on_vocabulary: Whether it may also adapt the embedding and experts.
@@ -205,7 +206,7 @@ class MethodKeys:
 
     @property
     def common(self) -> Rules:
-        """Rules for keys that all methods of this kind have; a method's own rules come first."""
+        """Rules for keys that all methods of this kind have; a method's own rules override them."""
         return {}
 
     @property

@@ -11,8 +11,8 @@ two, the factors of the first are below ``base_layer``::
     model.layers.0.mlp.experts.base_layer.lora_A.weight      [experts·r, in]   gate_up_proj
     model.layers.0.mlp.experts.lora_B.weight                 [out, r·experts]  down_proj
 
-Both become the same operator. Modules that the base fuses are side by side in it, with consecutive
-ranks and separate outputs (as in PEFT's own conversion).
+Both forms become the same operator. Modules that the base fuses are side by side in the operator,
+with consecutive ranks and separate outputs (as in PEFT's own conversion).
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _patterns(
 ) -> dict[str, dict[str, Any]]:
     """The config's patterns, preceded by one for each chosen module.
 
-    PEFT matches the patterns with a parameter's name, which ends in ``.weight``.
+    PEFT matches the patterns against a parameter's name, which ends in ``.weight``.
     """
     present = [key for key in PATTERNS if config.get(key)]
     selection = well_formed(config, *SIZES)
@@ -120,7 +120,7 @@ def take_experts(
     *,
     is_lora: bool,
 ) -> tuple[AdapterCheckpoint, Mapping[str, ExpertLowRank] | None, tuple[int, ...]]:
-    """Splits a checkpoint; problems are in the findings.
+    """Splits a checkpoint. Problems are added to the findings.
 
     ``is_lora`` means that the checkpoint's method may adapt experts.
 
@@ -129,7 +129,7 @@ def take_experts(
         configured ranks.
 
     Raises:
-        BudgetExceededError: A rank over ``max_rank``.
+        BudgetExceededError: A rank is over ``max_rank``.
     """
     if not base.experts:
         return checkpoint, None, ()

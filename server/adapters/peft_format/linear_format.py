@@ -65,7 +65,7 @@ class Misfit(Exception):
 
 
 class StopChecks(Exception):
-    """Raised when the fault was reported and the module needs no further checks."""
+    """Raised when a fault was reported and the module needs no further checks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,10 +73,11 @@ class Dim:
     """An extent of a tensor.
 
     Attributes:
-        of: Computes it for a module.
+        of: Computes the extent for a module.
         what: Name of the counted things, for messages.
-        is_served: Whether the base determines it. A tensor of another size may then be valid, but
-            for another base. Any other extent follows from the config or from another tensor.
+        is_served: Whether the base determines the extent. A tensor of another size may then be
+            valid, but for another base. Any other extent follows from the config or from another
+            tensor.
     """
 
     of: Callable[[Any], int]
@@ -132,7 +133,7 @@ class Tensor:
 
     Attributes:
         shapes: The shapes that it may have; empty for any shape.
-        choose: Computes the shape instead, or None if the module has no such tensor.
+        choose: Computes the shape instead; returns None if the module has no such tensor.
         condition: Determines whether a module has the tensor; None for always.
         is_optional: Whether it may be missing.
         may_be_integers: Whether it may hold integers.
@@ -163,7 +164,7 @@ class Tensor:
         return None if shape is None else (shape,)
 
     def sizes(self, module: Any) -> list[tuple[int, ...]] | None:
-        """The wanted shapes as numbers."""
+        """The result of ``wanted`` as numbers."""
         shapes = self.wanted(module)
         if shapes is None:
             return None
@@ -260,13 +261,14 @@ class LinearFormat(FileFormat):
         root: Config key that is true if alpha is divided by the root of the rank, or None.
         has_patterns: Whether ``rank_pattern`` and ``alpha_pattern`` are regular expressions for
             ranks and alphas, as in LoRA.
-        shared: Tensors that belong to no module, by full name, or a function that gives them.
-        shared_prefix: Prefix of the names that such a function gives.
+        shared: Shapes of tensors that belong to no module, by full name, or a function that returns
+            them.
+        shared_prefix: Prefix of the names that such a function returns.
         needs_tensors: Whether an adapted module has its own tensors. If not, all its values follow
             from shared ones.
-        factors: The two tensors that map inputs to ranks and ranks to outputs. If an adapter is for
-            another base, both are reported as one.
-        check: Checks a module whose tensors all have their shapes.
+        factors: The roles of the two tensors that map inputs to ranks and ranks to outputs. If
+            either does not fit the base, one mismatch is reported for both.
+        check: Checks a module whose tensors all have the declared shapes.
         check_all: Checks all modules together, once each of them is valid.
     """
 
@@ -309,7 +311,7 @@ class LinearFormat(FileFormat):
 
     @property
     def common(self) -> Rules:
-        """The keys that select modules, and those of ranks and alphas."""
+        """Rules for the keys that select modules, and for those of ranks and alphas."""
         keys: dict[str, Check] = {**SELECTION}
         for key, check in ((self.rank, fault_of_rank), (self.alpha, fault_of_number)):
             if key is not None:

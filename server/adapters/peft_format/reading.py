@@ -1,7 +1,7 @@
 """An adapter while it is being read, and each of its linear modules.
 
-A method's checks use names, shapes and dtypes, which the entries of a header have as well. Its
-function from tensors to operators gets everything from a ``Module``.
+A method's checks use names, shapes and dtypes, which the entries of a header have as well. The
+method's function from tensors to operators gets everything from a ``Module``.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Reading:
         biases: Biases that replace those of the base, by module path.
         ranks: The rank that is served, by module path; empty for a method without ranks.
         findings: The faults found.
-        warnings: Warnings for the operator, in order.
+        warnings: Warnings for the server's operator, in order.
         depends_on_base: Whether the base's weights or biases were used.
         find_component: Finds an adapter that the config names as a component.
         components: The components that were found.
@@ -150,7 +150,7 @@ class Reading:
         return self._made[make]
 
     def warn(self, text: Text) -> None:
-        """Adds a warning for the operator."""
+        """Adds a warning for the server's operator."""
         self.warnings.setdefault(text)
 
 
@@ -188,7 +188,7 @@ class Module:
         return role in self.tensors
 
     def extent(self, role: str, axis: int) -> int:
-        """A tensor's size in a dimension; 0 if there is none."""
+        """A tensor's size in a dimension; 0 if there is no such tensor or dimension."""
         shape = self.tensors[role].shape if role in self.tensors else ()
         return shape[axis] if -len(shape) <= axis < len(shape) else 0
 
@@ -231,7 +231,7 @@ class Module:
         return self.reading.once(make)
 
     def warn(self, text: Text) -> None:
-        """Adds a warning for the operator."""
+        """Adds a warning for the server's operator."""
         self.reading.warnings.setdefault(text)
 
     def rows(self) -> WeightRows:
@@ -296,8 +296,10 @@ class FileFormat(MethodKeys, ABC):
             findings: The faults that were found in other parts of the checkpoint.
 
         Raises:
-            AdapterCheckpointError: Unsupported or inconsistent; lists all invalid keys and tensors.
-            AdapterMismatchError: Valid, but for another base; lists every module that does not fit.
+            AdapterCheckpointError: The checkpoint is unsupported or inconsistent. The error lists
+                all invalid keys and tensors.
+            AdapterMismatchError: The checkpoint is valid, but for another base. The error lists
+                every module that does not fit.
             BudgetExceededError: A rank is above ``max_rank``.
         """
         found = findings or Findings(checkpoint.path, base.name)

@@ -16,7 +16,7 @@ _REPACKAGED = re.compile(
     r"[-_.](unsloth|bnb|4bit|8bit|nf4|int4|int8|fp4|fp8|bf16|fp16|f16|f32|hf|gguf|awq|gptq|dynamic"
     r"|quantized)$"
 )
-# Suffixes for weights in formats other than NF4 in all modules.
+# Suffixes of models whose weights are not NF4 in all modules.
 _OTHER_FORMAT = re.compile(
     r"[-_.](unsloth[-_.]bnb[-_.]4bit|8bit|int4|int8|fp4|fp8|awq|gptq|dynamic)(?=$|[-_.])"
 )
@@ -51,7 +51,7 @@ def normalise_base_name(name: str) -> str:
 
 
 def base_name_warning(adapter_base: str, served_base: str) -> Text | None:
-    """A warning when the names differ."""
+    """A warning if the names differ, except in publisher or storage format; else None."""
     if not adapter_base or not served_base:
         return None
     if normalise_base_name(adapter_base) == normalise_base_name(served_base):
@@ -66,7 +66,8 @@ def base_difference(checkpoint: AdapterCheckpoint, base: BaseModel) -> Text | No
     """
     trained = checkpoint.trained_base
     if trained.digest:
-        # Training with ``full`` weights records the digest of the quantised ones.
+        # Compare the formats too, because training with ``full`` weights records the digest of the
+        # quantised weights.
         differ = sorted(k for k in base.weights if trained.weights.get(k) != base.weights[k])
         if trained.weights and differ:
             shown = ", ".join(base.weights_shown.get(kind, kind) for kind in differ)
@@ -86,8 +87,8 @@ def base_difference(checkpoint: AdapterCheckpoint, base: BaseModel) -> Text | No
 def is_other_base(adapter_base: str, served_base: str) -> bool:
     """Whether the names prove that these are different models.
 
-    They do if both contain a size and differ. A local path from the training machine proves
-    nothing, unless it is in the hub's cache.
+    Two names that both contain a size and differ prove it. A local path from the training machine
+    proves nothing, unless the path is in the hub's cache.
     """
     text = adapter_base.replace("\\", "/")
     if _LOCAL.search(text) and not _HUB_CACHE.search(text):
@@ -101,7 +102,7 @@ def of_other_base(path: str, trained: str, served: str) -> AdapterMismatchError:
 
     Args:
         path: The adapter's name in messages.
-        trained: The base that it names.
+        trained: The base that the config names.
         served: The base's name.
     """
     text = say("OTHER_BASE", path=path, base_model=served, trained_for=trained)
@@ -182,8 +183,8 @@ def check_task(checkpoint: AdapterCheckpoint, count_key: str, findings: Findings
 
     Args:
         checkpoint: The checkpoint as read.
-        count_key: The config key of the number of tasks; the rules report a fault in it.
-        findings: Receives the faults; the result is then 0.
+        count_key: The config key of the number of tasks. The rules report an invalid value.
+        findings: Receives the faults of the task; the result is then 0.
     """
     count = checkpoint.config.get(count_key)
     if not isinstance(count, int) or count_key in findings.fields:

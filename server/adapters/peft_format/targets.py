@@ -156,8 +156,8 @@ def _match_in_child(patterns: Sequence[Pattern], names: Sequence[str]) -> list[P
 
 ALL_LINEAR = "all-linear"
 MAX_LIST_ITEMS = 4096
-# A config of a megabyte can have thousands of patterns that all match every module. Their warnings
-# stay in memory and go to every client that lists adapters.
+# Maximum number of warnings. A config of a megabyte can have thousands of patterns that all match
+# every module, and the warnings stay in memory and go to every client that lists adapters.
 _MAX_WARNINGS = 16
 _SHOWN_PATTERNS = 4
 # Maximum number of pairs of a pattern and a name. Matching this many takes about fifteen seconds.
@@ -175,7 +175,7 @@ class Targets:
         targeted: Names that PEFT would adapt.
         ranks: Configured rank per targeted name.
         alphas: Configured alpha per targeted name.
-        warnings: Ambiguities that the operator should know about.
+        warnings: Ambiguities that the server's operator should know about.
         is_rank_stabilised: Whether alpha is divided by the root of the rank (rsLoRA).
     """
 
@@ -317,7 +317,8 @@ def resolve_targets(
     """Applies the selection keys of a config to a base model's module names.
 
     Args:
-        config: Checked by the ``fault_of_*`` functions above, with ``target_modules``.
+        config: The selection keys, among them ``target_modules``, checked by the ``fault_of_*``
+            functions above.
         linear_names: Linear modules.
         other_names: Modules that exist but are not linear.
         findings: Receives bad patterns and contradictory keys.

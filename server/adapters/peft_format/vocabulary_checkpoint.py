@@ -5,8 +5,9 @@ reads the rest. The method handles LoRA on ``lm_head``, because the head is a li
 
 Checkpoints may have another number of tokens than the base (resized embeddings).
 ``resize_token_embeddings`` adds rows for new tokens, or removes rows that pad the base's
-vocabulary, and may pad it again. The file's rows for the base's tokens are cut to the base's size,
-so that all later code reads it like any checkpoint; rows beyond that are the adapter's own.
+vocabulary, and may pad it again. The tensors are cut or filled up to the base's number of rows, so
+that all later code reads such a checkpoint like any other. Rows after the base's are the adapter's
+own.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class VocabularyPart:
         ids: Tokens with trained rows, by module, in the order of the rows; None if a key for this
             is invalid, which the method's rules report.
         saved: The modules that PEFT saves whole.
-        is_cut: Whether tokens beyond the base's were removed.
+        is_cut: Whether trained rows of tokens beyond the base's were removed.
     """
 
     found: dict[str, FoundTensors]
@@ -140,7 +141,7 @@ class VocabularyPart:
         return cls(found, rest, _trained_ids(config, base), _saved_modules(config, base))
 
     def tensor(self, module: str, role: str) -> torch.Tensor | None:
-        """A tensor, unless it is missing, or its number of dimensions is wrong."""
+        """A tensor; None if it is missing or its number of dimensions is wrong."""
         _, tensor = self.found[module].get(role, ("", None))
         return None if tensor is None or (tensor.ndim != 2 and role != MAGNITUDE) else tensor
 
@@ -150,7 +151,7 @@ _ROWS_PER_BLOCK = 8192
 
 
 def check_vocabulary(name: str, rows: int, base: BaseVocabulary, findings: Findings) -> bool:
-    """Check that a matrix has one row per token of the base."""
+    """Whether a matrix has one row per token of the base; if not, adds a mismatch."""
     if rows == base.size:
         return True
     findings.mismatch(name, say("WRONG_COUNT", found=rows, what="tokens", expected=base.size))
@@ -160,7 +161,10 @@ def check_vocabulary(name: str, rows: int, base: BaseVocabulary, findings: Findi
 def read_rows(
     name: str, tensor: torch.Tensor, ids: list[int], base: BaseVocabulary, findings: Findings
 ) -> VocabularyRows | None:
-    """The trained rows of some tokens. The tensor has them in the order of the config's ids."""
+    """The trained rows of some tokens, or None if they are invalid.
+
+    The rows of the tensor are in the order of ``ids``.
+    """
     over = [i for i in ids if i >= base.size]
     if over:
         why = say("NOT_IN_RANGE", least=0, most=base.size - 1, value=over[0])
@@ -180,7 +184,7 @@ def read_matrix(
     base: BaseVocabulary,
     findings: Findings,
 ) -> VocabularyRows | None:
-    """The rows of a whole matrix that differ from the base's; None if all are the same."""
+    """The rows of a whole matrix that differ from the base's; None if none do, or after a fault."""
     if tensor.ndim != 2:
         findings.add(name, say("WRONG_SHAPE", shape=list(tensor.shape), expected="2 dimensions"))
         return None
@@ -221,7 +225,8 @@ def _finite(name: str, rows: VocabularyRows, findings: Findings) -> VocabularyRo
     return None
 
 
-# The keys for trained rows: in addition to any method, and of the method that trains only rows.
+# The keys for trained rows: the one that any method may have, and the one of the method that trains
+# only rows.
 _TOKENS, _METHOD_TOKENS = "trainable_token_indices", "token_indices"
 
 
@@ -351,7 +356,10 @@ def _saved_modules(config: Mapping[str, Any], base: BaseModel) -> set[str]:
 def _whole_matrices(
     part: VocabularyPart, base: BaseModel, findings: Findings
 ) -> dict[str, VocabularyRows | None]:
-    """Modules that were saved whole, and matrices that PEFT added, which must equal the base's."""
+    """The changed rows of modules that were saved whole.
+
+    Reports matrices that PEFT added and that do not equal the base's.
+    """
     matrices: dict[str, VocabularyRows | None] = {}
     found, saved, vocabulary = part.found, part.saved, base.vocabulary
     served = {EMBEDDING: vocabulary.embedding, HEAD: vocabulary.head}
@@ -458,7 +466,7 @@ def _low_rank(
 def vocabulary_targets(
     config: Mapping[str, Any], base: BaseModel
 ) -> tuple[Targets | None, dict[str, Any]]:
-    """How LoRA targets the embedding and the head, if it does.
+    """The ranks and alphas that a LoRA's config sets for the embedding and the head.
 
     Returns:
         The targets, or None if a key for this is invalid; and changes to the config that target a
@@ -484,7 +492,7 @@ def vocabulary_targets(
     return vocabulary_targets({**config, **changes}, base)[0], changes
 
 
-# Maximum number of rows after the base's. They take memory and an extra product in every step.
+# Maximum number of rows after the base's, which take memory and an extra product in every step.
 MAX_ADDED_ROWS = 4096
 _HEAD_A, _HEAD_B = f"{HEAD}.lora_A.weight", f"{HEAD}.lora_B.weight"
 _HEAD_BIAS = f"{HEAD}.lora_B.bias"
@@ -545,8 +553,8 @@ def fit_vocabulary(
     """Cuts a checkpoint's part to the base's vocabulary. Problems are added to the findings.
 
     Returns:
-        The rows after the base's, or None; and the number of rows with which it was trained, or 0
-        if it equals the base's.
+        The rows after the base's, or None; and the number of rows in training, or 0 if this number
+        equals the base's or is invalid.
     """
     size = _size(part, base, findings)
     if not size:
