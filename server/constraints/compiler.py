@@ -31,7 +31,8 @@ from turret.server.words import say
 NUM_THREADS = 2
 # Maximum number of constraints that are being compiled or waited for at a time.
 MAX_RUNNING = 64
-# Maximum number of these for one bearer token, which leaves a quarter of the places to others.
+# Maximum number of such constraints for one bearer token, which leaves a quarter of the places to
+# others.
 MAX_RUNNING_OF_TOKEN = 48
 # Much longer than the half second that the slowest constraint within the limits took.
 COMPILE_SECONDS = 20.0
@@ -54,7 +55,7 @@ _LIMITS: dict[str, Any] = {
     # All answers under one constraint share the states of its lexer, which take at most 45 MB.
     "max_lexer_states": 1 << 15,
     # Limits the items of one parser step, because all running requests wait for the step. If the
-    # grammar is ambiguous, its time grows with the square of this number: 6 ms at this limit,
+    # grammar is ambiguous, a step's time grows with the square of this number: 6 ms at this limit,
     # 0.3 s at llguidance's own, which is five times as high. Ordinary grammars and most schemas
     # need less than a fifth of this limit (49,152 tokens).
     "step_max_items": 10_000,
@@ -117,12 +118,13 @@ class ConstraintCompiler:
 
         Args:
             spec: The constraint.
-            tenant: The bearer token that asks for it; empty if all requests share one queue.
+            tenant: Identifies the client's bearer token; empty if all requests share one queue.
 
         Raises:
             InvalidRequestError: The constraint cannot be read or met. The error lists the invalid
                 parts.
-            QueueFullError: Too many others are being compiled, in total or for this tenant.
+            QueueFullError: In total or for this tenant, too many others are being compiled, or the
+                compiled ones take too much memory.
             BudgetExceededError: The compilation took too long.
         """
         key = spec.digest
@@ -190,7 +192,7 @@ class ConstraintCompiler:
         constraint = Constraint(
             make, alphabet, _FIXED_BYTES + measured, forces=spec.kind == "choice"
         )
-        # A grammar that matches nothing, or that is too wide at its start, fails at its first mask.
+        # Compute the first mask: it fails if a grammar matches nothing or is too wide at its start.
         matcher = constraint.matcher()
         try:
             matcher.mask()

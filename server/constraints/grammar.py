@@ -14,8 +14,8 @@ from turret.server.words import Text, say
 
 ConstraintKind = Literal["json_schema", "json_object", "regex", "grammar", "choice"]
 
-# Maximum length of a constraint, because compiling and following it takes time and stack in
-# proportion.
+# Maximum length of a constraint, because compiling and following a constraint takes time and stack
+# in proportion to its length.
 MAX_CONSTRAINT_CHARS = 1 << 16
 MAX_CHOICES = 1024
 
@@ -45,8 +45,8 @@ class ConstraintSpec:
         return hashlib.sha256(whole.encode()).digest()
 
 
-# The functions below find the places in a JSON schema that llguidance rejects, because its message
-# contains only the keyword.
+# The functions below find the places in a JSON schema that llguidance rejects, because llguidance's
+# message contains only the keyword.
 
 # Keywords that hold a schema, a list of schemas, or schemas by name.
 _ONE = frozenset(
@@ -66,8 +66,8 @@ def schema_faults(schema: dict[str, Any], why: str) -> list[tuple[str, Text]]:
     """Find the places in a schema that llguidance's message ``why`` is about.
 
     Returns:
-        Paths within the schema (``.properties.tags.uniqueItems``) and what is wrong with each; none
-        if the place is not known.
+        Paths within the schema (``.properties.tags.uniqueItems``) and what is wrong with each;
+        empty if the place is not known.
     """
     for pattern, kind in _COMPLAINTS:
         found = re.search(pattern, why)
@@ -124,7 +124,7 @@ _COMPLAINTS: tuple[tuple[str, Callable[[re.Match[str]], tuple[_Finder, Text]]], 
 
 
 def _schemas(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A schema and those in it, with their paths."""
+    """A schema and all schemas in it, with their paths."""
     left = [("", schema)]
     while left:
         path, part = left.pop()
@@ -143,8 +143,8 @@ def _schemas(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         left += reversed(inner)
 
 
-# Whitespace between the tokens of JSON. It is limited, because a model that has begun to write
-# blanks may never stop.
+# Whitespace between the tokens of JSON. Its length is limited, because a model that has begun to
+# write blanks may never stop.
 WHITESPACE = r"[\x20\x0A\x0D\x09]{0,32}"
 # Formats of Pydantic's schemas that describe the purpose of a string, not its form.
 _NOTES = ("password", "binary", "path", "file-path", "directory-path")
@@ -157,7 +157,7 @@ _JSON_OPTIONS: Any = {
 }
 _ANY_OBJECT = '{"type":"object"}'
 _META = re.compile(r"([\\.+*?()|\[\]{}^$#&~/-])")
-# A second grammar in addition to the constraint's own. Its option applies to both.
+# A grammar that is added to the constraint's own, because its option applies to both.
 _UNFORCED = {"name": "unforced", "lark_grammar": '%llguidance {"no_forcing": true}\nstart: "x"'}
 # Matches a grammar that llguidance reads as Lark; it reads any other as GBNF. This expression and
 # the next one match leading blanks on one line only. With ``\s*``, a search through many line
@@ -226,7 +226,7 @@ def unforced(grammar: str) -> str:
 
 
 def refusal(spec: ConstraintSpec, why: str) -> InvalidRequestError:
-    """The error for a constraint that llguidance cannot compile, with the parts at fault."""
+    """The error for a constraint that llguidance cannot compile; it lists the invalid parts."""
     faults: list[tuple[str, Text]] = []
     if spec.kind == "json_schema":
         faults = schema_faults(json.loads(spec.texts[0]), why)
@@ -239,7 +239,7 @@ def refusal(spec: ConstraintSpec, why: str) -> InvalidRequestError:
 
 
 def shortened(text: str) -> str:
-    """A fault on one line, without excerpts and the state of llguidance's parser."""
+    """A message on one line, without excerpts and the state of llguidance's parser."""
     text = " ".join(_EXCERPT.sub("", text.partition("<non-verbose/>")[0]).split())
     return text if len(text) <= MAX_FAULT_CHARS else text[:MAX_FAULT_CHARS] + "..."
 

@@ -1,4 +1,4 @@
-"""Compiled constraints, and their position in an answer, which determines the next tokens."""
+"""Compiled constraints, and matchers, which follow an answer and determine its next tokens."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Alphabet:
             words: ``[num_words]`` int32, with at least one token.
 
         Returns:
-            Whether any is left.
+            Whether any token is left.
         """
         if self._drawable is None:
             return True
@@ -136,7 +136,7 @@ def roomy_executor(
     return executor
 
 
-# Processor time that one answer's masks may take: an initial amount, and more for each token.
+# Processor time that one answer's matcher may take: an initial amount, and more for each token.
 # Ordinary grammars take 0.1 ms a token; a literal of 65,536 characters takes 40 ms.
 _FIRST_SECONDS = 2.0
 _TOKEN_SECONDS = 0.005
@@ -203,7 +203,7 @@ class Matcher:
 
         Raises:
             InvalidRequestError: The grammar is too complex to continue.
-            BudgetExceededError: It took too long.
+            BudgetExceededError: The answer's matcher has taken too much processor time.
         """
         taken: int | None = None
 
@@ -223,14 +223,18 @@ class Matcher:
         return taken
 
     def mask(self, withheld: Collection[int] = ()) -> Words:
-        """The tokens that may come next, ``[words]`` int32: token ``t`` is bit ``t % 32``.
+        """The tokens that may come next: token ``t`` is bit ``t % 32`` of word ``t // 32``.
 
         Args:
             withheld: Tokens that are forbidden as long as another token is allowed.
 
+        Returns:
+            ``[num_words]`` int32.
+
         Raises:
             InvalidRequestError: The grammar is too complex to continue.
-            BudgetExceededError: It took too long, or no token that can be drawn may come next.
+            BudgetExceededError: The answer's matcher has taken too much processor time, or no token
+                that can be drawn may come next.
         """
         words: Words = np.empty(self._alphabet.num_words, dtype=np.int32)
         pointer, size = words.ctypes.data, words.nbytes
@@ -241,7 +245,7 @@ class Matcher:
 
         self._follow(fill, again=fill)
         self._check_time()
-        # llguidance raises an error if a mask would be empty.
+        # The mask is not empty, because llguidance would have reported an error.
         if not self._alphabet.keep_drawable(words):
             raise BudgetExceededError(say("CONSTRAINT_DEAD_END"))
         return without(words, withheld)
@@ -264,14 +268,15 @@ class Matcher:
         ):
             return token
         # The forced text equals the name of a special token, so the tokenizer returns that token.
-        # The grammar does not allow it there, or the model has no logit for it.
+        # The grammar does not allow this token here, or the model has no logit for it, so let any
+        # tokens spell the text from now on.
         self._forces = False
         self._native = self._source.copy(forces=False)
         self._native.consume_tokens(self._tokens)
         return None
 
     def _follow(self, work: Callable[[], object], again: Callable[[], object]) -> None:
-        """Use the native matcher. If its lexer is full, call ``again`` with a new matcher.
+        """Call ``work``. If the lexer is full, make a new native matcher and call ``again``.
 
         The new matcher first consumes all tokens so far. Other answers may have filled the lexer,
         and an answer must not depend on other answers.
@@ -287,7 +292,7 @@ class Matcher:
         self._source.count(seconds)
         if self._native.is_error():
             problem = shortened(self._native.get_error())
-            # A retry would end at the same place, so this is not a lack of resources.
+            # A retry would end at the same place, so do not report a lack of resources.
             raise InvalidRequestError(say("CONSTRAINT_TOO_COMPLEX", problem=problem))
 
 
@@ -341,7 +346,7 @@ class Constraint:
             self._renew()
         return Matcher(self, self._alphabet)
 
-    # Called by matchers.
+    # Matchers call the methods below.
 
     def copy(self, *, forces: bool) -> LLMatcher:
         """A matcher of llguidance at the beginning of an answer, with the newest lexer.
@@ -383,7 +388,7 @@ class KeptConstraints:
     Only ``hold`` may be called from any thread.
 
     Attributes:
-        num_bytes: The approximate memory of the constraints.
+        num_bytes: The approximate memory of the kept constraints.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""Compiles a grammar for single bytes and special tokens; runs in a confined child process.
+"""Compiles a grammar to measure its memory; runs in a confined child process.
 
-A lexer does not depend on the other tokens, so the grammar takes as much memory and time as with
-the whole tokenizer.
+The tokenizer for this has only single bytes and special tokens. A grammar's lexer does not depend
+on other tokens, so the grammar takes as much memory and time as with the model's tokenizer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 
 def answers(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The memory that the compiled grammar takes, or why it cannot be compiled."""
+    """Yield the memory that the compiled grammar takes, or why it cannot be compiled."""
     yield _thread(job["stack_bytes"]).submit(_compiled, job).result()
 
 
