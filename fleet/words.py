@@ -36,6 +36,7 @@ TEXTS = {
         " that this user can write to"
     ),
     "REPLICAS_FAILED": "the replicas failed to start: {cause}",
+    "REPLICAS_NOT_STARTED": "no replica has started within {seconds} s; see Ray's log",
     "FLEETS_MANY": "{count} fleets are running here; choose one with --state-dir: {state_dirs}",
     "FLEET_STARTING": "the fleet on {state_dir} is still starting",
     "FLEET_MISSING": (

@@ -123,7 +123,7 @@ _FIGURES = {
     "micro_f1": "micro F1",
 }
 
-_CUT = "… marks an answer that was cut, a little past the length of the right answer"
+_CUT = "… marks an answer that was cut at the maximum number of tokens"
 
 
 def write_report(folder: RunFolder) -> Path:

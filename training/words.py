@@ -116,6 +116,7 @@ TEXTS = {
     "SERVER_UNREACHED": "{url} cannot be reached: {problem}",
     "SERVER_REFUSED": "{url} answered {status}: {text}",
     "NO_MODEL_LIST": "{url} has no list of models at /v1/models",
+    "NO_BASE_LISTED": "{url} lists no base model at /v1/models",
     "NO_LOGPROBS": "{url} answers without log probabilities, which the comparison needs",
     "NOT_ON_SERVER": "the server has not loaded {names}; it has {choices}",
     "OTHER_WEIGHTS_SERVED": "the weights that {url} serves differ from those of {name}; pass the"

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,14 +46,15 @@ def _promote(args: argparse.Namespace, client: TurretClient) -> int:
     examples, options = read_test_set(args)
     provenance = _read_provenance(args.directory)
     served = client.adapters.get(args.name)
-    # Use another name, because requests for the adapter must not get the new one yet.
-    name = f"{args.name}-candidate"
-    candidate = client.adapters.upload(name, args.directory)
-    mixes = [
-        (AdapterWeight(args.name, generation=served.generation),),
-        (AdapterWeight(name, generation=candidate.generation),),
-    ]
+    # Use another name, because requests for the adapter must not get the new one yet. No other
+    # adapter may have it, because it is unloaded at the end.
+    name = f"{args.name}-candidate-{uuid.uuid4().hex[:8]}"
     try:
+        candidate = client.adapters.upload(name, args.directory)
+        mixes = [
+            (AdapterWeight(args.name, generation=served.generation),),
+            (AdapterWeight(name, generation=candidate.generation),),
+        ]
         reports = judge(args, client, examples, mixes, options)
     finally:
         # Ctrl-C closes ``client``, so use another one.

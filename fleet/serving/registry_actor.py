@@ -190,10 +190,9 @@ class RayChannel(Channel):
                 self._actor = ray.get_actor(NAME, namespace=NAMESPACE)
             answer = self._actor.call.remote(wait_seconds, method, *arguments)
             value, error = ray.get(answer, timeout=wait_seconds + _CALL_SECONDS)
-        except (RayError, GetTimeoutError, ValueError) as lost:
+        except (RayError, GetTimeoutError, ValueError):
             self._actor = None
-            away = say("REGISTRY_AWAY", cause=type(lost).__name__)
-            raise UnavailableError(away) from None
+            raise UnavailableError(say("REGISTRY_AWAY")) from None
         if error is not None:
             raise error
         return value

@@ -221,8 +221,10 @@ def _wait_until_up(stop: threading.Event) -> bool:
         if status == "RUNNING":
             return True
         if status in ("DEPLOY_FAILED", "UNHEALTHY") or waited > _START_SECONDS:
-            assert found is not None
-            reasons = [d.message for d in found.deployments.values() if d.message]
+            deployments = () if found is None else found.deployments.values()
+            reasons = [each.message for each in deployments if each.message]
+            if not reasons:
+                raise UnavailableError(say("REPLICAS_NOT_STARTED", seconds=round(waited)))
             raise UnavailableError(say("REPLICAS_FAILED", cause=" ".join(reasons)))
     return False
 

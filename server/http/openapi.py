@@ -20,7 +20,7 @@ OpenAI's HTTP API for the base model, its adapters and their mixes.
 - Unknown fields are ignored, unless they are misspelt. Fields marked *Not supported* are refused,
   unless their value has no effect. A field that is null counts as absent.
 - With `stream` true, an answer comes as server-sent events (`text/event-stream`), each with the
-  new part of the answer, and ends with `data: [DONE]`.
+  new part of the answer. Except in `/v1/messages`, the last one is `data: [DONE]`.
 - Stored completions, responses, files, assistants, batches, images and audio are not supported.
 """
 _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}

@@ -6,13 +6,16 @@ import importlib.util
 import logging
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from said import says
 
+from turret.fleet.serving import serve
 from turret.fleet.serving.ray_cluster import LineFilter, cause
 from turret.server.errors import UnavailableError
 
@@ -484,3 +487,12 @@ def test_a_restarted_registry_knows_the_owner_of_the_fleet(module: Any, tmp_path
     another = module.RegistryActor(str(tmp_path), 5.0, "another")
     assert another.owner("old") == "old"
     end(another)
+
+
+def test_a_fleet_without_an_application_stops_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    status = types.SimpleNamespace(applications={})
+    fake = types.SimpleNamespace(serve=types.SimpleNamespace(status=lambda: status))
+    monkeypatch.setitem(sys.modules, "ray", fake)  # type: ignore[arg-type]
+    monkeypatch.setattr(serve, "_START_SECONDS", 0.3)
+    with pytest.raises(UnavailableError, check=says("REPLICAS_NOT_STARTED")):
+        serve._wait_until_up(threading.Event())

@@ -56,6 +56,8 @@ def test_only_a_better_adapter_is_promoted_and_can_be_rolled_back(
     trained = {"data": {"digest": "ab" * 32}, "config": {"run": {"seed": 1}}}
     provenance.write_text(json.dumps(trained))
     first = client.adapters.upload("served", tmp_path / "sql")
+    # An adapter of the user, with the content that is promoted.
+    client.adapters.upload("served-candidate", tmp_path / "label")
 
     code, out, err = promote("served", tmp_path / "label", DATA, "--json")
     assert (code, err) == (0, "")
@@ -83,7 +85,8 @@ def test_only_a_better_adapter_is_promoted_and_can_be_rolled_back(
     assert promote("served", tmp_path / "label", DATA)[0] == 3
 
     assert client.adapters.rollback("served").digest == first.digest
-    assert [each.name for each in client.adapters.list()] == ["served"]
+    assert {each.name for each in client.adapters.list()} == {"served", "served-candidate"}
+    client.adapters.unload("served-candidate")
 
 
 def test_a_failed_promotion_leaves_nothing_behind(

@@ -187,14 +187,18 @@ def test_unknown_paths_may_be_answered_with_an_html_page(monkeypatch: pytest.Mon
             self.send_response(200)
             self.send_header("content-type", "application/json" if is_list else "text/html")
             self.end_headers()
-            self.wfile.write(b'{"data": [{"id": "base"}]}' if is_list else b"<html></html>")
+            self.wfile.write(
+                b'{"data": [{"id": "tuned", "parent": "base"}]}' if is_list else b"<html></html>"
+            )
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
         threading.Thread(target=server.serve_forever).start()
         url = f"http://127.0.0.1:{server.server_port}"
         try:
             with VerifiedServer(f"{url}/some/v1/", None) as verified:
-                assert verified.names == set()
+                assert verified.names == {"tuned"}
+                with pytest.raises(RunError, check=says("NO_BASE_LISTED")):
+                    verified.ask(None, [1], 1)
             with pytest.raises(RunError, check=says("NO_MODEL_LIST")):
                 VerifiedServer(url, None)
         finally:

@@ -89,9 +89,12 @@ class VerifiedServer:
             max_tokens: Maximum number of tokens of the answer.
 
         Raises:
-            RunError: The server does not answer, or its answer has no log probabilities.
+            RunError: The server does not answer or lists no base model, or its answer has no log
+                probabilities.
         """
-        base = next(card["id"] for card in self.models if not card.get("parent"))
+        base = next((card["id"] for card in self.models if not card.get("parent")), None)
+        if base is None:
+            raise RunError(say("NO_BASE_LISTED", url=self._url))
         body: dict[str, Any] = {"model": adapter or base, "prompt": list(prompt)}
         body |= {"max_tokens": max_tokens, "temperature": 0, "logprobs": 1}
         body["return_tokens_as_token_ids"] = True
