@@ -1,8 +1,8 @@
-"""The operators of adapters, one per file, each with its formula, dense form and cost.
+"""The operators of adapters: each file defines one or a few, with formula, dense form and cost.
 
-This file has their base class. With ``add`` alone, an operator is served on every path, in layers
-and in the head. A kernel that replaces ``add`` on some path is entered in ``KERNELS`` in
-``server/adapters/device/__init__.py``.
+This file defines their base class. An operator that implements only ``add`` is served on every
+path, in layers and in the head. ``KERNELS`` in ``server/adapters/device/__init__.py`` lists the
+kernels that replace ``add`` on a path.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 
 from turret.lazy_torch import torch
 
-# Maximum number of fp32 elements in a temporary: 4 MiB stay in cache.
+# Maximum number of fp32 elements in a temporary: 4 MiB, which stay in the cache.
 _PIECE_ELEMENTS = 1 << 20
 
 
@@ -23,10 +23,10 @@ class BaseRows:
 
     Args:
         x: The rows' input, ``[rows, in]``.
-        product: The bias-free base, ``[n, in]`` → ``[n, out]``. A row's bits do not depend on the
-            other rows.
+        product: Multiplies inputs by the base's weight, without the bias: ``[n, in]`` →
+            ``[n, out]``. The bits of a row's result do not depend on the other rows.
         result: The base's product with ``x``, if it is known already.
-        gain: The gain of the same adapter's module, ``[out]`` fp32, or None (1).
+        gain: The same adapter's gain in this module, ``[out]`` fp32; None for a gain of 1.
         scalings: The rows' scalings from a first pass, ``[rows, modules, components]`` fp32, for
             adapters with a ``TokenRouter``.
     """
@@ -47,7 +47,7 @@ class BaseRows:
         self._result = result
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply other inputs, ``[n, in]``."""
+        """Multiply other inputs, ``[n, in]``, by the base's weight."""
         return self._product(x)
 
     @property
@@ -97,7 +97,7 @@ class Tensors:
 
 
 class Operator(Tensors):
-    """``Δ(x)`` of one linear module: tensors and their properties.
+    """A change ``Δ(x)`` to the output of one linear module: its tensors and properties.
 
     Attributes:
         name: The name in words, with ``_`` for a space.
@@ -112,7 +112,7 @@ class Operator(Tensors):
     def add(self, y: torch.Tensor, x: torch.Tensor, base: BaseRows, weight: float) -> None:
         """``y += weight · Δ(x)`` in place.
 
-        A row's bits depend only on the row, not on the others or on their number.
+        The bits of a row's result depend only on that row, not on the other rows or their number.
 
         Args:
             y: ``[rows, out]``, fp32; may be some columns of a wider tensor.
@@ -131,18 +131,19 @@ class Operator(Tensors):
 
     @property
     def prepared_bytes(self) -> int:
-        """The size of the results of ``prepare``."""
+        """The size of the results of ``prepare``, in bytes."""
         return 0
 
     @property
     def multiply_adds(self) -> int:
-        """Products per token: one for each number, unless the formula needs more or fewer."""
+        """Multiply-adds per token; by default, one for each number in the tensors."""
         return sum(part.numel() for part in self.tensors() if part.is_floating_point())
 
     def rounded(self, dtype: torch.dtype) -> Self:
         """The operator as it is served, in ``dtype``.
 
-        Numbers in fp64 are rounded to fp32 first, as in training, so that the bits are the same.
+        Numbers in fp64 are rounded to fp32 first, as in training, so that an adapter is served with
+        the bits with which it was trained.
         """
         wide = torch.promote_types(dtype, torch.float32)
         return self.with_tensors(
@@ -169,7 +170,7 @@ def _tensors(part: Any) -> Iterator[torch.Tensor]:
 
 
 def _replaced(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
-    """A field's value with other tensors; None if it holds none."""
+    """A field's value with other tensors; None if the value contains no tensor."""
     if isinstance(value, torch.Tensor):
         return next(tensors)
     if isinstance(value, tuple) and any(isinstance(one, torch.Tensor) for one in value):
@@ -178,6 +179,6 @@ def _replaced(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
 
 
 def pieces(num_rows: int, elements: int) -> Iterator[slice]:
-    """Runs of rows whose temporaries, of ``elements`` elements per row, stay in cache."""
+    """Slices of the rows whose temporaries, ``elements`` elements per row, stay in the cache."""
     step = max(1, _PIECE_ELEMENTS // max(elements, 1))
     return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))

@@ -1,11 +1,12 @@
-"""The operators of an adapter for each linear module, to which every method is lowered.
+"""The operators to which every method is lowered, for each linear module of an adapter.
 
 For one module, one token ``x`` and the request's mix ``{(k, w_k)}``::
 
     y = G ⊙ (W x) + b + Σ_k w_k · Δ_k(x)          G = 1 + Σ_k w_k (g_k − 1)
 
-Gains and biases are operators like all others. ``Δ_k`` is the sum over an adapter's operators for
-the module. The layers below this file do not depend on the names of methods.
+``b`` is the base's bias. ``G`` collects the gains ``g_k``, and ``Δ_k`` is the sum over adapter
+``k``'s other operators for the module. In the code, gains and biases are operators like all others.
+The code that applies operators does not depend on the names of methods.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class ModuleOperators:
 
     Args:
         given: Operators, at most one of each kind; None stands for no operator.
-        named: More operators, by names for the reader. A tensor is the operator of that name:
-            ``gain``, ``input_gain`` or ``bias``.
+        named: More operators; their names only help the reader. A tensor becomes the operator that
+            its name selects: ``gain``, ``input_gain`` or ``bias``.
 
     Attributes:
         operators: All operators.
@@ -62,7 +63,7 @@ class ModuleOperators:
         assert not {Gain, InputGain} <= set(kinds), "a module has one kind of gain"
 
     def get(self, kind: type[O]) -> O | None:
-        """The operator of a kind, if there is one."""
+        """The operator of a kind, or None."""
         for part in self.operators:
             if isinstance(part, kind):
                 return part
@@ -136,12 +137,12 @@ class AdapterOperators:
         soft_prompt: Soft tokens, or keys and values, to put before the prompt, or None.
         attention: Number of a layer → additional keys and values of its attention, or None.
         experts: Path of a fused projection of experts (``model.layers.0.mlp.experts.down_proj``) →
-            the update of each, or None.
+            the updates of all its experts, or None.
         head: Changes to the output head as a linear module, or None.
         tokens: Changes to rows of the embedding and the head, or None.
         invocation: Tokens; the adapter applies only from their last occurrence in the prompt on.
             None if it applies everywhere.
-        classifier: A classification head for its final states, or None.
+        classifier: A classification head for the final hidden states, or None.
         router: Computes the scalings of gates with a ``GivenScore``, or None.
     """
 
@@ -158,7 +159,7 @@ class AdapterOperators:
     @cached_property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        # Summed once, because the scheduler asks for all running adapters at every admission.
+        # Cached, because the scheduler reads this of every running adapter at each admission.
         others = (self.soft_prompt, self.head, self.tokens, self.classifier, self.router)
         experts = () if self.experts is None else self.experts.values()
         constants = () if self.attention is None else self.attention.values()
@@ -188,12 +189,12 @@ _WORDS = {"experts": "update of experts", "attention": "prompt that layers atten
 
 
 def beyond_updates(operators: AdapterOperators) -> tuple[str, ...]:
-    """Names of an adapter's changes other than to weights and biases, such as a soft prompt."""
+    """Names of an adapter's changes other than those to weights and biases, e.g. a soft prompt."""
     return _beyond(operators, lambda part: part.has_dense)
 
 
 def beyond_low_rank(operators: AdapterOperators, *others: type[Operator]) -> tuple[str, ...]:
-    """Names of an adapter's parts that are neither pairs of factors nor one of ``others``."""
+    """Names of an adapter's parts other than low-rank updates and operators of kinds ``others``."""
     return _beyond(operators, lambda part: isinstance(part, (LowRank, *others)))
 
 

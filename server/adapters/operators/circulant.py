@@ -1,10 +1,11 @@
 """``Δ(x)_m,j = Σ_n Σ_i kernel_m,n,(i − j) mod b · x_n,i`` (C3A, arXiv 2407.19342).
 
-``x`` and the result are read as matrices with a row of ``b`` values per block, and each pair of
-blocks has a circulant matrix: a correlation. In frequencies it is a product: with ``X_n`` and
-``K_mn`` the transforms of ``x_n`` and of a kernel, ``Δ_m`` is the inverse transform of
-``Σ_n X_n conj(K_mn)``. The transforms are products with constant matrices, whose order of summation
-turret determines.
+``x`` and the result are read as matrices with a row of ``b`` values per block. Each pair of an
+input block and an output block has a circulant matrix, which computes a circular correlation. In
+the frequency domain, a correlation is a product: with ``X_n`` and ``K_mn`` the Fourier transforms
+of ``x_n`` and of a kernel, ``Δ_m`` is the inverse transform of ``Σ_n X_n conj(K_mn)``. The
+transforms are computed as products with constant matrices, whose order of summation turret
+determines.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from turret.server.adapters.operators import Tensors
 
 @dataclass(frozen=True, slots=True)
 class Classifier(Tensors):
-    """``logits = W h + b`` of a final hidden state. Stays in host memory.
+    """The weights of ``logits = W h + b`` for a final hidden state ``h``; kept in host memory.
 
     Attributes:
         weight: ``[labels, hidden]``, fp32, contiguous.
@@ -23,7 +23,7 @@ class Classifier(Tensors):
     def logits(self, state: torch.Tensor) -> torch.Tensor:
         """The logits of one state: ``[hidden]`` on the CPU → ``[labels]`` fp64.
 
-        It is always a product of one row, so its bits do not depend on a batch.
+        The product always has one row, so its bits do not depend on a batch.
         """
         logits = (self.weight.double() * state.double()).sum(1)
         return logits if self.bias is None else logits + self.bias

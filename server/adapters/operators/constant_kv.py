@@ -1,8 +1,9 @@
 """Constant keys and values of a layer, to which every token attends (LLaMA-Adapter).
 
-For one row's rotated query of head ``h`` and the constants of its key-value head ``g``, attention
-gets ``o_h = softmax_p(q_h · k_gp) V_g`` in addition, by a separate softmax (arXiv 2303.16199,
-section 3.2; the gate is the paper's, per layer).
+For a row's rotated query ``q_h`` of head ``h``, ``o_h = softmax_p(q_h · k_gp) V_g`` is added to
+the result of attention, where ``k_gp`` and ``V_g`` are the constants of the key-value head ``g``
+that ``h`` uses. This softmax is separate from that of attention (arXiv 2303.16199, section 3.2).
+The values include the paper's gate, which each layer has.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from turret.kernels.rows import row_exp_, row_linear
 from turret.lazy_torch import torch
 from turret.server.adapters.operators import Operator
 
-# Matrix sides are padded to a multiple of this, so that fewer shapes have to be probed.
+# Sizes are padded to multiples of this, so that fewer shapes need a trial (``kernels/rows.py``).
 _MULTIPLE = 16
 # Score of padding positions; its exponential is 0.
 _MASKED = -1e30
@@ -24,7 +25,7 @@ _MASKED = -1e30
 class ConstantKv(Operator):
     """See the module docstring.
 
-    It has ``attend`` instead of ``add``, as it is not part of a linear module.
+    This operator has ``attend`` instead of ``add``, because it is not part of a linear module.
 
     Attributes:
         keys: ``[positions, kv_heads, head_dim]``, serving dtype, contiguous; not rotated, and
@@ -40,10 +41,11 @@ class ConstantKv(Operator):
 
     @cached_property
     def _wide(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values in fp32 for the products, with positions padded to a multiple.
+        """Keys and values in fp32 for the products, with positions padded to a multiple of 16.
 
         Keys are ``[kv_heads, positions, head_dim]``, values ``[kv_heads, head_dim + 16,
-        positions]``. Ones follow the values' features; their products are the sums of the weights.
+        positions]``. The 16 rows after the values' features are ones: their products with the
+        softmax weights are the sums of these weights, by which ``attend`` divides.
         """
         more = -self.keys.shape[0] % _MULTIPLE
         by_head = self.keys.float().transpose(0, 1)

@@ -19,8 +19,8 @@ class QueryScore(Tensors):
 
     Attributes:
         query: ``[d_k, in_features]``, serving dtype, contiguous.
-        keys: ``[ranks, d_k]``, fp32: key projection times ``b``, so that the score of an update is
-            computed from its rank activations. A component without ranks scores 0.
+        keys: ``[ranks, d_k]``, fp32: the key projection times ``b``, so that the score of an update
+            is computed from its rank activations. A component without ranks scores 0.
     """
 
     query: torch.Tensor
@@ -34,7 +34,7 @@ class PrototypeScore(Tensors):
     Attributes:
         prototypes: ``[K, in_features]``, contiguous; fp32, because a rounded score could choose
             other components near a tie.
-        top_k: Components that share a token's weight.
+        top_k: The number of components that share a token's weight.
         temperature: Divisor of the scores, above 0.
     """
 
@@ -45,7 +45,7 @@ class PrototypeScore(Tensors):
 
 @dataclass(frozen=True, slots=True)
 class GivenScore(Tensors):
-    """``α`` comes from the adapter's ``TokenRouter``, before the step (X-LoRA, arXiv 2402.07148).
+    """The adapter's ``TokenRouter`` computes ``α`` before the step (X-LoRA, arXiv 2402.07148).
 
     Attributes:
         module: The gate's number among the router's modules.
@@ -56,18 +56,19 @@ class GivenScore(Tensors):
 
 @dataclass(frozen=True)
 class Gate(Operator):
-    """``Δ(x) = Σ_k α_k b_kᵀ (a_k x)``, ``α`` of each token from its score.
+    """``Δ(x) = Σ_k α_k b_kᵀ (a_k x)``, where ``score`` determines each token's ``α``.
 
     The low-rank updates of ``K`` components are side by side along the rank axis, with weights that
-    depend on the token. Unlike every other operator it is not linear in ``x``: it has no ``ΔW``.
+    depend on the token. A gate is therefore not linear in ``x``, and has no ``ΔW``.
 
     Attributes:
         a: ``[ranks, in_features]``, serving dtype, contiguous. Zero past the last component's rank.
-        b: ``[ranks, out_features]``, serving dtype, contiguous, scaling folded in; zero past the
-            last component's rank, too.
-        score: Computes a token's weights.
-        rank_indptr: The beginnings and ends of the components' ranks, ``[K + 1]``. A component that
-            does not adapt the module has no ranks.
+        b: ``[ranks, out_features]``, serving dtype, contiguous, the scaling folded in. Zero past
+            the last component's rank, too.
+        score: Determines a token's weights.
+        rank_indptr: ``[K + 1]``: component ``k`` has the ranks from ``rank_indptr[k]`` up to, but
+            not including, ``rank_indptr[k + 1]``. A component that does not adapt the module has no
+            ranks.
     """
 
     name = "gate"
@@ -79,12 +80,12 @@ class Gate(Operator):
     rank_indptr: tuple[int, ...]
 
     def rounded(self, dtype: torch.dtype) -> Self:
-        """The gate itself: its components are in the serving dtype, and its scores keep theirs."""
+        """The gate itself: its components are already in the serving dtype; scores keep theirs."""
         return self
 
     @cached_property
     def _component_of_rank(self) -> torch.Tensor:
-        """``[ranks]`` int64. Ranks of no component hold zeros and count as the first one's."""
+        """The component of each rank, ``[ranks]`` int64; 0 for the padding, whose factors are 0."""
         found = torch.zeros(self.a.shape[0], dtype=torch.int64, device=self.a.device)
         for k, (start, end) in enumerate(pairwise(self.rank_indptr)):
             found[start:end] = k
@@ -98,7 +99,7 @@ class Gate(Operator):
 
     @cached_property
     def _prototypes(self) -> torch.Tensor:
-        """The score's prototypes, padded so that fewer shapes have to be probed."""
+        """The score's prototypes, padded so that fewer shapes need a trial (``rows.py``)."""
         assert isinstance(self.score, PrototypeScore)
         return torch.nn.functional.pad(
             self.score.prototypes, (0, 0, 0, -len(self.score.prototypes) % GATE_MULTIPLE)

@@ -1,6 +1,6 @@
 """``Δ(x) = ((w1a w1b) ⊙ (w2a w2b)) x`` (LoHa, arXiv 2108.06098), in rank space.
 
-The matrix is never built. With ``r`` the rank of the factors::
+``add`` never builds the matrix. With ``r`` the rank of the factors::
 
     U = w1b · diag(x) · w2bᵀ        [r, r]
     Δ(x)_o = w1a[o] · U · w2a[o]ᵀ
@@ -14,7 +14,7 @@ from turret.kernels.rows import row_product
 from turret.lazy_torch import torch
 from turret.server.adapters.operators import BaseRows, Operator, ServedWeight, pieces
 
-# Rows of the matrix made at once: two temporaries of 1024 x 14336 in fp32 are 117 MB.
+# Rows of the dense form made at once: two temporaries of 1024 x 14336 in fp32 take 117 MB.
 _ROWS_PER_BLOCK = 1024
 
 
@@ -23,7 +23,7 @@ class Hadamard(Operator):
     """Adds the update of the formula above; the scaling is folded into ``w1a``.
 
     Attributes:
-        w1a: ``[out_features, rank]``, serving dtype, contiguous; so are all four.
+        w1a: ``[out_features, rank]``; all four factors are contiguous, in the serving dtype.
         w1b: ``[rank, in_features]``.
         w2a: ``[out_features, rank]``.
         w2b: ``[rank, in_features]``.

@@ -1,8 +1,8 @@
 """``Δ(x) = g ⊙ W (D x)``: the base multiplies ``x + D x`` instead of ``x`` (OFT, BOFT).
 
 ``D`` is block-diagonal (arXiv 2306.07280, 2311.06243). With ``x`` read as a matrix with a row of
-``b`` inputs per block, ``(D x)_n = x_n blocks_n``. ``g`` is the gain of the same adapter's module,
-or 1: an adapter's gain applies only to the change by its own blocks.
+``b`` inputs per block, ``(D x)_n = x_n blocks_n``. ``g`` is the same adapter's gain in the module,
+or 1: an adapter's gain does not scale the changes that other adapters make to the input.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ class InputBlocks(Operator):
     """Adds a block-diagonal change to the input of a module; see the formula above.
 
     Attributes:
-        blocks: ``[in / b, b, b]``, or ``[1, b, b]`` for a shared one; serving dtype, contiguous.
-            For a rotation ``R`` it is ``R − I``, so that rounding is relative to the change.
+        blocks: ``[in / b, b, b]``, or ``[1, b, b]`` if all inputs share a block; serving dtype,
+            contiguous. A rotation ``R`` is stored as ``R − I``, so that rounding is relative to the
+            change.
     """
 
     name = "input_blocks"
@@ -29,7 +30,7 @@ class InputBlocks(Operator):
 
     @property
     def size(self) -> int:
-        """Inputs of a block."""
+        """Number of inputs in a block."""
         return self.blocks.shape[1]
 
     def changed(self, x: torch.Tensor) -> torch.Tensor:

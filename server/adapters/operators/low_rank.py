@@ -37,7 +37,7 @@ class LowRank(Operator):
 
 
 def piece_sums(rank: int, in_features: int, dtype: torch.dtype) -> torch.Tensor:
-    """The ``a`` that sums pieces of ``rank`` inputs, 1 where ``i mod rank = r``."""
+    """The factor ``a`` that sums pieces of ``rank`` inputs: 1 where ``i mod rank = r``, else 0."""
     inputs = torch.arange(in_features)
     a = torch.zeros(rank, in_features, dtype=dtype)
     a[inputs % rank, inputs] = 1
@@ -46,7 +46,7 @@ def piece_sums(rank: int, in_features: int, dtype: torch.dtype) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class ExpertLowRank(Operator):
-    """``Δ(x) = b_eᵀ (a_e x)`` for the rows of each expert ``e``: one fused projection of a layer.
+    """``Δ(x) = b_eᵀ (a_e x)`` for each expert ``e``'s rows, in one fused projection of a layer.
 
     Attributes:
         a: ``[experts, rank, in_features]``, serving dtype, contiguous.

@@ -1,6 +1,6 @@
 """``Δ(x) = (W ⊙ bᵀ a) x = Σ_r b_r ⊙ W (a_r ⊙ x)`` (HiRA, ICLR 2025; a form of GLoRA).
 
-The base multiplies one more row for each rank, and nothing as large as the weight is made.
+The base multiplies one more row for each rank, and ``add`` makes no matrix as large as the weight.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``Δ(x)_o = sine_o (W x)_p(o)``: outputs of the base are added to their partners (RoAd).
 
-``p`` exchanges the halves of every group of outputs (arXiv 2409.00119). With a gain,
-``cosine_o (W x)_o + sine_o (W x)_p(o)`` turns each pair.
+``p`` exchanges the halves of every group of outputs (arXiv 2409.00119). Together with a gain
+``cosine``, the module computes ``cosine_o (W x)_o + sine_o (W x)_p(o)``, which rotates each pair.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class SoftPrompt(Tensors):
 
     Attributes:
         soft_tokens: Embeddings, ``[positions, hidden]`` (prompt tuning, arXiv 2104.08691; p-tuning,
-            arXiv 2103.10385), computed like tokens.
+            arXiv 2103.10385), which the model processes like those of tokens.
         prefix: Keys and values.
     """
 

@@ -1,8 +1,8 @@
-"""``Δ(x) = S x``, where ``S`` is a few entries of the weight (SHiRA, WaveFT, Super-Tuning).
+"""``Δ(x) = S x``, where ``S`` is 0 except for a few entries (SHiRA, WaveFT, Super-Tuning).
 
-Every sum consists of single multiplications and additions in the order of an output's entries: all
-first entries of outputs are added, then all second ones, beginning with the outputs that have the
-most entries.
+Each output's sum is computed by single multiplications and additions, in the order of its entries.
+The first entries of all outputs are added at once, then all second entries, and so on. For this
+purpose, the outputs are sorted by their number of entries, the largest first.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from turret.server.adapters.operators import BaseRows, Operator, ServedWeight
 
 @dataclass(frozen=True, slots=True)
 class Jagged:
-    """Entries by their place in their rows, the longest rows first (jagged diagonals).
+    """Entries by their position in their rows, the longest rows first (jagged diagonals).
 
     Attributes:
         values: ``[entries]`` fp32, all first entries of rows, then all second ones, and so on.
         columns: ``[entries]`` int32.
         counts: The numbers of rows with a first entry, a second one, and so on; descending.
-        order: The output of every row here, ``[out_features]`` int64.
+        order: The output that each row computes, ``[out_features]`` int64.
     """
 
     values: torch.Tensor
@@ -62,8 +62,8 @@ class Sparse(Operator):
         longest, firsts = lengths[order], starts[:-1][order]
         most = int(longest[0]) if len(longest) else 0
         steps = torch.arange(most, device=starts.device)
-        # Entry [k, r] says whether row r has a k-th entry; masking with it lists all first entries,
-        # then all second ones.
+        # Element [k, r] says whether row r has a k-th entry. Masking with this matrix lists all
+        # first entries, then all second ones.
         there = steps[:, None] < longest[None, :]
         picked = (firsts[None, :] + steps[:, None])[there]
         counts = tuple(there.sum(1).tolist())

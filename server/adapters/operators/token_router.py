@@ -10,8 +10,9 @@ from turret.server.adapters.operators import Tensors
 
 @dataclass(frozen=True, slots=True)
 class TokenRouter(Tensors):
-    """Scalings of ``K`` components in ``L`` modules, from a token's state after a first pass.
+    """The network that computes a token's scalings of ``K`` components in ``L`` modules.
 
+    ``h`` is the token's hidden state after a first pass.
     ``z = W_n relu(… relu(W_1 h + b_1) …) + b_n`` has ``K`` values for each module, or ``K`` values
     that all modules share. The scalings are ``scale · softmax(z / T)`` or ``scale · z``, and only
     the ``top_k`` largest may be kept.

@@ -41,8 +41,9 @@ class Gain(Vector):
 class InputGain(Vector):
     """``Δ(x) = W ((l − 1) ⊙ x)``: the base multiplies ``l ⊙ x`` (IA3 on feed-forward inputs).
 
-    The input of other operators is ``x``. A gain must not be combined with an input gain, because
-    the sum does not define whether the gain scales the change by the input gain.
+    The module's other operators still receive ``x``. A gain must not be combined with an input
+    gain, because the sum of both does not define whether the gain also scales the input gain's
+    change.
     """
 
     name = "input_gain"

@@ -2,7 +2,7 @@
 
 Both matrices are ``[vocab, hidden]``, with one row per token. In a mix, every change counts as a
 weighted difference from the base's row: ``e(t) + Σ_k w_k (e_k(t) − e(t))``. New tokens have no row
-in the base, so at most one adapter of a mix may have new tokens, and its rows count as they are.
+in the base, so at most one adapter of a mix may have new tokens, whose rows are used unweighted.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class VocabularyRows(Tensors):
             base: The base's logits of them, ``[rows, vocab]``.
             weight: The adapter's weight in the mix.
         """
-        # A whole matrix has the shape of the base's, which was probed at startup.
+        # A whole matrix needs no trial: it has the shape of the base's, which was tried at startup.
         found = row_linear(x, self.values).float()
         if self.ids is None:
             y += weight * (found - base.float())
@@ -68,7 +68,7 @@ class VocabularyRows(Tensors):
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingLowRank(Tensors):
-    """``e(t) ← gain ⊙ e(t) + a[t] b``: LoRA on an embedding, and DoRA with a gain.
+    """``e(t) ← gain ⊙ e(t) + b a[t]``: LoRA on an embedding, and DoRA with a gain.
 
     Attributes:
         a: ``[vocab, rank]``, serving dtype, contiguous.
@@ -134,7 +134,7 @@ class VocabularyOperators(Tensors):
 
 
 def added_rows_of(mix: Any) -> AddedRows | None:
-    """The rows that an adapter of a resident mix adds (one of a mix's members at most does)."""
+    """The rows that a resident mix adds, or None; at most one member of a mix adds rows."""
     for adapter, _ in mix.members:
         if adapter.facts.vocab_size and (tokens := adapter.operators.tokens) is not None:
             return tokens.added
