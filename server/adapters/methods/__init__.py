@@ -1,6 +1,6 @@
 """The adapter methods, one file each.
 
-Every file in this folder that is not in ``_OWN`` is a method; no other list names it.
+Every file in this folder that is not in ``_OWN`` is a method; there is no other list of methods.
 
 Nothing here loads torch, so that a starting server can check adapters before it loads the model.
 """
@@ -25,7 +25,7 @@ CONVERT = (
     "convert it to an exact LoRA with `turret convert DIR --base MODEL --output NEW`, where MODEL"
     " is the model it was trained on"
 )
-# ``peft_type`` → advice; tests compare the keys with the installed PEFT.
+# ``peft_type`` that turret does not serve → advice; tests compare the keys with the installed PEFT.
 UNSERVED: Mapping[str, str] = {
     "ADAMSS": f"its file lacks the clusters of rows that it adapts; {CONVERT}",
     "PSOFT": f"its file lacks the factors that it rotates; {CONVERT}",
@@ -59,7 +59,7 @@ def method_for(checkpoint: AdapterCheckpoint) -> AnyMethod:
 
     Raises:
         AdapterCheckpointError: ``peft_type`` is missing, or no method in ``METHODS`` accepts it.
-            The metadata lists all methods.
+            The error's metadata lists all methods.
     """
     kind = _peft_type_of(checkpoint.config)
     for method in METHODS.values():
@@ -72,10 +72,10 @@ def method_for(checkpoint: AdapterCheckpoint) -> AnyMethod:
 
 
 def check_common(checkpoint: AdapterCheckpoint, method: AnyMethod) -> None:
-    """Rejects integer tensors or a task that the method does not have.
+    """Rejects integer tensors that the method does not declare, and a task if it has no tasks.
 
     Raises:
-        AdapterCheckpointError: There are such tensors or tasks. The error names them.
+        AdapterCheckpointError: There are such tensors, or such a task. The error lists them.
     """
     findings, integers = Findings(checkpoint.path), method.integers
     for name, tensor in checkpoint.tensors.items():

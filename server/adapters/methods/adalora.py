@@ -1,4 +1,4 @@
-"""AdaLoRA (arXiv 2303.10512): ``Δ(x) = s·B (E ⊙ (A x))``, ranks pruned during training.
+"""AdaLoRA (arXiv 2303.10512): ``Δ(x) = s·B (E ⊙ (A x))``; training prunes the ranks.
 
 ``s`` is PEFT's ``lora_alpha / (init_r + 1e-5)``. All modules have the same ``s``, even those that
 were pruned to a lower rank or to 0.

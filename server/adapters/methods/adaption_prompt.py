@@ -22,7 +22,7 @@ _MODEL_TYPES = ("llama", "mistral")
 
 
 def _layers(reading: Reading) -> Mapping[int, Mapping[str, Any]]:
-    """Prompt ``[1, adapter_len, hidden]`` and gate ``[1]`` of the last layers, by number."""
+    """Prompt ``[1, adapter_len, hidden]`` and gate ``[1]`` of the last layers, by layer number."""
     base, findings = reading.base, reading.findings
     if base.model_type not in _MODEL_TYPES:
         served = " and ".join(_MODEL_TYPES)
@@ -59,7 +59,7 @@ def _check(found: Mapping[int, Mapping[str, Any]], reading: Reading) -> None:
             if tensor is None:
                 findings.add(name, say("MISSING_TENSOR", by="adapter_layers"))
             else:
-                # A prompt of another width may be valid, but is for another base.
+                # If only the width is wrong, the prompt may be valid for another base.
                 is_width = part == "prompt" and tuple(tensor.shape[:-1]) == size[:2]
                 findings.check_shape(name, tensor, size, of_base=is_width)
 
@@ -80,7 +80,7 @@ def _lower(reading: Reading) -> Lowered:
 
 
 def _constants(tensors: Mapping[str, torch.Tensor], attention: str, base: BaseModel) -> ConstantKv:
-    """``K_a`` of a layer, times the scale, and ``V_a``, times the gate."""
+    """A layer's ``K_a`` times the scale, and its ``V_a`` times the gate."""
     wide = torch.promote_types(base.dtype, torch.float32)
     prompt, gate = tensors["prompt"][0].to(wide), tensors["gate"].to(wide)
     made = []

@@ -17,7 +17,7 @@ _EVERYWHERE = "it changes tokens before the invocation, which the base alone mus
 
 def _check(adapter: Reading) -> None:
     if adapter.checkpoint.is_partial:
-        # PEFT has no aLoRA layer for embeddings; it would adapt all tokens.
+        # PEFT has no aLoRA layer for embeddings: a LoRA on the embedding would adapt all tokens.
         adapter.fault("target_modules", say("UNSUPPORTED_VALUE", value=EMBEDDING, why=_EVERYWHERE))
     last, size = max(adapter.config[INVOCATION]), adapter.base.vocab_size
     if 0 < size <= last:

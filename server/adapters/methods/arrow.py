@@ -1,7 +1,7 @@
-"""Arrow (arXiv 2405.11157, ``arrow_config``): each token is routed to the LoRAs it resembles most.
+"""Arrow (arXiv 2405.11157, ``arrow_config``): routes each token to the LoRAs that fit it best.
 
-Every expert ``e`` has a prototype ``p_e`` per module, the direction of inputs to which ``B_e A_e``
-responds most. Prototypes need no training::
+Every expert ``e``, which is a LoRA, has a prototype ``p_e`` per module: the direction of inputs to
+which ``B_e A_e`` responds most. Prototypes need no training::
 
     α = softmax over top_k of |p_e · x| / T          y += Σ_e α_e s_e B_e A_e x
 
@@ -76,7 +76,7 @@ def _check_names(adapter: Reading) -> None:
 
 
 def _settings(adapter: Reading) -> dict[str, Any]:
-    """The config of the router, with defaults."""
+    """The router's settings from the config, completed with PEFT's defaults."""
     return {**_DEFAULTS, **adapter.config[ARROW]}
 
 
@@ -132,7 +132,10 @@ def _unscaled(component: Component, name: str) -> _Expert:
 
 
 def _starts(adapter: Reading) -> dict[int, torch.Tensor]:
-    """The start vectors of the search for prototypes, as PEFT draws them, by number of inputs."""
+    """The vectors from which the search for prototypes starts, by number of inputs.
+
+    They are drawn as PEFT draws them.
+    """
     seed = _settings(adapter).get("rng_seed")
     if seed is None:
         adapter.warn(say("ARROW_WITHOUT_SEED"))
@@ -190,7 +193,8 @@ METHOD = replace(
     has_patterns=False,
     required=(ARROW, COMPONENTS_KEY),
     needs_tensors=False,
-    # PEFT's file has a LoRA on every module, which must fit; a hand-made file may have none.
+    # PEFT's file contains a LoRA for every module, whose shapes must fit; a hand-made file may
+    # contain none.
     tensors={
         **{role: optionally(shape) for role, shape in LORA.tensors.items()},
         A: optionally((extent(A, 0), IN)),

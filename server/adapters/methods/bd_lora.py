@@ -1,6 +1,6 @@
 """BD-LoRA (``use_bdlora``): LoRA with one block-diagonal factor, so that shards exchange no sums.
 
-The file has the ``n`` blocks side by side: ``lora_A`` ``[r, in / n]`` or ``lora_B``
+The file contains the ``n`` blocks stacked by rows: ``lora_A`` ``[r, in / n]`` or ``lora_B``
 ``[out, r / n]``.
 """
 

@@ -1,9 +1,9 @@
 """BOFT (arXiv 2311.06243): ``y = s ⊙ W (x M) + b``, where ``M`` is a product of butterfly factors.
 
-``M = M_N … M_1`` and ``M_i = P_i diag(R) P_iᵀ``. Each block of ``R`` is the Cayley transform of the
-skew part of the saved block. ``P_i`` moves inputs only within runs of ``b 2ⁱ⁻¹``, so ``M`` is
-block-diagonal again, with blocks of ``b 2ᴺ⁻¹``. If PEFT's CUDA extension is missing, it makes only
-one factor, whatever the config says.
+``M = M_N … M_1`` and ``M_i = P_i diag(R_i) P_iᵀ``. Each block of ``R_i`` is the Cayley transform of
+the skew part of the saved block of size ``b``. The permutation ``P_i`` moves inputs only within
+runs of ``b 2ⁱ⁻¹``, so ``M`` is block-diagonal again, with blocks of size ``b 2ᴺ⁻¹``. If PEFT's CUDA
+extension is missing, PEFT trains only one factor, whatever the config says.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _check(m: Module) -> None:
 
 
 def _run(m: Module) -> int:
-    """Inputs of a block of the whole product."""
+    """Number of inputs in a block of the product ``M``."""
     return _block_size(m) << (_factors(m) - 1)
 
 
@@ -61,7 +61,7 @@ def _product(saved: torch.Tensor) -> torch.Tensor:
         wide = torch.stack([torch.block_diag(*blocks) for blocks in inside])
         order = _order(run, size << number, size // 2) if num_factors > 1 else torch.arange(run)
         wide = wide[:, order][:, :, order]
-        # This adds a factor: (I + C)(I + T) − I.
+        # Multiply the next factor I + C and the product so far, I + T: (I + C)(I + T) − I.
         total = wide if total is None else wide + total + wide @ total
     assert total is not None
     return total

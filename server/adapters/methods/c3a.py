@@ -1,4 +1,4 @@
-"""C3A (arXiv 2407.19342): ``Δ(x)`` of circulant blocks, ``y_m = Σ_n w_mn ⋆ x_n / in``.
+"""C3A (arXiv 2407.19342): an update of circulant blocks, ``Δ(x)_m = Σ_n w_mn ⋆ x_n / in``.
 
 Each block of ``b × b`` entries is one kernel of ``b`` values, shifted by one position per row. PEFT
 divides by the number of inputs.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from turret.server.adapters.methods.kit import *
 
 _KERNEL = "c3a_kernel"
-# The transforms of larger blocks would cost more than multiplying by the full blocks.
+# For larger blocks, the transforms would cost more than a product with the full blocks.
 MAX_BLOCK_SIZE = 2048
 
 

@@ -1,8 +1,8 @@
 """Checks of an adapter by its config and the header of its tensors, without the tensors' values.
 
-A server that loads adapters at startup checks them in this way before it loads the model. These are
-the methods' own checks. Checks that need the values of tensors, or concern the vocabulary, run only
-when the adapter is loaded.
+A server that loads adapters at startup checks them in this way before it loads the model. It runs
+the methods' own checks. Checks that need the values of tensors, or that concern the vocabulary, run
+only when the adapter is loaded.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def check_files(
         base: The known facts about the base, or None.
         base_name: The base's name as served; None if adapters of any base are accepted.
         max_rank: The maximum rank; None for any.
-        host_bytes: Host memory of all adapters; None for any.
+        host_bytes: The maximum host memory of all adapters; None for any.
         item_bytes: Bytes of host memory that each weight takes as served.
 
     Raises:
@@ -90,7 +90,8 @@ def check_files(
     rest = without_classifier(checkpoint)
     method.check_config(rest.config, findings)
     findings.raise_if_any()
-    # If the adapter comes with the digest of its base, the name of the base alone proves nothing.
+    # If the adapter comes with the digest of its base, do not compare the base's name: the digest
+    # decides.
     trained = None if read_trained_base(directory).digest else config.get(_BASE)
     if base_name is not None and isinstance(trained, str) and is_other_base(trained, base_name):
         raise of_other_base(path, trained, base_name)

@@ -1,7 +1,7 @@
 """CPT (arXiv 2410.17222): soft tokens initialised with the embeddings of a few examples.
 
-The file has the sum of the embeddings and the learned change. Label masks and loss weights matter
-only in training, so inference is the same as for prompt tuning.
+The file contains the sums of these embeddings and the learned changes. Label masks and loss weights
+matter only in training, so inference is the same as for prompt tuning.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """DEFT (and PaRa): a subspace of the outputs is removed from ``W`` and filled again.
 
 ``ΔW = Q (s R − Fᵀ W)``: with ``relu``, ``Q = P`` and ``F = relu(P)``; with ``qr``, both are the
-orthonormal factor of ``P``. ``para`` only removes, and has no ``R``. ``s`` is ``alpha / r``, or 1
-without ``alpha``.
+orthonormal factor of ``P``. With ``para``, the subspace is only removed, and there is no ``R``.
+``s`` is ``alpha / r``, or 1 without ``alpha``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ _RANK = Dim(lambda m: min(m.rank, m.outputs))
 
 
 def _operators(m: Module) -> Piece:
-    # R's rows refer to the columns of Q, signs included, so factor P as PEFT does, in fp32.
+    # The rows of R belong to the columns of Q, whose signs depend on the factorisation. Therefore
+    # factor P as PEFT does, in fp32.
     p, is_qr = m.tensors[_P].to(torch.float32), m.config["decomposition_method"] == "qr"
     left = torch.linalg.qr(p)[0] if is_qr else p
     taken = left if is_qr else p.relu()

@@ -1,7 +1,7 @@
 """DeLoRA (arXiv 2503.18225): ``Δ(x) = B diag(λ / (r ‖a_i‖ ‖b_i‖)) A (n ⊙ x)``.
 
-Direction and strength are separate: ``λ`` bounds the update, and ``n``, which the file contains,
-has the norms of the columns of the weight on which the adapter was trained.
+Direction and strength are separate: ``λ`` bounds the update. The file contains ``n``, the norms of
+the columns of the weight on which the adapter was trained.
 """
 
 from __future__ import annotations

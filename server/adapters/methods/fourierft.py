@@ -1,4 +1,4 @@
-"""FourierFT (arXiv 2405.03003): ``ΔW = s·Re F⁻¹(c)``, a few coefficients of a Fourier transform.
+"""FourierFT (arXiv 2405.03003): ``ΔW = s·Re F⁻¹(c)``, from a few Fourier coefficients ``c``.
 
 The positions of the coefficients are drawn again from the seed, exactly as PEFT draws them. Every
 coefficient is a wave over the whole weight, so the update is dense.

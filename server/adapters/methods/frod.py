@@ -21,7 +21,7 @@ _COUNT = extent(_VALUES, 0)
 
 
 def _name(part: str, module: str) -> str:
-    """The name of a tensor that all modules of one kind share; kinds are as PEFT names them."""
+    """The name of a tensor that all modules of one kind share; PEFT defines the kinds' names."""
     *_, folder, leaf = ("", *module.split("."))
     kind = leaf if not folder or folder.isdigit() else f"{folder}_{leaf}"
     return f"base_model.{part}.{kind}"
@@ -39,7 +39,12 @@ def _shared(adapter: Reading) -> Shared:
 
 
 class _Solved:
-    """Holds the inverse of ``V`` for one kind of module at a time, and adds up the noise."""
+    """Holds the inverse of ``V`` for one kind of module at a time, and the sums of the noise.
+
+    Attributes:
+        trained: The squared norm of all updates so far.
+        moved: The expected squared norm of their errors.
+    """
 
     def __init__(self, adapter: Reading) -> None:
         self._adapter = adapter
@@ -91,8 +96,8 @@ def _check_noise(adapter: Reading) -> None:
 def _update(m: Module, inverse: torch.Tensor) -> tuple[torch.Tensor, float]:
     """The update, fp64, and the expected norm of the error that NF4 causes in it.
 
-    With ``W = U diag(l₀) Vᵀ`` it is ``U C Vᵀ``, ``C = S + diag(l − l₀)``; an error ``E`` of the
-    weight adds ``E V⁻ᵀ diag(1 / l₀) C Vᵀ``.
+    With ``W = U diag(l₀) Vᵀ``, the update is ``U C Vᵀ``, where ``C = S + diag(l − l₀)``. An error
+    ``E`` of the weight adds ``E V⁻ᵀ diag(1 / l₀) C Vᵀ``.
     """
     weight, v = m.weight().to(torch.float64), m.shared[_name(_V, m.name)].to(torch.float64)
     columns = weight @ inverse.T

@@ -37,7 +37,7 @@ def _shape(m: Module, path: str, part: str) -> Shape | None:
     table, name = _PATHS[path]
     kind = m.config[name]
     # Without a bias in the base, PEFT has nothing to train here. If the base has not been read yet,
-    # go by the tensor.
+    # the tensor shows whether there is a bias.
     if path in "CDE" and not m.has_bias and (m.has_bias is False or f"glora_{path}.zeros" in m):
         kind = "none"
     return table[kind].get(part)
@@ -59,7 +59,7 @@ def _operators(m: Module) -> Iterator[Piece]:
 
 
 def _bias(m: Module) -> torch.Tensor | None:
-    """``b ⊙ D + E + W C``, or None if all three are missing."""
+    """``b ⊙ D + E + W C``; None if the base has no bias, or if none of the three is trained."""
     served = m.bias()
     if served is None:
         return None
@@ -77,7 +77,7 @@ def _bias(m: Module) -> torch.Tensor | None:
 
 
 def _rank(m: Module) -> int:
-    """The served rank: 1 for a vector. C has no rank, because it is multiplied out."""
+    """The served rank: 1 for a vector or a number. C adds none, because W C becomes a bias."""
     return {"lora": m.rank, "none": 0}.get(m.config["config_A_B"], 1)
 
 

@@ -1,8 +1,8 @@
 """GraLoRA (arXiv 2505.20355): a low-rank update in each of ``k × k`` blocks of the weight.
 
 ``y_j = s Σ_n B_j[n] A_n[j] x_n`` with ``s = alpha / (r + hybrid_r)``, plus ``s B A x`` of rank
-``hybrid_r`` over the whole weight. All of it is one low-rank update of rank ``k·r + hybrid_r``,
-whose factors are 0 outside the blocks.
+``hybrid_r`` over the whole weight. Together these are one low-rank update of rank
+``k·r + hybrid_r``, whose factors are 0 outside the blocks.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ Its function ``operators`` turns the tensors of a module into operators.
 
 from __future__ import annotations
 
-# Some of these imports serve only the methods, which import all names of this file.
+# Some of these imports are used only by the methods, which import all names of this file.
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -109,7 +109,7 @@ def always(config: Mapping[str, Any]) -> bool:
 
 
 def is_saved(adapter: Module | Reading) -> bool:
-    """Whether a file contains the fixed random matrices, which it may leave out."""
+    """Whether the file contains the method's fixed random matrices, which it may leave out."""
     return adapter.config.get("save_projection", True)
 
 

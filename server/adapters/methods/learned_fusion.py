@@ -1,6 +1,6 @@
 """Learned fusion (AdapterFusion, arXiv 2005.00247, section 3.2) of adapters with low-rank updates.
 
-``K`` frozen components and, per target module, a trained query ``Wq`` and key ``Wk``::
+There are ``K`` frozen components and, per target module, a trained query ``Wq`` and key ``Wk``::
 
     α = softmax_k((Wq x) · (Wk Δ_k(x)))          y += Σ_k α_k Δ_k(x)
 
@@ -31,7 +31,7 @@ METHOD = LinearMethod(
     name="learned_fusion",
     peft_types={"TURRET_FUSION"},
     keys={COMPONENTS_KEY: fault_of_components},
-    # A query costs as much as a factor A of rank d_k.
+    # d_k counts as the rank, because a query costs as much as a factor A of rank d_k.
     rank="d_k",
     rank_name="d_k",
     required=(COMPONENTS_KEY,),

@@ -2,7 +2,8 @@
 
 The update is computed in rank space (``server/adapters/operators/hadamard.py``), which needs
 ``r² (in + out)`` products per token, while a dense update needs ``in · out``. The adapter is
-rejected unless the first number is smaller; for a square module, unless ``r² < d/2``.
+rejected unless the first number is smaller. For a square module of size ``d``, this means
+``r² < d/2``.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 from turret.server.adapters.methods.kit import *
 
 _ROLES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
-# Maximum number of elements of a w1 that is computed from two factors, unless w2 has as many.
+# A w1 that is computed from two factors may have this many elements, or as many as w2 has.
 _MAX_WHOLE = 1 << 16
 _TOO_LARGE = f"lokr_w1 must have at most {_MAX_WHOLE} elements, or no more than lokr_w2"
 

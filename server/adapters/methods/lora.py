@@ -80,7 +80,7 @@ METHOD = LinearMethod(
         A: (R, IN),
         B: (OUT, R),
         LORA_BIAS: when("lora_bias", (OUT,)),
-        # The names are those of PEFT's file format, PEFT's parameter and the original DoRA code.
+        # The three names come from PEFT's file format, PEFT's parameter and the original DoRA code.
         MAGNITUDE: replace(
             when("use_dora", either((OUT,), (1, OUT), (OUT, 1))),
             also_named=(f"{MAGNITUDE}.weight", "weight_m_wdecomp.weight"),

@@ -49,7 +49,8 @@ def lower_checkpoint(
         The method's name, and the operators.
 
     Raises:
-        AdapterCheckpointError: Unsupported or inconsistent. The error lists all faults.
+        AdapterCheckpointError: The checkpoint is unsupported or inconsistent. The error lists all
+            faults.
         AdapterMismatchError: The adapter was made for another base.
         AdapterComponentError: Some components are not registered. The error lists all of them.
         BudgetExceededError: A rank over ``max_rank``, or bytes over ``max_dense_bytes``.
@@ -80,7 +81,7 @@ def lower_checkpoint(
         ranks.add(tokens.low_rank.rank)
     if added is not None:
         tokens = replace(tokens or VocabularyOperators(), added=added)
-    # The reader has checked the ranks of linear modules; this checks all others.
+    # The method's reader has checked the ranks of linear modules; this checks all others.
     check_rank(checkpoint.path, max(ranks, default=0), max_rank)
     modules = dict(operators.modules)
     operators = replace(
@@ -110,7 +111,7 @@ def _check_dense(checkpoint: AdapterCheckpoint, base: BaseModel, max_bytes: int 
         max_bytes: Maximum size of the updates; 0 if the server allows none, None for no limit.
 
     Raises:
-        BudgetExceededError: The updates would take more.
+        BudgetExceededError: The updates would take more than that.
     """
     if max_bytes is None:
         return

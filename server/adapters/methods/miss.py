@@ -1,9 +1,9 @@
-"""MiSS (arXiv 2409.15371), formerly Bone: ``Δ(x) = Mᵀ Σ_j x_j``, the sum of pieces of ``r`` inputs.
+"""MiSS (arXiv 2409.15371), formerly Bone: ``Δ(x) = Mᵀ Σ_j x_j`` for pieces ``x_j`` of ``r`` inputs.
 
 The factors are ``B = Mᵀ`` and ``A``, which is 0 except for ``A[i mod r, i] = 1``. With
-``init_weights: "mini"`` the file has the first ``mini_r`` columns of ``M``, which repeat. ``"bat"``
-multiplies blocks of the base's weight: ``ΔW_oi = (W_oi + I) M_o`` for each ``r`` outputs and ``r``
-inputs, and can have any rank.
+``init_weights: "mini"`` the file contains only the first ``mini_r`` columns of ``M``, which repeat.
+``"bat"`` multiplies blocks of the base's weight, each of ``r`` outputs and ``r`` inputs:
+``ΔW_oi = (W_oi + I) M_o``. Its update can have any rank.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _role(m: Module | Reading) -> str:
 
 
 def _sums(adapter: Reading) -> dict[tuple[int, int], torch.Tensor]:
-    """The factor ``A`` by size of module, so that modules of the same size share it in memory."""
+    """The factor ``A`` by rank and inputs, so that modules of the same sizes share its memory."""
     sizes = {(m.rank, m.inputs) for m in adapter.modules.values()}
     return {size: piece_sums(*size, adapter.dtype) for size in sizes}
 

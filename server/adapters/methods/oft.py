@@ -1,10 +1,13 @@
-"""OFT (arXiv 2306.07280): the base multiplies ``x R``, ``R`` block-diagonal, in three layouts.
+"""OFT (arXiv 2306.07280): the base multiplies ``x R``, where ``R`` is block-diagonal.
+
+A file has one of three layouts:
 
 - PEFT from 0.16: ``oft_R.weight``, the upper triangle of a skew ``Q`` per block. ``R`` is Cayley's
-  ``(I − Q)(I + Q)⁻¹``, or with ``use_cayley_neumann`` a series of ``(I + Q)(I − Q)⁻¹``, which PEFT
-  changed in 0.18: before, it was ``I + 2Q + … + 2Qᵗ⁻¹``; since then, the last term is halved. An
-  adapter needs the series with which it was trained. ``peft_version`` determines it.
-- The same with ``block_share``: one block for all inputs.
+  ``(I − Q)(I + Q)⁻¹``, or with ``use_cayley_neumann`` the first terms of a series for
+  ``(I + Q)(I − Q)⁻¹``. PEFT 0.18 changed this series: before, it was ``I + 2Q + … + 2Qᵗ⁻¹``; since
+  then, the last term is halved. An adapter needs the series with which it was trained, which
+  ``peft_version`` determines.
+- The same layout with ``block_share``: one block for all inputs.
 - PEFT 0.14 and 0.15: ``oft_r``, whose skew part is ``Q``, and ``oft_s``, a gain.
 
 Before 0.14, PEFT rotated outputs. Files from those versions have no ``oft_block_size``.
@@ -17,7 +20,7 @@ import re
 from turret.server.adapters.methods.kit import *
 
 _TRIANGLE, _MATRIX, _SCALE = "oft_R.weight", "oft_r", "oft_s"
-# PEFT's default is 5 terms. Each takes time while the adapter is loaded.
+# PEFT's default is 5 terms. The limit exists because each term takes time during a load.
 _MAX_TERMS = 100
 # First PEFT version whose series ends with half a term.
 _NEW_SERIES = (0, 18)
@@ -121,7 +124,7 @@ def _skew(triangle: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _projected(blocks: torch.Tensor, eps: float) -> torch.Tensor:
-    """The blocks, limited to a norm of ``eps`` over the square root of their number (``coft``)."""
+    """The blocks, each limited to a norm of ``eps`` divided by √(number of blocks) (``coft``)."""
     limit = eps / math.sqrt(len(blocks))
     norms = blocks.flatten(1).norm(dim=1)[:, None, None]
     return torch.where(norms <= limit, blocks, limit * (blocks / norms))

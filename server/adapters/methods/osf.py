@@ -22,7 +22,7 @@ def _check(m: Module) -> None:
 def _operators(m: Module) -> Piece:
     m.warn(say("DECOMPOSED_FROM_BASE"))
     trained_u, trained_s, trained_v = m.wide(_U, _S, _V)
-    # Signs cancel in products of singular vectors.
+    # The signs of singular vectors, which depend on the library, cancel in their products.
     u, s, v = m.decomposed()
     kept = len(s) - len(trained_s)
     tail = (u[:, kept:] * s[kept:]).to(trained_u) @ v[kept:].to(trained_u)

@@ -1,7 +1,7 @@
-"""Poly (arXiv 2202.13914): ``Δ(x) = x A_t B_t / r``, the factors of skills, mixed for each task.
+"""Poly (arXiv 2202.13914): ``Δ(x) = x A_t B_t / r``, where each task ``t`` mixes factors of skills.
 
-``A_t = Σ_s w_ts A_s`` split by split, ``w_t = σ(l_t) / Σ σ(l_t)`` over the skills of a split. An
-adapter serves one of the tasks in its file.
+Each split of a factor has its own mix: ``A_t = Σ_s w_ts A_s`` with ``w_t = σ(l_t) / Σ σ(l_t)`` over
+the skills ``s``; likewise ``B_t``. An adapter serves one of the tasks in its file.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ _SIZES: Rules = {
     # PEFT uses two submodules for an encoder and a decoder.
     "num_transformer_submodules": Used(fault_of_choice(1, None)),
 }
-# Keys that PEFT's configs have for a text from which training starts.
+# Keys of PEFT's configs for a text with whose embeddings training starts.
 WITH_TEXT = dict.fromkeys(("tokenizer_name_or_path", "tokenizer_kwargs"), START)
 _INDEPENDENT = "soft tokens do not depend on it"
 # Computes the shapes of tensors other than the prompt from the config.
@@ -66,7 +66,7 @@ class SoftTokens(FileFormat):
 
     @property
     def common(self) -> Rules:
-        """The keys for the size, and those that only prefixes need."""
+        """The rules for keys of sizes, for ``modules_to_save`` and for keys of prefixes only."""
         return {
             **_SIZES,
             "modules_to_save": Used(fault_of_head_to_save),
@@ -76,7 +76,7 @@ class SoftTokens(FileFormat):
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """The keys for the size, and the method's own."""
+        """The required keys: those of the size, and the method's own."""
         return ("num_virtual_tokens", "token_dim", *self.required)
 
     def inspect(self, reading: Reading) -> None:
@@ -107,7 +107,7 @@ class SoftTokens(FileFormat):
         return finish(reading, prompt=self._soft_prompt(stored, reading.model))
 
     def _sizes_of(self, base: Base) -> Mapping[str, int]:
-        """The values of config keys that this base requires."""
+        """The values that this base requires for some config keys."""
         return {"token_dim": base.hidden_size}
 
     def _width(self, reading: Reading) -> int:
@@ -127,7 +127,7 @@ class KeysAndValues(SoftTokens):
 
     @property
     def common(self) -> Rules:
-        """The keys for the size."""
+        """The rules for keys of sizes, and for ``modules_to_save``."""
         counts = dict.fromkeys(("num_layers", "num_attention_heads"), Used(optional(fault_of_rank)))
         return {**_SIZES, **counts, "modules_to_save": Used(fault_of_modules_to_save)}
 
@@ -138,7 +138,7 @@ class KeysAndValues(SoftTokens):
         return sizes
 
     def _width(self, reading: Reading) -> int:
-        # Use the base's width, unless the sizes already disagree.
+        # Use the base's number of layers, unless a size is already known to differ from the base's.
         config, is_other = reading.config, reading.findings.mismatched
         layers = config.get("num_layers") if is_other else reading.base.num_layers
         return 2 * (layers or 0) * config["token_dim"]

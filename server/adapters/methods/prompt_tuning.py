@@ -8,7 +8,7 @@ from turret.server.adapters.methods.prompt_kit import WITH_TEXT, SoftTokens
 
 
 def _start(m: NewModule) -> dict[str, torch.Tensor]:
-    # The rank is the number of soft tokens. PEFT draws them like this, too.
+    # The rank is the number of soft tokens. PEFT draws them from a normal distribution, too.
     return {PROMPT_EMBEDDINGS: m.normal(m.rank, m.inputs)}
 
 

@@ -1,6 +1,6 @@
-"""QA-LoRA (arXiv 2309.14717, ``use_qalora``): ``Δ(x) = s·B A p``, ``p`` sums of groups of inputs.
+"""QA-LoRA (arXiv 2309.14717, ``use_qalora``): ``Δ(x) = s·B A p``; ``p`` pools groups of inputs.
 
-PEFT pools by ``mean · in / g``, where ``g`` is the size of a group. This equals a LoRA whose ``A``
+PEFT pools a group of ``g`` inputs to their mean times ``in / g``. This equals a LoRA whose ``A``
 repeats each column ``g`` times, scaled by ``in / g²``.
 """
 

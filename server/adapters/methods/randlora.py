@@ -1,7 +1,8 @@
-"""RandLoRA (arXiv 2502.00987): ``ΔW = s·Σ_n B_n diag(λ_n) A diag(γ_n)``, fixed random bases.
+"""RandLoRA (arXiv 2502.00987): ``ΔW = s·Σ_n B_n diag(λ_n) A diag(γ_n)``; ``A``, ``B`` are random.
 
-``A`` and ``B`` are shared by all modules. Each module uses the corner that fits its sizes,
-transposed if it has more inputs than outputs. As many bases are summed as the full rank needs.
+All modules share ``A`` and ``B``, which are fixed. Each module uses the corner that fits its sizes;
+if it has more inputs than outputs, the product is transposed. The sum has as many terms, called
+bases, as the full rank needs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""SHiRA (arXiv 2406.13175): ``ΔW[i, j] = v`` at a few positions, which the file contains."""
+"""SHiRA (arXiv 2406.13175): ``ΔW`` is 0 except at a few positions, which the file contains."""
 
 from __future__ import annotations
 

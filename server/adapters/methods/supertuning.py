@@ -1,8 +1,8 @@
-"""Super-Tuning (arXiv 2607.09287): ``ΔW = S + s·B A``, ``S`` at the positions of large weights.
+"""Super-Tuning (arXiv 2607.09287): ``ΔW = S + s·B A``, where ``S`` is sparse.
 
-Without ``r`` there is no low-rank part. The file must contain the positions. PEFT can also derive
-them from the largest weights of the base that the adapter was trained on, but other weights would
-give other positions.
+Without ``r`` there is no low-rank part. The file must contain the positions of the entries of
+``S``. PEFT can also derive them from the largest weights of the base that the adapter was trained
+on, but other weights would give other positions.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """TinyLoRA (arXiv 2602.04118): ``Δ(x) = B (Σ_i v_i P_i) A x``, a handful of trained ``v``.
 
-A and B are singular directions of the weight on which the adapter was trained; the file contains
-them, so the update does not depend on the base. All modules of a group share ``v``, and ``P`` is
+A and B are singular directions of the weight on which the adapter was trained. The file contains
+both, so the update does not depend on the base. All modules of a group share ``v``, and ``P`` is
 random and fixed.
 """
 
@@ -21,7 +21,7 @@ def _fault_of_share(value: Any) -> Text | None:
 
 
 def _groups(adapter: Reading) -> dict[str, str]:
-    """The name of the ``v`` of each module, in the model's order."""
+    """Module name → name of its ``v``. Groups are runs of modules in the model's order."""
     count = len(adapter.modules)
     groups = max(1, round(count * (1.0 - adapter.config["weight_tying"])))
     size = max(1, count // groups)

@@ -1,8 +1,8 @@
 """Trainable tokens (PEFT's ``TRAINABLE_TOKENS``): only some rows of the embedding are trained.
 
-``e(t)`` is the file's row for the config's tokens. With tied embeddings, these are rows of
-the output head as well, and PEFT saves them under both names. They are read like those that other
-methods train in addition to their own tensors.
+The file contains the new rows of the tokens that the config lists. With tied embeddings, these are
+rows of the output head as well, and PEFT saves them under both names. The rows are read like those
+that other methods train in addition to their own tensors.
 """
 
 from __future__ import annotations

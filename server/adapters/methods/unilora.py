@@ -1,4 +1,4 @@
-"""Uni-LoRA (arXiv 2506.00799): ``Δ(x) = B A x``, every entry one of ``D`` shared values, scaled.
+"""Uni-LoRA (arXiv 2506.00799): ``Δ(x) = B A x``; each entry is one of ``D`` shared values, scaled.
 
 ``A = θ[i_A] ⊙ s_A``, ``B = θ[i_B] ⊙ s_B``. If the file does not contain the indices
 (``save_indices``), they are drawn again as PEFT draws them: the numbers ``0 … D − 1``, repeated as
@@ -30,7 +30,7 @@ def _operators(m: Module) -> Pieces:
 
 
 def _dealt(adapter: Reading) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Index and scale of the entries of both factors, by module."""
+    """Indices and scales of the entries of A and B, by module."""
     adapter.warn(drawn("indices of theta_d", "proj_seed"))
     shapes = []
     for m in adapter.modules.values():

@@ -1,7 +1,8 @@
-"""VB-LoRA (arXiv 2405.15179): ``Δ(x) = B A x``, both factors cut from one bank of vectors.
+"""VB-LoRA (arXiv 2405.15179): ``Δ(x) = B A x``, both factors composed from one bank of vectors.
 
 A sub-vector of a factor is ``Σ_t softmax(l)_t bank[t]`` over the ``topk`` largest logits. The file
-has the logits or, with ``save_only_topk_weights``, all but the last of the largest softmax values.
+contains the logits or, with ``save_only_topk_weights``, the indices of the largest logits and all
+but the last of their softmax values.
 """
 
 from __future__ import annotations

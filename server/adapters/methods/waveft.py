@@ -1,8 +1,9 @@
-"""WaveFT (arXiv 2505.12532): ``ΔW = s·W⁻¹(c)``, a few coefficients of a wavelet transform.
+"""WaveFT (arXiv 2505.12532): ``ΔW = s·T⁻¹(c)``, from a few coefficients of a wavelet transform.
 
-The positions of the coefficients are drawn again from the seed, exactly as PEFT draws them. A
-coefficient is an outer product of two filters. The filters of ``db1`` have length 2, so the update
-is sparse. Without ``use_idwt``, the coefficients are the entries themselves.
+The positions of the coefficients are drawn again from the seed, exactly as PEFT draws them. Each
+coefficient changes only the entries that an outer product of two short filters covers (2 × 2 with
+``db1``), so the update is sparse. Without ``use_idwt``, the coefficients are the entries
+themselves.
 """
 
 from __future__ import annotations

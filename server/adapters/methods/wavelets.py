@@ -157,7 +157,7 @@ WAVELETS = tuple(sorted(_LOW_PASS))
 
 
 def filters(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Low-pass and high-pass filter of the reconstruction, ``[length]`` fp64 each."""
+    """The low-pass and high-pass filters of the reconstruction, ``[length]`` fp64 each."""
     low = torch.tensor(_LOW_PASS[name], dtype=torch.float64)
     high = low.flip(0)
     high[1::2] *= -1
@@ -194,8 +194,8 @@ def inverse_entries(
         wide += wide % 2
         padded = at + (wide - size) // 2
         is_high.append((padded >= wide // 2).long())
-        # Convert the position to one within its band, and that to the position of the filter's
-        # first tap in the cropped result.
+        # Convert the position to one within its band, and from there to the position of the
+        # filter's first tap in the cropped result.
         first = 2 * (padded - is_high[-1] * (wide // 2)) - (length - 2)
         places.append(first - (wide - length + 2 - size) // 2)
     # Coefficients in the right half use the high-pass filter down the rows, those in the lower half

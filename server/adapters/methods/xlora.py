@@ -1,4 +1,4 @@
-"""X-LoRA (arXiv 2402.07148): LoRAs weighted per token and module, by a first pass.
+"""X-LoRA (arXiv 2402.07148): a first pass weights LoRAs for each token and module.
 
 The first pass, with the base alone or with all LoRAs at a constant scaling, gives every token a
 final state ``h``. A small classifier computes scalings from it, and the second pass applies them::
@@ -125,7 +125,8 @@ def _router(reading: Reading, modules: int) -> TokenRouter:
     findings.raise_if_any()
     weights, biases = [], []
     for weight, bias in layers:
-        # The hidden states are not padded, but the outputs of a padded layer are.
+        # The hidden states are not padded, but the outputs of a layer are, so the inputs of the
+        # next one must be.
         wide = weight.float()
         if weights:
             wide = torch.nn.functional.pad(wide, (0, len(weights[-1]) - wide.shape[1]))
