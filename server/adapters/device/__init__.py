@@ -1,4 +1,4 @@
-"""The adapters of the running steps: the base class of stores, and what all paths share."""
+"""The adapters of the running steps: the base class of stores, and code that all paths share."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ if TYPE_CHECKING:
 # The kernels that replace an operator's ``add``.
 #
 # Add a kernel only if a measurement justifies it. ``bench/results/history.md`` has the measurements
-# of the CPU path; pairs and dense updates have none of their own yet. On the GPU path nothing has
-# been measured, so kernels serve the operators that most checkpoints consist of. Everything else
-# uses ``add``, for the rows of one mix at a time (``reference.py``); on the GPU path, a step that
-# needs ``add`` is not captured.
+# of the CPU path; there are none yet of pairs and of dense updates alone. On the GPU path nothing
+# has been measured, so there are kernels for the operators that most checkpoints consist of. All
+# other operators use ``add``, for the rows of one mix at a time (``reference.py``). On the GPU
+# path, a step that needs ``add`` is not captured.
 
 
 class Kernel(NamedTuple):
-    """A kernel.
+    """A path's kernel for one kind of operator.
 
     Attributes:
-        files: The kernel's files below ``kernels/cpu/c`` or ``kernels/gpu``.
-        serves: Whether it supports an operator of its kind.
+        files: The kernel's file below ``kernels/cpu/c``, or its module below ``kernels/gpu``.
+        serves: Returns whether the kernel supports an operator of its kind.
     """
 
     files: str
@@ -130,7 +130,8 @@ class ExpertShape:
 class ProjectionLayout:
     """Shape of the base for stores: the slices of each fused projection, in every layer.
 
-    ``experts`` are those of mixtures of experts. A layer may lack either kind.
+    ``experts`` are the fused projections of mixtures of experts. A layer may lack some projections
+    of either kind.
     """
 
     num_layers: int
@@ -154,7 +155,7 @@ class ProjectionLayout:
         return self._columns[projection]
 
     def width(self, projection: str) -> int:
-        """Columns of the projection's result."""
+        """Number of columns of the projection's result."""
         return self._columns[projection][-1].stop
 
     def of(
@@ -216,7 +217,7 @@ class Part(ABC):
 
     @abstractmethod
     def remove(self, key: str) -> None:
-        """Forget an adapter; unknown ones are ignored."""
+        """Forget an adapter; an unknown key is ignored."""
 
     def extra_bytes(self, operators: AdapterOperators) -> int:
         """Bytes that an adapter takes here in addition to its operators' bytes in host memory."""
@@ -252,18 +253,18 @@ class BaseProduct(Protocol):
     def __call__(self, x: torch.Tensor, ahead: Ahead | None = None) -> torch.Tensor: ...
 
     def part(self, index: int) -> BaseProduct:
-        """Slice ``index`` alone."""
+        """The product for slice ``index`` alone."""
         ...
 
     def alone(self, *, is_decode: bool) -> BaseProduct:
-        """On the gpu path, the product for rows outside the step.
+        """On the gpu path, the product for rows other than the step's own rows in their order.
 
-        All of them decode, or none does.
+        Either all of these rows decode, or none does.
         """
         ...
 
     def with_shrink(self, x: torch.Tensor, shrink: Shrink) -> tuple[torch.Tensor, torch.Tensor]:
-        """The product, and the result of ``shrink`` on all rows, on the gpu path."""
+        """On the gpu path, the product, and the result of ``shrink`` on all rows."""
         ...
 
     def with_epilogue(
@@ -280,7 +281,7 @@ class ExpertPairs:
     Attributes:
         layer: Layer number.
         projection: Fused projection of experts (``experts_gate_up``, ``experts_down``).
-        x: Its input, ``[rows, in]`` or ``[pairs, in]``; not changed.
+        x: The projection's input, ``[rows, in]`` or ``[pairs, in]``; not changed.
         y: The results of the pairs, ``[pairs, out]``, contiguous.
         routing: The pairs.
         rows: The row of ``x`` that each pair reads, ``[pairs]`` int64; None if each pair has its
@@ -312,7 +313,7 @@ class AdapterStep(Protocol):
         Args:
             layer: Layer number.
             projection: Fused projection (``qkv``, ``o``, ``gate_up``, ``down``).
-            x: Its input, ``[rows, in]``; not changed.
+            x: The projection's input, ``[rows, in]``; not changed.
             bias: The base's bias, ``[sum(out)]``, or None.
             base: The base projection, without bias.
 
@@ -350,22 +351,22 @@ class _Entry:
 
 
 class AdapterStore:
-    """Holds the running adapters as the device uses them. The engine thread owns it.
+    """Holds the running adapters in the form that the device uses. The engine thread owns it.
 
-    An adapter that no running request uses stays until its place is needed, so a popular adapter is
-    stored only once.
+    An adapter that no running request uses stays until its place is needed, so that a popular
+    adapter is not stored again for each request.
 
     Args:
         parts: The holders of the operators of the layers' projections.
-        device: The device on which they are applied.
+        device: The device on which operators are applied.
         max_bytes: The budget of the store. The scheduler keeps the adapters that run together
             within it; idle ones are evicted if needed.
         on_moved: Called with every adapter that enters or leaves.
 
     Attributes:
         budgets: The number of bytes of each kind of memory that adapters may take.
-        vocabularies: The changes to embedding and head by the keys of stored adapters with changes.
-        routers: The routers that compute scalings, on the device, by the keys of their adapters.
+        vocabularies: The changes to the embedding and the head, by adapter key.
+        routers: The routers that compute scalings, on the device, by adapter key.
     """
 
     def __init__(
@@ -430,7 +431,7 @@ class AdapterStore:
             self._insert(adapter)
 
     def drop(self, key: str) -> None:
-        """Forget an adapter (unloaded or replaced). Unknown ones are ignored."""
+        """Forget an adapter that was unloaded or replaced. An unknown key is ignored."""
         entry = self._entries.pop(key, None)
         if entry is not None:
             entry.adapter.bytes_device = 0
@@ -464,8 +465,8 @@ class AdapterStore:
                 part.insert(adapter.key, operators)
             change = vocabulary_change(operators, self._device)
             if operators.router is not None:
-                # On a GPU, the operators are views of the upload's memory, which is freed; copy
-                # them.
+                # On a GPU, copy the router's tensors: they are views of the upload's memory, which
+                # is freed.
                 moved = (
                     tensor.to(self._device, copy=self._device.type != "cpu")
                     for tensor in operators.router.tensors()
@@ -496,9 +497,9 @@ class AdapterStore:
 
 
 class StepStore(AdapterStore, ABC):
-    """A store that binds a step by its members alone.
+    """A store that needs only a step's members to bind the step.
 
-    On the CPU, it copies nothing, and reads the tensors of adapters in place in host memory.
+    On the CPU, the store reads the tensors of adapters in place in host memory.
     """
 
     @abstractmethod

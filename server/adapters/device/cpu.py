@@ -1,9 +1,9 @@
 """The cpu path's store, which uses the running adapters in place in host memory.
 
 Nothing is packed: each row of a step reads the factors of its own adapters, through a table of
-pointers to their operators. Only the factors that the kernels read in another order are copied:
-those of Hadamard, Kronecker, circulant and sparse updates. Operators without a compiled kernel are
-computed by their own ``add``.
+pointers to their operators. Only the factors that the kernels read in another form are copied:
+some of Hadamard and Kronecker updates, and those of circulant and sparse updates. Operators without
+a compiled kernel are computed by their own ``add``.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class ModuleNumbers:
     """The fused projections of all layers, with the kernels' numbers of their modules.
 
     Attributes:
-        num_modules: Modules of all layers.
+        num_modules: The number of modules in all layers.
         sizes: The sizes of these modules.
         max_slices: The maximum number of slices of a projection.
     """
@@ -237,7 +237,7 @@ class AdapterTables(Part):
 
 
 def _copied_bytes(part: Operator) -> int:
-    """Bytes of an operator's factors that the kernels read in another order."""
+    """Bytes of the copies of an operator's factors that the kernels read in another form."""
     match part:
         case Hadamard():
             return part.w1a.nbytes + part.w2a.nbytes
@@ -308,7 +308,7 @@ def _shares_gain(found: Sequence[tuple[int, int, ModuleOperators]], num_slices: 
 
 
 def _transposed(part: Hadamard | Kronecker) -> list[torch.Tensor]:
-    """The factors that the kernels read transposed, ``[rank, out]`` or ``[in, out]``."""
+    """Copies of the factors that the kernels read transposed, ``[rank, out]`` or ``[in, out]``."""
     if isinstance(part, Hadamard):
         factors = (part.w1a, part.w2a)
     else:
@@ -324,8 +324,8 @@ class InputRows:
         rows: The rows' numbers, ``[n]`` int64.
         members: The range of the members whose changes are summed, ``[n, 2]`` int64: the first
             number, and the one after the last.
-        gained: Adapters whose gains apply to their own changes, with their positions among the
-            rows.
+        gained: Adapters whose gains apply to their own changes, each with the positions of its
+            rows among ``rows``.
     """
 
     rows: torch.Tensor
@@ -343,7 +343,10 @@ class InputRows:
 
 @dataclass(slots=True)
 class _Found:
-    """Rows that are still being collected."""
+    """Rows of one ``InputRows`` that are still being collected.
+
+    ``tables`` is empty, or contains the adapter of each row.
+    """
 
     rows: list[int]
     members: list[tuple[int, int]]
@@ -362,16 +365,18 @@ class _Found:
 class StepInputs:
     """A step's rows whose input changes, by projection.
 
-    Each member ``k`` of a mix can change the input of a slice of the base, such as the query's in
-    the fused projection: ``x' = x + Σ_k w_k (T_k x − x)``. A row is treated in one of three ways:
+    Each member ``k`` of a mix can change the input of a slice of the base, for example of the
+    queries' slice in the projection ``qkv``: ``x' = x + Σ_k w_k (T_k x − x)``. A row is treated in
+    one of three ways:
 
-    - ``common``, if every slice takes the same ``x'``: because there is only one slice, or because
-      the slices share a gain (LN tuning). The product of all rows takes ``x'`` instead of ``x``.
-    - ``own``, if the slices take different ``x'``. Each slice of the base multiplies its own
+    - ``common``, if every slice multiplies the same ``x'``: because there is only one slice, or
+      because the slices share a gain (LN tuning). The product of all rows uses ``x'`` instead of
+      ``x``.
+    - ``own``, if the slices multiply different ``x'``. Each slice of the base multiplies its own
       ``x'``, and the product of all rows leaves the row out. The step reads the weight twice.
-    - ``added``, if a member has a gain of its result, which must scale only that member's change.
-      The product of all rows takes ``x``, and each member's ``w_k g_k ⊙ W (T_k x − x)`` is added
-      at the end. A lone member with weight 1 needs none of this: its gain scales everything.
+    - ``added``, if a member has a gain on its result, which must scale only that member's change.
+      The product of all rows uses ``x``, and each member's ``w_k g_k ⊙ W (T_k x − x)`` is added
+      at the end. A lone member with weight 1 does not need this: its gain scales everything.
 
     Attributes:
         layout: Shape of the base.
@@ -441,7 +446,18 @@ class StepInputs:
     def multiply(
         self, rows: RowAdapters, layer: int, projection: str, x: torch.Tensor, base: BaseProduct
     ) -> torch.Tensor:
-        """See ``AdapterStep.multiply``."""
+        """The base's product of a projection, with the changed inputs of ``common`` and ``own``.
+
+        Args:
+            rows: The step's segments.
+            layer: Layer number.
+            projection: Fused projection.
+            x: The projection's input, ``[rows, in]``; not changed.
+            base: The base projection, without bias.
+
+        Returns:
+            ``[rows, sum(out)]``.
+        """
         first = self.numbers.first(layer, projection)
         ahead = rows.ahead(first)
         common, own = self.common.get(projection), self.own.get(projection)
@@ -594,7 +610,7 @@ class CpuStore(StepStore):
 
     @staticmethod
     def _segments(members: StepMembers) -> list[tuple[int, int, Members]]:
-        """Runs of adapted rows, one per mix."""
+        """The adapted rows as segments: neighbouring short rows with the same mix are joined."""
         segments: list[tuple[int, int, Members]] = []
         for row, mix in enumerate(members.short):
             if segments and segments[-1][2] == mix:
@@ -609,14 +625,14 @@ class CpuStep:
     """See ``AdapterStep``.
 
     Attributes:
-        rows: The segments.
+        rows: The step's segments, as the kernels read them.
         layout: Shape of the base.
         numbers: The numbers of its modules.
         updates: Projections in which some adapter of the step has an update, gain or bias.
         inputs: Rows whose input changes.
-        base_rows: Rows of the base model alone.
+        base_rows: Rows that use no adapter.
         experts: Rows whose adapters change experts, or None.
-        others: Rows of operators that have no compiled kernel, or None.
+        others: Rows whose adapters have operators without a compiled kernel, or None.
     """
 
     rows: RowAdapters
@@ -635,7 +651,10 @@ class CpuStep:
 
     @property
     def is_native(self) -> bool:
-        """Whether a layer is changed only by ``rows`` and by inputs that the base multiplies."""
+        """Whether the native call for all layers can compute the step.
+
+        It supports ``rows``, ``experts``, and changed inputs that the base multiplies.
+        """
         return self.others is None and not self.inputs.added
 
     def attend(self, layer: int, q: torch.Tensor, attended: torch.Tensor) -> None:

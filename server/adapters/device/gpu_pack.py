@@ -90,9 +90,9 @@ class Placement:
         """Bring all adapters together at the front.
 
         Returns:
-            The moves: first rank, end, and new first rank of each adapter. No adapter moves up. If
-            the moves are made in this order within the same matrices, none overwrites the source of
-            a later one.
+            The moves: first rank, end, and new first rank of each adapter. No adapter moves to
+            higher ranks. If the moves are made in this order within the same matrices, none
+            overwrites the source of a later one.
         """
         cursor, moves = 0, []
         for place in sorted(self._places.values(), key=lambda place: place.rank_start):
@@ -124,9 +124,9 @@ _RANKS_PER_SLOT = 16
 
 
 def padded(num_slots: int, slot_bytes: int) -> int:
-    """The next number of slots that fills whole units of 16 bytes.
+    """The number of slots, rounded up so that they fill whole units of 16 bytes.
 
-    Triton compiles another form of a kernel for an address that 16 does not divide.
+    For an address that 16 does not divide, Triton would compile another variant of a kernel.
     """
     return num_slots + -num_slots % (16 // slot_bytes)
 
@@ -143,7 +143,7 @@ def gates_of(operators: AdapterOperators) -> list[Gate]:
 
 
 def components_of(operators: AdapterOperators) -> tuple[int, ...]:
-    """Each component's largest rank, which it occupies in every module; empty without gates."""
+    """Each component's largest rank, which is reserved in every module; empty without gates."""
     ranks = [_ranks_of(gate) for gate in gates_of(operators)]
     return tuple(max(column) for column in zip(*ranks, strict=True))
 
@@ -205,11 +205,11 @@ class GpuPackedProjection:
         self.gain_delta, self.bias = (zeros(num_slots, layout.width(name)) for _ in range(2))
 
     def move(self, moves: Iterable[tuple[int, int, int]]) -> None:
-        """Move ranks down within the matrices.
+        """Move ranges of ranks to lower ranks within the matrices.
 
         Args:
-            moves: First rank, end, and new first rank of each range. No range moves up, and lower
-                ones come first.
+            moves: First rank, end, and new first rank of each range, in ascending order. No range
+                moves to higher ranks.
         """
         for start, end, first in moves:
             if first != start:
@@ -243,7 +243,8 @@ class GpuPackedProjection:
         for s, b in enumerate(self.b):
             gates = ((i, gate_in(ops)) for i, of, ops in found if of == s)
             own = [(i, gate) for i, gate in gates if gate is not None]
-            # Every component covers as many ranks as the widest one; those past its own are zeros.
+            # A slot has one number of ranks per slice, so every component counts as having as many
+            # as the widest one; those past its own are zeros.
             self._put_ranks(place.slot, s, ((layer, max(_ranks_of(gate))) for layer, gate in own))
             for _, run in groupby(own, lambda at: at[1].rank_indptr):
                 alike = list(run)
@@ -263,8 +264,8 @@ class GpuPackedProjection:
 
     def _put_ranks(self, slot: int, s: int, own: Iterable[tuple[int, int]]) -> None:
         """Records an adapter's ranks in a slice, by layer."""
-        # Fill neighbouring layers of equal rank at once: the rank is a launch argument, so nothing
-        # is uploaded.
+        # Fill neighbouring layers of equal rank at once. The rank is an argument of the launch, so
+        # nothing has to be uploaded.
         for (rank, _), run in groupby(enumerate(own), lambda at: (at[1][1], at[1][0] - at[0])):
             layers = [layer for _, (layer, _) in run]
             self.slice_ranks[layers[0] : layers[-1] + 1, slot, s].fill_(rank)
@@ -335,7 +336,7 @@ class GpuPack(Part):
         return self.places.get(_gates_of(key))
 
     def bytes_of(self, operators: AdapterOperators) -> int:
-        """Bytes that an adapter takes here: the same number of ranks in every module."""
+        """Bytes that an adapter takes in the pack, with the same ranks reserved in every module."""
         widths = [Placement.width_of(operators.rank)]
         if components_of(operators):
             widths.append(Placement.width_of(_sum_of(operators)))
@@ -392,9 +393,9 @@ def _gates_of(key: str) -> str:
 # Learned fusions on the gpu path, whose components are members of the pack.
 #
 # For the kernels, the components of a gated adapter are members of a mix like any other, so that
-# the step's own shrink and expand include them. Between the two, two launches compute their
-# weights per row, for all gated adapters of the step together (``kernels/gpu/fusion_gate.py``).
-# Gates with other scores (Arrow, X-LoRA) are left to their operator.
+# the step's own shrink and expand include them. Between shrink and expand, two launches compute the
+# components' weights per row, for all gated adapters of the step together
+# (``kernels/gpu/fusion_gate.py``). Gates with other scores (Arrow, X-LoRA) use ``Gate.add``.
 
 
 @dataclass(frozen=True, slots=True)

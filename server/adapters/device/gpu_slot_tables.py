@@ -48,7 +48,10 @@ class GpuTables(Protocol):
         ...
 
     def row_table(self, key: Hashable) -> RowTable:
-        """The table of a slot table and a position in the mixes; the same one for the same key."""
+        """The row table for a key: a slot table's key and a position in the mixes.
+
+        The same key always returns the same table.
+        """
         ...
 
 
@@ -59,7 +62,8 @@ _Shapes = tuple[tuple[int, ...], ...]
 class SlotTableKey:
     """The content of a slot table: a kind of operator, its place, and the shapes of its tensors.
 
-    ``slice`` is that of the projection; −1 for experts, whose projections are not fused.
+    ``slice`` is the index of a slice in the projection, or −1 for experts, whose projections have
+    no slices.
     """
 
     kind: type[Operator]
@@ -104,7 +108,7 @@ class SlotTable:
 
     @property
     def is_addressed(self) -> bool:
-        """Whether the kernel looks rows up by their number."""
+        """Whether the kernel finds a row's entry at the row's number, not by searching for it."""
         return self.key.kind is ExpertLowRank
 
     def put(self, key: str, slot: int, found: Mapping[int, Operator]) -> torch.Tensor:
@@ -144,11 +148,12 @@ class SlotTable:
 
 @dataclass(frozen=True, slots=True)
 class GpuStepSlotTables:
-    """A step's rows of every slot table.
+    """The rows of a step that use slot tables.
 
     Attributes:
         columns: The columns of each slice, by projection.
-        by_projection: Slot tables with the tables of their rows, by position in the mixes.
+        by_projection: For each projection, its slot tables, each with one row table per position
+            in the mixes.
     """
 
     columns: Mapping[str, Sequence[slice]]
@@ -186,7 +191,7 @@ class GpuStepSlotTables:
 class GpuSlotTables(Part):
     """All slot tables.
 
-    Each is created for the first adapter that needs it, and dropped with the last.
+    A slot table is created for the first adapter that needs it, and dropped with the last one.
 
     Args:
         layout: Shape of the base.
@@ -218,7 +223,7 @@ class GpuSlotTables(Part):
                 self._slot_tables[place].table[:, slot] = part.view(one.shape)
 
     def compile(self, operators: AdapterOperators) -> None:
-        """Launch an adapter's kernels on no rows, so that none is compiled when it is used."""
+        """Launch an adapter's kernels on no rows, so that its steps need not compile any."""
         num_layers, _, dtype, device = self._like
         for place in self._by_key(operators).keys() - self._compiled:
             table = RowTable(ROW_TABLE_MULTIPLE, device)
@@ -314,8 +319,8 @@ def _loaded(
             if len(members) > j:
                 rows |= dict.fromkeys(range(start, end), members[j])
         if slot_table.is_addressed:
-            # Experts look rows up by number, so every row up to the last needs an entry; slot -1
-            # means none.
+            # The experts' kernel finds rows by their number, so every row up to the last one needs
+            # an entry. Slot -1 stands for no adapter.
             rows = {row: rows.get(row, (-1, 0.0)) for row in range(max(rows, default=-1) + 1)}
         table = tables.row_table((place, j))
         slots, weights = [slot for slot, _ in rows.values()], [w for _, w in rows.values()]

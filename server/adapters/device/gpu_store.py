@@ -1,12 +1,12 @@
 """The gpu path's store: Triton kernels for operators that have one, ``add`` for the others.
 
-A step's metadata is in tables of fixed address, and the pack never moves. So the launches of a step
-depend only on the kinds of its operators and the addresses of their tables
-(``GpuAdapterStep.signature``). A captured CUDA graph stays valid as long as these do not change. A
-step in which some row has an operator without a kernel is launched without a graph.
+A step's metadata is in tables of fixed address, and the pack never moves. The launches of a step
+therefore depend only on the kinds of its operators and the addresses of their tables
+(``GpuAdapterStep.signature``), and a captured CUDA graph stays valid as long as these do not
+change. A step in which some row has an operator without a kernel is launched without a graph.
 
-One part of the budget is the pack, which exists from the start. The other part is for everything
-else, and is allocated when adapters enter.
+One part of the budget is for the pack, which is allocated at startup. The other part is for
+everything else, and is allocated when adapters enter.
 """
 
 from __future__ import annotations
@@ -72,11 +72,12 @@ class GpuAdapterStep:
         projections: The pack's matrices.
         table: The step's segments; every row of the step is in it.
         form: The kinds of kernels that the step launches.
-        slot_tables: Rows of the slot tables.
+        slot_tables: The rows that use slot tables.
         gates: Gates of learned fusions.
         addresses: Addresses of the tables that this step reads, except those that every step with
             adapters reads.
-        others: Rows of operators that have no kernel, or None. Such operators are never captured.
+        others: Rows whose adapters have operators without a kernel, or None. A step with such rows
+            is never captured.
     """
 
     projections: Mapping[str, GpuPackedProjection]
@@ -93,7 +94,7 @@ class GpuAdapterStep:
         return self.form, self.addresses
 
     def changes(self, layer: int, projection: str) -> bool:
-        """Whether the step changes the base's products."""
+        """Whether the step's adapters change the base's product of this projection."""
         if self.others is not None or projection in self.slot_tables.by_projection:
             return True
         return any((kind, projection) in self.form for kind in PACKED)
@@ -115,7 +116,7 @@ class GpuAdapterStep:
         base: BaseProduct,
         epilogue: Epilogue | None = None,
     ) -> torch.Tensor:
-        """See ``AdapterStep``. With an epilogue, returns its result on the projection."""
+        """See ``AdapterStep``. With an epilogue, returns the epilogue's result."""
         packed, has_ranks = self.projections[projection], (LowRank, projection) in self.form
         has_vectors = (Gain, projection) in self.form
         (a, b), ranks = packed.layers[layer], packed.slice_ranks[layer]
@@ -153,7 +154,7 @@ class GpuStore(AdapterStore):
         layout: Shape of the base.
         dtype: Serving dtype.
         device: Where the kernels run.
-        max_bytes: Budget of the copies.
+        max_bytes: Budget for the adapters on the device.
         on_moved: Called with every adapter that enters or leaves.
 
     Attributes:
@@ -225,7 +226,11 @@ class GpuStore(AdapterStore):
         self._refused.pop(adapter.key, None)
 
     def _try_insert(self, adapter: Resident) -> bool:
-        """Whether there was memory. An except clause in the caller would keep tensors alive."""
+        """Try to insert an adapter; returns whether the device had enough memory.
+
+        This is a separate method because an except clause in the caller would keep the tensors of
+        the failed attempt alive.
+        """
         try:
             super()._insert(adapter)
         except (RuntimeError, MemoryError) as error:
@@ -259,8 +264,9 @@ class GpuStore(AdapterStore):
                 begins where the one before ends.
             tables: The tables for the metadata.
             scalings: See ``StepMembers``.
-            num_decode: The number of leading rows that decode (see ``nf4_gpu.py``); None for all.
-            form: The kernels to launch, at least those that its rows need; None for just these.
+            num_decode: The number of leading rows that decode; None for all. The base multiplies
+                them differently (``server/models/weights/nf4_gpu.py``).
+            form: The kernels to launch, at least those that the rows need; None for exactly those.
         """
         form = self.form(mix for _, _, mix in runs) if form is None else form
         segments, gates = self._gates.bind(runs, form)

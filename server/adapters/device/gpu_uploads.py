@@ -1,7 +1,8 @@
 """Copies of adapters to the device, which run concurrently with the steps.
 
-A thread copies them into pinned memory, which is allocated once, and from there to the device on a
-separate stream. The stream of the steps waits for them by an event, only at the first use.
+A thread copies adapters into pinned memory, which is allocated once, and from there to the device
+on a separate stream. The stream of the steps waits for an adapter's copy, by an event, only when a
+step first uses the adapter.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ class StepStream:
 def beside_steps(device: torch.device) -> Iterator[None]:
     """Run the calling thread's work on a separate stream, after all work on the default stream.
 
-    The weights that such work reads were computed on the default stream. The steps, on their own
-    stream, write nothing that it reads. When the block ends, the work has finished.
+    Such work reads weights that were computed on the default stream, and nothing that the steps
+    write on their own stream. When the block ends, the work has finished.
     """
     if not has_streams(device):
         yield
@@ -93,9 +94,9 @@ _MAX_GAP_BYTES = 64
 def by_layers(found: Iterable[tuple[int, torch.Tensor]]) -> Iterator[tuple[slice, torch.Tensor]]:
     """Join the tensors of an adapter's layers that are adjacent in memory.
 
-    All tensors of an adapter are in one block, with equal shapes side by side
-    (``lowering.py``). There is usually only one piece, so a single copy moves it to the
-    device.
+    All tensors of an adapter are in one block of memory, with tensors of equal shape side by side
+    (``lowering.py``). This function therefore usually yields only one piece, which a single copy
+    moves to the device.
 
     Args:
         found: Ascending layers, and a tensor of each.
@@ -193,7 +194,7 @@ def blocks_of(
 
     Returns:
         Blocks of that memory, ``[bytes]`` uint8, with the target offset of each; the target offset
-        of each tensor, with the same alignment as here; and the total number of bytes.
+        of each tensor, with the same alignment as in host memory; and the total number of bytes.
     """
     offsets = [0] * len(tensors)
     blocks: list[tuple[torch.Tensor, int]] = []
@@ -223,7 +224,7 @@ _PATIENCE_SECONDS = 1.0
 
 
 class PinnedRing:
-    """Pinned memory in chunks, each of which is reused when it has been copied.
+    """Pinned memory in chunks, each of which is reused after its content has been copied.
 
     Args:
         device: The target of the copies.
@@ -277,9 +278,10 @@ class _Staged:
     """An adapter for which a request waits.
 
     Attributes:
-        copying: Completes when its copy is queued on the stream; fails if there is no memory.
-        num_bytes: Bytes that it takes on the device.
-        since: When the request asked for it, in seconds.
+        copying: Completes when the adapter's copy is queued on the stream; fails if there is no
+            memory.
+        num_bytes: Bytes that the adapter takes on the device.
+        since: When the request asked for the adapter, in seconds.
     """
 
     copying: Future[_Arriving]
@@ -296,7 +298,8 @@ class Uploads:
 
     Args:
         device: The target device.
-        max_bytes: The maximum number of bytes in copies, and in use by steps that have not ended.
+        max_bytes: The maximum total size of copies that no step has used yet, or that steps on the
+            device may still read.
         clock: The time in seconds; tests replace it.
         ring: The pinned memory, made at the first upload if None.
         submit: Starts work on the upload thread; tests replace it.
@@ -315,7 +318,8 @@ class Uploads:
         self._clock = clock
         self._ring = ring
         self._submit = submit
-        # A step whose adapter was not announced copies it on its own thread, so copies need a lock.
+        # A step copies an adapter that was not announced on the step's own thread, so copies need a
+        # lock.
         self._lock = threading.Lock()
         self._stream = torch.cuda.Stream(device) if has_streams(device) else None
         self._staged: dict[str, _Staged] = {}
@@ -346,11 +350,11 @@ class Uploads:
     def take(self, key: str, operators: AdapterOperators) -> AdapterOperators:
         """An adapter's operators on the device, for later work on the current stream.
 
-        The soft prompt stays in host memory. So does an adapter that was not announced and for
-        which there is no room: it is copied later, while the step waits.
+        The soft prompt stays in host memory. An adapter that was not announced and for which there
+        is no room is also returned in host memory, and is copied later while the step waits.
 
         Raises:
-            torch.OutOfMemoryError: There is no memory for it.
+            torch.OutOfMemoryError: There is no memory for the operators.
         """
         is_there = all(tensor.device == self._device for tensor in _tensors(operators))
         if is_there and key not in self._staged:
@@ -386,7 +390,7 @@ class Uploads:
         self._staged.pop(key, None)
 
     def _begin(self, key: str, operators: AdapterOperators) -> bool:
-        """Start copying an adapter, if there is room for it."""
+        """Start copying an adapter; returns False if there is no room for the copy."""
         plan = _Plan(operators)
         self._forget_unused()
         if self._held() + plan.num_bytes > self._max_bytes:
@@ -407,7 +411,7 @@ class Uploads:
         return self._submit(copy)
 
     def _copy(self, plan: _Plan) -> _Arriving:
-        """Queues an adapter's copy, on the upload thread or on that of a step that needs it now."""
+        """Queues an adapter's copy, on the upload thread or on the thread of a step that waits."""
         stream = self._stream
         assert stream is not None
         with self._lock, torch.cuda.stream(stream):
@@ -432,8 +436,8 @@ class _Plan:
     """The plan for copying an adapter to the device.
 
     Attributes:
-        blocks: The host memory of the adapter, ``[bytes]`` uint8, with target offsets.
-        num_bytes: Bytes that it takes on the device.
+        blocks: The host memory of the adapter, ``[bytes]`` uint8 each, with target offsets.
+        num_bytes: Bytes that the adapter takes on the device.
     """
 
     def __init__(self, operators: AdapterOperators) -> None:

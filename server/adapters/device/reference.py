@@ -1,9 +1,11 @@
-"""Adapters by their operators' formulas: for the torch path, and for operators without a kernel.
+"""Applies adapters by their operators' own ``add``.
 
-The rows of a step are grouped by mix. A group's calls take only its own rows and its own adapters'
+The torch path applies all operators in this way, and the other paths those without a kernel.
+
+The rows of a step are grouped by mix. A group's calls use only its own rows and its own adapters'
 tensors. In each call, the bits of a row do not depend on the other rows. The members of a mix are
-added in the request's order, in fp32, with one rounding at the end. So a row has the same bits as
-if it were computed alone.
+added in the request's order, in fp32, with one rounding at the end. A row therefore has the same
+bits as if it were computed alone.
 """
 
 from __future__ import annotations
@@ -61,10 +63,10 @@ class _SameMix:
     """Rows that share a mix.
 
     Attributes:
-        rows: The rows' numbers, ``[n]`` int64, or a run of them.
-        members: Adapters, their mix weights, and the rows' scalings from a first pass.
-        is_decode: On the gpu path, whether all of the rows decode (see ``nf4_gpu.py``); if not,
-            none does.
+        rows: The rows' numbers, ``[n]`` int64, or a run of rows.
+        members: Adapters, their mix weights, and the rows' scalings from a first pass or None.
+        is_decode: On the gpu path, whether all of the rows decode or none does; see
+            ``server/models/weights/nf4_gpu.py``. None on other paths.
     """
 
     rows: torch.Tensor | slice
@@ -98,7 +100,7 @@ class _SameMix:
 
 @dataclass(frozen=True, slots=True)
 class StepReference:
-    """A step's rows; alone, it is the ``AdapterStep`` of the torch path.
+    """The rows of a step that ``add`` computes; on the torch path, this is the ``AdapterStep``.
 
     Attributes:
         groups: The groups; a row is in at most one.
@@ -123,7 +125,7 @@ class StepReference:
         Args:
             layer: Layer number.
             projection: Fused projection.
-            x: Its input, ``[rows, in]``.
+            x: The projection's input, ``[rows, in]``.
             y: The sum so far, ``[rows, sum(out)]``.
             base: The bias-free base projection.
             is_result: Whether ``y`` is just the base's result on ``x``.
@@ -193,11 +195,12 @@ def _no_base(x: torch.Tensor) -> torch.Tensor:
 
 
 class Reference(Part):
-    """The operators in a store that their own ``add`` computes, by adapter key.
+    """The operators in a store that their own ``add`` applies, by adapter key.
 
     Args:
         layout: Shape of the base.
-        device: The device on which they are applied; on the CPU the host's own tensors are used.
+        device: The device on which operators are applied; on the CPU, the tensors in host memory
+            are used without a copy.
         takes: Selects the operators to store.
     """
 
@@ -256,17 +259,17 @@ class Reference(Part):
         return more
 
     def bind(self, members: StepMembers, num_decode: int | None = None) -> StepReference | None:
-        """The step's rows, or None if no row's adapters are here.
+        """The step's rows, or None if no row's adapter has operators here.
 
         Args:
-            members: Mixes of its rows.
+            members: The mixes of the step's rows.
             num_decode: On the gpu path, the number of leading rows that decode.
         """
         if not self._held:
             return None
         runs: dict[tuple[Members, bool | None], list[tuple[int, int]]] = {}
         for start, end, mix in members.runs:
-            # Weight 0 adds nothing, not even an overflow.
+            # Skip members of weight 0: where their update overflows, 0 · ∞ would add NaN.
             own = tuple((key, weight) for key, weight in mix if weight and key in self._held)
             if own:
                 is_decode = None if num_decode is None else start < num_decode
@@ -301,9 +304,10 @@ class Reference(Part):
 
 
 class ReferenceStore(StepStore):
-    """The torch path's store: float32 and float16, and every dtype where there is no compiler.
+    """The torch path's store.
 
-    On a GPU, it holds adapters in training.
+    On a CPU, the torch path serves float32 and float16, and every dtype without compiled kernels.
+    On the gpu path, this store holds the adapters in training.
 
     Args:
         layout: Shape of the base.

@@ -1,9 +1,9 @@
 """The embedding and the head for those rows of a step whose adapters change them.
 
-Rows are grouped by mix. A group's calls take only its own rows and its own adapters' tensors. In
+Rows are grouped by mix. A group's calls use only its own rows and its own adapters' tensors. In
 each call, the bits of a row do not depend on the other rows. The members of a mix are added in the
-request's order. So a row has the same bits as if it were computed alone. Rows outside the groups,
-including those of the base alone, are never changed.
+request's order. A row therefore has the same bits as if it were computed alone. Rows outside the
+groups, including those of the base alone, are never changed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from turret.server.adapters.operators.vocabulary import VocabularyOperators
 
 @dataclass(frozen=True, slots=True)
 class VocabularyChange:
-    """The changes of one adapter of a mix; the tensors are on the device of the step."""
+    """One adapter's changes to the embedding and the head; tensors are on the step's device."""
 
     head: ModuleOperators | None
     tokens: VocabularyOperators | None
@@ -50,13 +50,13 @@ def change_embeddings(
     embedding: torch.Tensor,
     groups: Sequence[VocabularyGroup],
 ) -> None:
-    """``e(t) + Σ_k w_k (e_k(t) − e(t))`` for the rows of the groups, in place.
+    """Set the groups' rows of ``hidden`` to ``e(t) + Σ_k w_k (e_k(t) − e(t))``, in place.
 
     Args:
         hidden: The base's embeddings, ``[num_rows, hidden]``.
         token_ids: ``[num_rows]`` int64.
         embedding: The base's matrix, ``[vocab, hidden]``.
-        groups: Every row in at most one.
+        groups: The groups; a row is in at most one.
     """
     for group in groups:
         tokens = token_ids.index_select(0, group.rows)
@@ -85,7 +85,7 @@ def change_logits(
         x: Final hidden states, ``[num_rows, hidden]``.
         y: The base's logits of these states, ``[num_rows, vocab]``, dtype of ``x``.
         head: The base's head, ``[rows, hidden]`` → ``[rows, vocab]``.
-        groups: Every row in at most one.
+        groups: The groups; a row is in at most one.
         out: Memory for the logits, ``[at least num_rows, vocab]`` fp32; None to allocate it.
 
     Returns:
@@ -105,7 +105,7 @@ def change_logits(
 
 
 def vocabulary_change(operators: AdapterOperators, device: torch.device) -> VocabularyChange | None:
-    """An adapter's changes to the vocabulary, or None; on the CPU they use the host's tensors."""
+    """An adapter's changes to embedding and head, or None; on a GPU, their tensors are copied."""
     if not operators.changes_vocabulary:
         return None
     change = VocabularyChange(head=operators.head, tokens=operators.tokens)
