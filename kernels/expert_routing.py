@@ -1,11 +1,11 @@
 """Assigns rows to the experts of a mixture (arXiv 1701.06538) and combines the experts' results.
 
-    p = softmax(scores)        the per_token experts of the highest p, ties to the lower number
-    y = Σ_j p_j · expert_j(x)  in the order of p, divided by Σ_j p_j if the model requires it
+    p = softmax(scores)        choose the per_token experts of highest p; the lower number wins ties
+    y = Σ_j p_j · expert_j(x)  in descending order of p, divided by Σ_j p_j if the model requires it
 
-A *pair* is a row and one of its experts. Pairs are ordered by expert, so that the rows of an expert
-are one run; within a run they keep the order of the rows. A row's result does not depend on how
-many others chose its experts.
+A *pair* is a row and one of its experts. Pairs are ordered by expert, so that the pairs of an
+expert are one run; within a run they keep the order of the rows. A row's result does not depend on
+how many other rows chose its experts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Routing:
         ends: The end of each expert's pairs, ``[experts]`` int64.
         places: The positions of each row's pairs, ``[rows, per_token]`` int64, by descending
             weight.
-        weights: The weights of those pairs, ``[rows, per_token]`` fp32.
+        weights: The weights of the pairs in ``places``, ``[rows, per_token]`` fp32.
     """
 
     rows: torch.Tensor
@@ -39,7 +39,7 @@ class Routing:
 
     @cached_property
     def runs(self) -> tuple[tuple[int, slice], ...]:
-        """(Expert, its pairs) for experts that have pairs. Slow on a GPU: copies from it."""
+        """(Expert, its pairs) for experts that have pairs. Slow on a GPU, whose data it copies."""
         bounds = pairwise((0, *self.ends.tolist()))
         return tuple((e, slice(low, high)) for e, (low, high) in enumerate(bounds) if high > low)
 

@@ -33,14 +33,14 @@ MAX_COMPONENTS = 64
 def fusion_gate_reference(
     q: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, rank_indptr: Sequence[int]
 ) -> torch.Tensor:
-    """Gate by keys, in torch; also the oracle of the Triton kernel.
+    """Weights from queries and keys, in torch; also the oracle of the Triton kernel.
 
     Args:
         q: Queries, ``[num_rows, d_k]``, any float dtype.
         v: Rank activations of all components side by side, ``[num_rows, ranks]``, any float dtype.
         keys: ``(Wk B_k)ᵀ`` of all components, ``[ranks, d_k]``, any float dtype.
         rank_indptr: The beginnings and ends of the components' ranks, ``[K + 1]``. A component
-            without ranks scores 0; ranks past the last end belong to none.
+            without ranks scores 0; ranks past the last end belong to no component.
 
     Returns:
         ``α``, ``[num_rows, K]``, fp32. A row's bits do not depend on the other rows.
@@ -54,7 +54,7 @@ def fusion_gate_reference(
 def routing_gate_reference(
     similarities: torch.Tensor, top_k: int, temperature: float
 ) -> torch.Tensor:
-    """Gate by prototypes, the same on all paths.
+    """Weights from prototypes, the same on all paths.
 
     Args:
         similarities: ``p_k · x``, ``[num_rows, K]`` fp32.
@@ -76,7 +76,7 @@ def given_gate_reference(
     top_k: int | None,
     is_renormalised: bool,
 ) -> torch.Tensor:
-    """Gate by a classifier, the same on all paths.
+    """Weights from a classifier, the same on all paths.
 
     Args:
         logits: ``[num_rows, K]`` fp32.
@@ -99,7 +99,7 @@ def given_gate_reference(
 
 
 def _largest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Whether each of ``[rows, K]`` is among its row's ``count`` largest; the first wins a tie."""
+    """Whether each score of ``[rows, K]`` is among its row's ``count`` largest; first wins ties."""
     order = torch.arange(scores.shape[1], device=scores.device)
     mine, other = scores[:, :, None], scores[:, None, :]
     is_before = (other > mine) | ((other == mine) & (order[None, :] < order[:, None]))

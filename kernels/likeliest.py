@@ -1,4 +1,4 @@
-"""The likeliest allowed token of each row, and bounds that make most logits unnecessary."""
+"""The likeliest allowed token of each row, and a screen that avoids computing most logits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def apply_token_mask(logits: torch.Tensor, rows: torch.Tensor, words: torch.Tens
     """Exclude tokens of some rows, in place. Other rows are not touched.
 
     Semantics:
-        logits[rows[i], t] = -inf if bit t % 32 of words[i, t // 32] is 0 or does not exist
+        logits[rows[i], t] = -inf if bit t % 32 of words[i, t // 32] is 0 or beyond the words
 
     Args:
         logits: ``[n, vocab]`` fp32, below infinity.
@@ -98,13 +98,13 @@ def likeliest_tokens(
     return picked.argmax(-1)
 
 
-# The screen: it finds the outputs of a wide weight that may be the largest, and reads half of the
-# weight's bytes.
+# The screen finds the outputs of a wide weight that may be the largest. It reads an int8 copy, half
+# as many bytes as the weight has.
 
 # Maximum number of rows of a call. For more, the product with the weight itself is as fast.
 MOST_ROWS = 16
 _TILE = 32  # outputs
-# Weights with fewer outputs are not worth a copy. AMX's tiles need at least 16 outputs.
+# For weights with fewer outputs, a copy does not pay. AMX's tiles need at least 16 outputs.
 _LEAST_OUTPUTS = 256
 # At most one output in this many may remain after screening.
 _MOST_SHARE = 8
@@ -127,7 +127,7 @@ class _Screen(ctypes.Structure):
 
 @dataclass(slots=True)
 class _Backoff:
-    """Skips calls after a useless one, twice as many each consecutive time."""
+    """Skips calls after a useless one; the number doubles with each consecutive useless call."""
 
     num_to_skip: int = 0
     next_pause: int = 1
@@ -183,7 +183,7 @@ class ScreenCodes:
 class Screen:
     """Error bounds for the products of a weight, from its int8 copy (``cpu/c/screen.c``).
 
-    For use in one thread only.
+    An object must be used in one thread only.
 
     Args:
         weight: A weight for which ``serves`` is true.
@@ -255,5 +255,5 @@ class Screen:
         return self._found[:count]
 
     def pause(self) -> None:
-        """Record that the last call's result was useless; skip the next calls, at first one."""
+        """Record that the last call's result was useless, so that the next calls are skipped."""
         self._backoff.pause()

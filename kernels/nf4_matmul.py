@@ -1,12 +1,12 @@
 """``y = x Wᵀ`` for an NF4 weight (QLoRA, arXiv 2305.14314, section 3) in bitsandbytes' packing.
 
 A byte holds two codes, the first in the high nibble. 64 weights of a row share one absmax. If a
-file has quantised maxima (double quantisation), they are dequantised at load::
+file contains quantised absmax values (double quantisation), these are dequantised at load::
 
     W_dq[b·64 + i] = code[nibble] · absmax[b], rounded to the dtype of x
 
-MXFP4 weights (OCP Microscaling Formats 1.0) have the same packing, with other values and with a
-power of two for every 32 weights in place of absmax.
+MXFP4 weights (OCP Microscaling Formats 1.0) have the same packing, but the codes stand for other
+values, and every 32 weights share a power of two in place of absmax.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CODE = (
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-# The values of E2M1.
+# The values of MXFP4's elements (E2M1) without their signs.
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 

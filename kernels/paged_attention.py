@@ -4,10 +4,10 @@ Online softmax (FlashAttention, arXiv 2205.14135, section 3.1) over tiles of ``T
 
     m ← max(m, max_t s_t)        l ← l·α + Σ_t e^(s_t − m)        o ← o·α + Σ_t e^(s_t − m) v_t
 
-in fp32, with tiles at fixed positions: 0, TILE, 2·TILE, … A row's result then depends only on its
-own query and keys, not on the batch or on the chunks of a prompt. Grouped query heads are extra
-query rows, so keys and values are never repeated. A head may have a
-*sink* (arXiv 2309.17453; gpt-oss has learned ones): a score without a position, with which m and l
+The sums are fp32, and tiles begin at fixed positions: 0, TILE, 2·TILE, … A row's result therefore
+depends only on its own query and keys, not on the batch or on the chunks of a prompt. Grouped query
+heads are additional query rows, so keys and values are never repeated. A head may have a *sink*
+(arXiv 2309.17453; those of gpt-oss are learned): a score without a position, with which m and l
 begin.
 """
 
@@ -58,7 +58,7 @@ class _Tile:
 
 @dataclass(frozen=True, slots=True)
 class _SameLength:
-    """Sequences with equally many new tokens, longest first: each tile takes a leading slice."""
+    """Sequences with equally many new tokens, longest first: a tile covers the first of them."""
 
     rows: torch.Tensor  # [num_sequences * num_new] int64
     num_sequences: int
@@ -165,7 +165,7 @@ def _padded(rows: int) -> int:
 
 
 def prepare_attention(head_dim: int, device: torch.device) -> None:
-    """Run the trials of attention's products now instead of during a request, if any are needed."""
+    """Run the trials of attention's products now, not during a request, if trials are needed."""
     prepare_products(head_dim, TILE, device)
     prepare_products(TILE, head_dim + _ONES, device)
 

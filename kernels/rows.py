@@ -1,9 +1,9 @@
 """Operations on a CPU in which a row's bits do not depend on the batch.
 
-A request's tokens must not depend on the other requests of its batch, and a library does not
-guarantee bits. On a CPU with compiled kernels, these fix the order of every sum
-(``cpu/c/products.c``, ``cpu/c/dense_product.c``). Otherwise library calls are used that passed a
-trial on this machine, or else elementwise operations.
+A request's tokens must not depend on the other requests of its batch, but a library does not
+guarantee that a row's bits stay the same. If there are compiled kernels, they fix the order of
+every sum (``cpu/c/products.c``, ``cpu/c/dense_product.c``). Otherwise, these functions use library
+calls that passed a trial on this machine, or elementwise operations if none passed.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ def by_rows(
         x: ``[num_rows, …]``.
         sample: Makes ``SAMPLE_ROWS`` rows to try.
     """
-    # If a library never keeps a row's bits, compute one row at a time, the best possible here.
-    # Sums of products have a second formulation for such libraries.
+    # If no call size keeps a row's bits, compute one row at a time, the best that is possible here.
+    # Products have another formulation for this case (``ordered_product``).
     return in_sizes(compute, x, choose(op, key, lambda: (compute, sample())) or (1,))
 
 
@@ -133,7 +133,7 @@ def in_sizes(compute: Compute, x: torch.Tensor, sizes: Sizes) -> torch.Tensor:
     while start < num_rows:
         left = num_rows - start
         size = max((s for s in sizes if s <= left), default=sizes[0])
-        # Copy a part, because a library's algorithm may depend on where a row lies in memory.
+        # Copy a part, because a library's algorithm may depend on a row's address.
         part = x if size == num_rows else x[start : start + size].clone()
         missing = size - part.shape[0]
         if missing > 0:
@@ -147,7 +147,7 @@ def _keeps_rows(compute: Compute, rows: torch.Tensor, sizes: Sizes, largest: int
     """Whether rows have the same bits, in any number and at any position, as when alone."""
     total = rows.shape[0]
     alone = torch.cat([in_sizes(compute, rows[i : i + 1].clone(), sizes) for i in range(total)])
-    # Every call up to a size, and some that need padding.
+    # Try calls of every size up to the largest, and some that need padding.
     for count in (*(1 << k for k in range(largest.bit_length())), 3, 7):
         for first in {0, 1, count // 2}:
             places = (torch.arange(count) + first) % total
@@ -280,8 +280,8 @@ def transposed_in_pieces(
     """``x weight`` like ``linear_in_pieces``, for gradients, which are too small for float16.
 
     Args:
-        x: ``[num_rows, out_features]`` fp32; each row is divided by its largest number before it
-            is rounded to the dtype of ``weight``.
+        x: ``[num_rows, out_features]`` fp32; each row is divided by its largest absolute value
+            before it is rounded to the dtype of ``weight``.
         weight: ``[out_features, in_features]``.
         size: Rows of a product.
 
@@ -349,7 +349,8 @@ def _sizes(weight: torch.Tensor) -> Sizes:
 
     def trial() -> tuple[Compute, torch.Tensor]:
         x, tried = cancelling(sample, out_features, in_features, dtype)
-        # If there are few terms, they may cancel in any order; sums of other numbers then show it.
+        # If a sum has few terms, they may cancel in any order. Random numbers in some of the rows
+        # and columns then show a difference.
         generator = torch.Generator().manual_seed(1)
         for some in (x[1::2], tried[::2]):
             some.copy_(torch.randn(some.shape, generator=generator))
@@ -358,8 +359,8 @@ def _sizes(weight: torch.Tensor) -> Sizes:
     return choose("linear", (dtype, out_features, in_features), trial, largest)
 
 
-# ``row_product`` multiplies a small matrix per row of the step, where ``row_linear`` multiplies a
-# vector. The bits of a row are the same in any batch here, too.
+# ``row_product`` multiplies one small matrix for each row of the step, while ``row_linear``
+# multiplies one vector. The bits of a row are the same in any batch here, too.
 
 
 def row_product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -440,7 +441,7 @@ VECTOR_ELEMENTS = 64
 
 
 def row_exp_(x: torch.Tensor) -> torch.Tensor:
-    """Replace fp32 ``x`` by ``e^x``; each element's bits depend on its row alone. Returns ``x``."""
+    """Replace fp32 ``x`` by ``e^x``; an element's bits depend only on its row. Returns ``x``."""
     if x.device.type != "cpu":
         return x.exp_()
     if has_kernels(x.device):
@@ -487,7 +488,7 @@ def row_gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 def row_softcap_(x: torch.Tensor, cap: float) -> torch.Tensor:
-    """Cap fp32 ``x`` in place; each element's bits depend on its row alone. Returns ``x``."""
+    """Cap fp32 ``x`` in place; an element's bits depend only on its row. Returns ``x``."""
     # c · tanh(x / c) = c − 2c / (e^(2x/c) + 1), within 2e-7 · c.
     row_exp_(x.mul_(2.0 / cap)).add_(1.0)
     return torch.div(-2.0 * cap, x, out=x).add_(cap)
@@ -501,7 +502,7 @@ def row_softcap_(x: torch.Tensor, cap: float) -> torch.Tensor:
 
 
 def clamped_swiglu_reference(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
-    """Compute in fp32; the oracle of the Triton kernel.
+    """Apply the gate, computed in fp32; the oracle of the Triton kernel.
 
     Args:
         gate_up: ``[num_rows, 2 · width]``, gates at even columns; fp16, bf16 or fp32.
@@ -602,7 +603,7 @@ def rotate_heads(
     out = x.clone()
     first, second = _pairs(x, cos.shape[-1], is_interleaved)
     out_first, out_second = _pairs(out, cos.shape[-1], is_interleaved)
-    # Separate products and sums round alike in vector loops and in the scalar loops for the rest.
+    # Separate products and sums round alike in vector loops and in scalar loops for the remainder.
     out_first.copy_((first * cos).sub_(second * sin))
     out_second.copy_((second * cos).add_(first * sin))
     return out
@@ -645,7 +646,7 @@ def row_log_softmax(x: torch.Tensor) -> torch.Tensor:
 
 
 class TargetLogprobs:
-    """The log probabilities of one target of each row.
+    """The log probability of one target token in each row.
 
     Args:
         logits: ``[rows, width]`` bf16, contiguous.
@@ -670,7 +671,8 @@ class TargetLogprobs:
 
         Args:
             rows: The rows to compute, ``[n]`` int64.
-            slopes: The gradients of their log probabilities, ``[n]`` fp32.
+            slopes: The gradients of the loss with respect to the rows' log probabilities, ``[n]``
+                fp32.
 
         Returns:
             ``[n, width]`` bf16.

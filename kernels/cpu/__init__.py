@@ -1,14 +1,15 @@
 """The compiled CPU kernels: plain C libraries, called through ctypes.
 
 They are built with the package if there is a C compiler (``kernels/cpu/c``, OpenMP; no Python or
-torch headers), once for any processor and once for each of ``ISAS`` that the compiler supports. The
-best library that this processor supports is used; the environment variable ``TURRET_ISA`` sets an
-upper limit. Without a compiler, or with ``TURRET_NATIVE=0``, the torch formulations of
-``kernels/*.py`` are used, which are slower and give the same results within rounding.
+torch headers), once for each instruction set of ``ISAS`` that the compiler supports. The first set,
+``baseline``, runs on any processor. The best library that this processor supports is used; the
+environment variable ``TURRET_ISA`` sets an upper limit. Without a compiler, or with
+``TURRET_NATIVE=0``, the torch formulations of ``kernels/*.py`` are used, which are slower and give
+the same results within rounding.
 
-The libraries take OpenMP's symbols from the process, so that they share torch's thread pool: with a
-second pool, every parallel region would sleep at its barrier. If torch uses no pool in a thread,
-the library can use its own threads there (``use_own_threads``).
+The libraries use OpenMP's symbols of the process, so that they share torch's thread pool: with a
+second pool, every parallel region would sleep at its barrier. In a thread where torch does not use
+the pool, the library can use its own threads (``use_own_threads``).
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def _is_wanted() -> bool:
 
 
 def usable_isas() -> tuple[str, ...]:
-    """The instruction sets of this processor for which there is a library, best last."""
+    """The instruction sets of this processor for which there is a library; the best one is last."""
     if path_of("baseline") is None:
         return ()
     try:

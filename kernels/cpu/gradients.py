@@ -1,4 +1,4 @@
-"""Gradients of the operations between a layer's projections, by ``gradients.c``.
+"""Gradients of the operations between a layer's projections, computed by ``gradients.c``.
 
 Activations are bf16 or fp32; gradients are fp32. The bits of a row depend only on its own sequence.
 """
@@ -15,13 +15,13 @@ from turret.lazy_torch import torch
 def add_norm_gradient_(
     total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, eps: float
 ) -> None:
-    """Add the gradient of ``x`` in RMSNorm (arXiv 1910.07467) to ``total``.
+    """Add the gradient with respect to RMSNorm's input ``x`` (arXiv 1910.07467) to ``total``.
 
     Args:
         total: ``[rows, width]`` fp32, contiguous.
-        x: Same shape.
+        x: Same shape, bf16 or fp32.
         weight: ``[width]`` fp32.
-        grad: The gradient of the result, like ``total``.
+        grad: The gradient of the norm's result, ``[rows, width]`` fp32.
         eps: Added to the mean square.
     """
     assert weight.dtype == total.dtype == torch.float32
@@ -39,11 +39,11 @@ def add_norm_gradient_(
 
 
 def gate_gradient(gate_up: torch.Tensor, grad: torch.Tensor, *, is_gelu: bool) -> torch.Tensor:
-    """The gradient of ``gate_up`` in ``silu_mul`` or ``gelu_mul`` (``layers.py``).
+    """The gradient with respect to the input of ``silu_mul`` or ``gelu_mul`` (``layers.py``).
 
     Args:
         gate_up: ``[rows, 2 · width]``.
-        grad: The gradient of the result, ``[rows, width]`` fp32.
+        grad: The gradient of the function's result, ``[rows, width]`` fp32.
         is_gelu: Whether the activation is gelu.
 
     Returns:
@@ -99,8 +99,9 @@ def attention_gradient(
             multiple of 32 and at most ``MAX_HEAD_DIM``.
         grad: The gradient of the result, ``[rows, heads, head_dim]`` fp32.
         lengths: The number of rows of each sequence, in order.
-        kv_heads: The number of heads of keys.
-        angles: Cosines and sines, ``[rows, pairs]`` fp32 contiguous, or None.
+        kv_heads: The number of KV heads.
+        angles: Cosines and sines of the rotary positions, ``[rows, pairs]`` fp32 contiguous, or
+            None.
         is_interleaved: Whether neighbouring features make a pair.
         growth: Factors of the queries, ``[rows]`` fp32, or None.
         scale: Multiplied into the queries.
@@ -109,7 +110,7 @@ def attention_gradient(
         sinks: See ``layers.paged_attention``.
 
     Returns:
-        The shape of ``qkv``, fp32.
+        The gradients, in the shape of ``qkv``, fp32.
     """
     qkv, grad = qkv.contiguous(), grad.contiguous()
     _, total, dim = qkv.shape

@@ -1,6 +1,7 @@
-"""The compiler flags of the C kernels, and values of their environment variables. Needs no torch.
+"""The compiler flags of the C kernels, and the values of ``TURRET_NATIVE``.
 
-``setup.py`` builds one library per instruction set from these flags, all from the same sources.
+``setup.py`` builds one library per instruction set with these flags, all from the same sources.
+This module does not import torch.
 """
 
 # Flags for every library.
@@ -11,8 +12,8 @@ FLAGS = (
     "--param=avoid-fma-max-bits=0",
 )  # fmt: skip
 _AVX512_BF16 = ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vbmi2", "-mavx512vnni")
-# Flags that each instruction set adds. Each set includes those before it, so a processor without a
-# specific library uses an earlier one.
+# Flags that each instruction set adds. Each set includes the sets before it, so a processor without
+# a library for its best set uses the library for an earlier one.
 ISA_FLAGS: dict[str, tuple[str, ...]] = {
     "baseline": (),
     "avx2": ("-march=x86-64-v3",),

@@ -47,7 +47,7 @@ def add_rms_norm(
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """``silu(gate) · up`` (arXiv 2002.05202): ``[rows, 2·width]`` → ``[rows, width]``.
 
-    bf16 or fp32, contiguous.
+    ``gate_up`` is bf16 or fp32 and contiguous, the gates first. The result has its dtype.
     """
     return _gated_mul("turret_silu_mul", gate_up)
 
@@ -133,10 +133,11 @@ def rope_kv_write(
     return q
 
 
-# Causal attention over a paged KV cache, one row at a time; see ``attention.c``.
+# Causal attention over a paged KV cache; see ``attention.c``.
 #
-# The contract is that of ``kernels/paged_attention.py``: a row's result depends on its own query
-# and keys only. There are no tiles, masks or copies of keys and values: a row walks its own blocks.
+# The contract is that of ``kernels/paged_attention.py``: a row's result depends only on its own
+# query and keys. Unlike there, keys and values are not gathered first, and there are no masks: the
+# kernel reads the blocks of a sequence in place, up to each row's position.
 
 
 MAX_HEAD_DIM = 256
@@ -172,9 +173,10 @@ class NativeAttentionPlan:
             longest = max(longest, span.num_context + span.num_new)
         self._spans = (ctypes.c_int64 * len(values))(*values)
         threads = num_threads()
-        # Pad by a whole vector: vectors are stored from any position on.
+        # Pad by a whole vector, because the kernel may store a vector at any position.
         padded = -(-longest // LANES) * LANES + LANES
-        # Enough for one row's heads, and for the queries of several rows.
+        # The memory must suffice for all heads of one row, and for a KV head's queries of several
+        # rows.
         stride = max(num_heads, _MOST_QUERIES) * (2 * head_dim + padded)
         self._scratch = torch.empty(threads * stride)
         self._plan = (ctypes.c_int64 * 6)(
@@ -208,7 +210,7 @@ def paged_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attend; every row of ``q`` belongs to a span.
+    """Attend to the cached keys; every row of ``q`` must belong to a span of the plan.
 
     Args:
         q: Rotated queries, ``[num_rows, num_heads, head_dim]`` fp32, contiguous.
@@ -266,7 +268,10 @@ class NativeLinear(ctypes.Structure):
 
 
 class NativeExperts(ctypes.Structure):
-    """A projection of all experts; ``weights`` has their addresses (``nf4_expert_products``)."""
+    """A projection of all experts; ``weights`` points to the addresses of the experts' weights.
+
+    The addresses are in the form that ``nf4_expert_products`` uses.
+    """
 
     _fields_ = (
         ("weights", _address),
@@ -278,8 +283,8 @@ class NativeExperts(ctypes.Structure):
 class NativeLayer(ctypes.Structure):
     """A layer. Norms are fp32 or None. Keys and values are the layer's part of the cache.
 
-    A layer has ``gate_up`` and ``down``, or ``router`` and experts. The fields of the
-    other kind are zeros.
+    A layer has ``gate_up`` and ``down``, or ``router`` and experts. The fields of the other kind
+    are zeros.
     """
 
     _fields_ = (
@@ -328,7 +333,7 @@ class NativeRope(ctypes.Structure):
 
 
 class NativePlace(ctypes.Structure):
-    """A projection's ``ProjectionShape`` and its first module's number, to find its adapters."""
+    """A projection's ``ProjectionShape`` and first module's number, to find its operators."""
 
     _fields_ = (("shape", _address), ("module", _int))
 
@@ -337,15 +342,15 @@ class NativeInputs(ctypes.Structure):
     """The inputs of a projection that adapters change, for the rows of a step.
 
     ``changes`` is ``[rows, 3]`` int64: the range of the members that change a row's input (empty if
-    none does), and 1 if each slice has its own change. ``count`` is the resulting number of inputs
-    of the projection: one for all slices, one per slice, or 0 for none.
+    none does), and 1 if each slice has its own change, else 0. ``count`` is the resulting number of
+    inputs of the projection: one for all slices, one per slice, or 0 if no input changes.
     """
 
     _fields_ = (("changes", _address), ("count", _int))
 
 
 class NativePass(ctypes.Structure):
-    """A step: its rows, memory for intermediate results, its adapters."""
+    """A step: its rows, memory for intermediate results, and its adapters."""
 
     _fields_ = (
         *(

@@ -25,7 +25,7 @@ class _Product(ctypes.Structure):
 
 
 def _kind(tensor: torch.Tensor) -> int:
-    """The number by which the kernels know a dtype."""
+    """The number of a tensor's dtype in the C code."""
     return (torch.float32, torch.bfloat16, torch.float16).index(tensor.dtype)
 
 
@@ -62,7 +62,7 @@ def column_products(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 def add_column_products_(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
-    """``y += x w`` in place, the sum beginning at ``y``.
+    """``y += x w`` in place; each sum begins with the element of ``y``.
 
     Args:
         y: ``[rows, columns]`` fp32, rows may be strided.
@@ -135,7 +135,7 @@ def dense_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 # ``dX = dY W``, the gradient of the rows; see ``transposed.h``.
 
 _PANEL = 32  # inputs; PANEL in transposed.h
-_MULTIPLE = 32  # outputs, to which gradients are padded; MULTIPLE in transposed.h
+_MULTIPLE = 32  # outputs; gradients are padded to a multiple of it; MULTIPLE in transposed.h
 
 
 def serves_transposed(weight: torch.Tensor) -> bool:
@@ -147,7 +147,7 @@ def transposed_product(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor
     """Multiply gradients by a weight; only if ``serves_transposed``.
 
     Args:
-        grad: ``[rows, out]`` fp32, which is rounded to bf16, or bf16.
+        grad: ``[rows, out]`` bf16, or fp32, which is rounded to bf16.
         weight: ``[out, in]`` bf16, contiguous.
 
     Returns:
@@ -169,7 +169,7 @@ def transposed_product(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor
 
 
 def rounded_gradients(rows: int, columns: int) -> torch.Tensor:
-    """Memory for the gradients in bf16, padded to whole pieces."""
+    """Memory for gradients in bf16, with columns padded to a multiple of ``_MULTIPLE``."""
     return torch.empty(rows, -(-columns // _MULTIPLE) * _MULTIPLE, dtype=torch.bfloat16)
 
 
@@ -196,10 +196,10 @@ class LowRankUpdate:
 def low_rank_gradients(
     updates: Sequence[LowRankUpdate], x: torch.Tensor, of_x: torch.Tensor
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The gradients of updates; the bits of each depend on its own rows alone.
+    """The gradients of updates; the bits of each depend only on its own rows.
 
     Args:
-        updates: Updates of the same rows follow each other.
+        updates: The updates; those of the same rows follow each other.
         x: The input, ``[rows, in]`` fp32, bf16 or fp16; rows may be strided.
         of_x: The gradient of the input, ``[rows, in]`` fp32, to which those of the updates are
             added in order; contiguous.

@@ -4,12 +4,13 @@ Semantics, per row and slice ``s`` of a fused projection, over the members ``k``
 
     y ← G ⊙ y + bias + Σ_k w_k (b_k + Δ_k(x))      G = 1 + Σ_k w_k (g_k − 1)
 
-    Δ(x) = B (A x) + ((w1a w1b) ⊙ (w2a w2b)) x + kron(w1, w2) x + S x + D x
+    Δ(x) = B (A x) + ((w1a w1b) ⊙ (w2a w2b)) x + kron(w1, w2) x + C x + S x + D x + sine ⊙ p(W x)
 
-in fp32 with one rounding. Nothing is packed: a step is a list of row segments, each with its
-members, and a member is a pointer to its adapter's table of modules. Rows are gathered as in Punica
-(arXiv 2310.18547, section 4). All products run in one call, because on a CPU a call takes longer
-than the products of one row.
+``C`` is block-circulant, ``S`` sparse and ``D`` dense; ``p`` exchanges pairs of outputs. All terms
+are added in fp32 with one rounding. Nothing is packed: a step is a list of row segments, each with
+its members, and a member is a pointer to its adapter's table of modules. Rows are gathered as in
+Punica (arXiv 2310.18547, section 4). All products run in one call, because on a CPU a call takes
+longer than the products of one row.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from turret.lazy_torch import torch
 #
 #     y_p ← y_p + Σ_k w_k B_ke (A_ke x_p)
 #
-# in fp32 with one rounding. As for all other updates, nothing is packed.
+# The sum is fp32, with one rounding. As for all other updates, nothing is packed.
 
 
 class ExpertTable:
@@ -39,7 +40,7 @@ class ExpertTable:
 
     Args:
         updates: For each layer and projection, ``a`` ``[experts, rank, in]`` and ``b`` ``[experts,
-            rank, out]``, bf16, contiguous; None without an update.
+            rank, out]``, bf16, contiguous; None if there is no update.
 
     Attributes:
         width: The number of floats of scratch memory per pair, for the projection that needs most.
@@ -61,7 +62,7 @@ class ExpertTable:
 
 
 class ExpertAdapters:
-    """A step's rows, prepared once for all layers.
+    """A step's rows whose adapters change experts, prepared once for all layers.
 
     Args:
         rows: (table, weight) in the request's order for each row, up to the last adapted row.
@@ -146,18 +147,18 @@ class CStruct(NamedTuple):
 
 
 def low_rank(a: torch.Tensor | None, b: torch.Tensor) -> CStruct:
-    """``bᵀ (a x)``, ``[rank, in]`` and ``[rank, out]`` bf16.
+    """``bᵀ (a x)`` with ``a`` ``[rank, in]`` and ``b`` ``[rank, out]``, bf16.
 
-    If ``a`` is None, ``a x`` adds up pieces of ``rank`` inputs: ``a[r, i] = 1`` if
-    ``i mod rank = r``.
+    If ``a`` is None, ``a x`` adds up pieces of ``rank`` inputs: ``a[r, i]`` is 1 if
+    ``i mod rank = r``, and 0 otherwise.
     """
     return CStruct("low_rank", (a, b, len(b)), _padded(len(b)))
 
 
 def hadamard(w1a: torch.Tensor, w1b: torch.Tensor, w2a: torch.Tensor, w2b: torch.Tensor) -> CStruct:
-    """``((w1aᵀ w1b) ⊙ (w2aᵀ w2b)) x``, ``[rank, out]`` and ``[rank, in]`` bf16.
+    """``((w1aᵀ w1b) ⊙ (w2aᵀ w2b)) x``, with factors ``[rank, out]`` and ``[rank, in]``, bf16.
 
-    The first factors are transposed because columns are computed side by side.
+    ``w1a`` and ``w2a`` are transposed because the kernel computes neighbouring outputs together.
     """
     rank = len(w1a)
     return CStruct("hadamard", (w1a, w2a, w1b, w2b, rank), _padded(_padded(rank) * rank))
@@ -185,12 +186,12 @@ def input_blocks(blocks: torch.Tensor) -> CStruct:
 
 
 def pairs(sine: torch.Tensor, group: int) -> CStruct:
-    """``sine_o · (W x)_p(o)``, ``[out]`` fp32; ``p`` swaps the halves of every group of outputs."""
+    """``sine_o · (W x)_p(o)``, ``sine`` ``[out]`` fp32; ``p`` swaps the halves of each group."""
     return CStruct("pairs", (sine, group), _padded(len(sine)))
 
 
 def dense(weight: torch.Tensor) -> CStruct:
-    """A whole update, ``[out, in]`` bf16."""
+    """``weight x`` for a whole update, ``[out, in]`` bf16."""
     return CStruct("dense", (weight, weight.shape[1]))
 
 
@@ -245,7 +246,7 @@ def _wide(tensor: torch.Tensor, size: int) -> torch.Tensor:
 
 @functools.cache
 def _matrices(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The matrices of the transforms of a size, fp32.
+    """The matrices by which blocks of a size are transformed, fp32.
 
     Returns:
         ``forward``, ``[16, 2, 16]``, and ``inverse``, ``[2, 16, 16]``, transform a part of a block;
@@ -284,7 +285,7 @@ def _turns(rows: torch.Tensor, columns: torch.Tensor, size: int) -> tuple[torch.
 
 
 def _padded_transforms(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The whole matrices, padded."""
+    """The matrices of ``transforms``, padded: ``[size, 2, width]``, ``[2, width, padded size]``."""
     forward, inverse = transforms(size)
     count = forward.shape[1]
     made = _wide(forward.permute(2, 0, 1), count)
@@ -306,7 +307,8 @@ _BEHIND = 64  # elements that the kernel reads past the last entry
 def sparse(values: torch.Tensor, columns: torch.Tensor, row_starts: torch.Tensor) -> CStruct:
     """``S x``, where ``S`` has only a few entries.
 
-    A step has 32 slots, two for each of 16 outputs, for entries with inputs of one block of 64.
+    The kernel adds entries in steps. A step has 32 slots, two for each of 16 outputs, for entries
+    whose inputs are in the same block of 64.
 
     Args:
         values: ``[entries]`` bf16, in the order of compressed rows (CSR), on the CPU.
@@ -334,7 +336,7 @@ def sparse(values: torch.Tensor, columns: torch.Tensor, row_starts: torch.Tensor
 
 
 def blocks_bytes(columns: torch.Tensor, row_starts: torch.Tensor) -> int:
-    """Number of bytes of the tensors of ``sparse``."""
+    """Number of bytes of the tensors that ``sparse`` makes."""
     out = len(row_starts) - 1
     steps = _steps(columns, row_starts)
     if steps < 0:
@@ -491,7 +493,7 @@ class ModuleSizes:
 
 
 class Ahead(NamedTuple):
-    """The adapters that follow a product of the base, which prefetches them while it runs.
+    """The adapters of a projection, which the base's product prefetches while it runs.
 
     Attributes:
         step: The address of the step's adapters.
@@ -536,7 +538,8 @@ class RowAdapters:
         self._marks = torch.zeros(threads, 7, dtype=torch.int64)
         self._sizes = sizes
         num_bytes = sum(t.num_low_rank_bytes for t in self._tables)
-        # The base's products leave memory idle, unless they are computed on AMX's tiles.
+        # The base's products leave memory idle, unless they are computed on AMX's tiles. Read ahead
+        # only while memory is idle.
         reach = sizes.reach(num_bytes, threads) if isa() != "amx" else 0
         self._step = (ctypes.c_int64 * 10)(
             self._segments.data_ptr(),
@@ -621,7 +624,7 @@ class RowAdapters:
 
 
 class ProjectionShape:
-    """A fused projection of one layer: ``in``, the slices' widths, its first module's number."""
+    """A fused projection of one layer: its inputs, its slices' widths, its first module."""
 
     def __init__(self, in_features: int, widths: Sequence[int], first_module: int) -> None:
         values = (in_features, len(widths), first_module, *widths)
