@@ -99,7 +99,7 @@ def given_gate_reference(
 
 
 def _largest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Whether each score of ``[rows, K]`` is among its row's ``count`` largest; first wins ties."""
+    """Whether each of ``[rows, K]`` scores is among its row's ``count`` largest; the first wins."""
     order = torch.arange(scores.shape[1], device=scores.device)
     mine, other = scores[:, :, None], scores[:, None, :]
     is_before = (other > mine) | ((other == mine) & (order[None, :] < order[:, None]))

@@ -1,1 +1,1 @@
-"""The Triton kernels, and the tables they read."""
+"""The Triton kernels, and the tables that they read."""

@@ -1,4 +1,4 @@
-"""Activated gates times ups: each kernel reads gates and ups once and writes the products."""
+"""Products of activated gates and ups: each kernel reads both once and writes the products."""
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
@@ -17,7 +17,7 @@ _BLOCK = 1024
 
 @triton.jit
 def silu_product(gate, up):
-    """``silu(gate) · up``, fp32."""
+    """``silu(gate) · up`` of fp32 values."""
     return gate / (1.0 + tl.exp(-gate)) * up
 
 
@@ -53,8 +53,9 @@ def launch_gated(kernel: Any, gate_up: torch.Tensor, *numbers: float) -> torch.T
     """Launch a kernel that multiplies an activation of the gates by the ups.
 
     Args:
-        kernel: Takes the input, the output, the input's stride, the width, ``numbers`` and BLOCK.
-        gate_up: The same as in ``silu_mul``, as are the result and the errors.
+        kernel: A kernel whose arguments are the input, the output, the input's stride, the width,
+            ``numbers`` and BLOCK.
+        gate_up: The same as in ``silu_mul``. The result and the errors are the same, too.
         numbers: Further arguments of the kernel.
     """
     check_float("gate_up", gate_up)

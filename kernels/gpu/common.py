@@ -1,4 +1,4 @@
-"""Shared parts of the kernels: checks of arguments, launch parameters, functions inside kernels.
+"""Code that kernels share: checks of arguments, launch parameters, functions inside kernels.
 
 Wrappers check shapes, dtypes and strides on the host, never values on the device.
 """
@@ -106,13 +106,13 @@ class Tuning:
     Attributes:
         programs: Programs of the kernels that loop over a device-side work list.
         shrink_programs: Programs of a shrink that is launched with the base's product.
-        shrink_split_k: Approximate input features per part of the reduction over them; 2 to 16
-            parts.
+        shrink_split_k: The approximate number of input features in a part of a shrink's reduction,
+            which has 2 to 16 parts.
         shrink_block_k: Input features per step of that reduction.
         expand_block_n: Output columns per tile.
         hadamard_splits: Parts of the reduction over the input features.
-        hadamard_block_k: Like ``shrink_block_k``, up to rank 32; halved at rank 64.
-        hadamard_block_n: Output columns per tile; halved at rank 64.
+        hadamard_block_k: Like ``shrink_block_k``, up to rank 32; halved for higher ranks.
+        hadamard_block_n: Output columns per tile, up to rank 32; halved for higher ranks.
         kronecker_block_l: Columns of ``w2`` per step of its reduction.
         nf4_block_n: Output columns per program.
         nf4_programs: The input features of a narrow weight are cut into parts until there are this
@@ -120,8 +120,8 @@ class Tuning:
         nf4_part_blocks: The minimum number of quantisation blocks in a part.
         nf4_pass_rows: Decoding rows per call of ``nf4_matmul``, at most 64; 0 if it is faster to
             dequantise the weight and use a library's product.
-        attention_stages: Depth of the pipeline over keys. Block numbers are loaded before their
-            keys, so a depth of 5 keeps two tiles of keys and values in flight, and a depth of 3
+        attention_stages: Depth of attention's pipeline over keys. A block's number is loaded before
+            its keys, so a depth of 5 keeps two tiles of keys and values in flight, and a depth of 3
             keeps none.
         nf4_stages: Depth of the pipeline of ``nf4_matmul``; four do not fit in 64 KiB (AMD).
         sample_block: Tokens of the vocabulary that the sampler processes together.
@@ -150,8 +150,8 @@ class Tuning:
     def registers(self, most: int) -> dict[str, int]:
         """Launch option: the maximum number of registers of a thread.
 
-        Without a limit, NVIDIA's assembler uses fewer registers than are available, and
-        spills the rest.
+        Without this option, NVIDIA's assembler uses fewer registers than are available, and spills
+        values that do not fit.
         """
         return {"maxnreg": most} if self.inline_ptx else {}
 
@@ -159,7 +159,8 @@ class Tuning:
 # Parameters by torch.cuda.get_device_name; devices that are not listed use the default.
 _TABLE: dict[str, Tuning] = {}
 
-# Few programs and small tiles, so that loops over work lists and splits are exercised.
+# Parameters for Triton's interpreter. With few programs and small tiles, tests also cover the loops
+# over work lists and splits.
 _INTERPRETER = Tuning(
     programs=3,
     shrink_programs=2,
@@ -180,14 +181,14 @@ _INTERPRETER = Tuning(
 
 
 def wgmma_stages(stages: int) -> int:
-    """Pipeline depth for tiles of 64 rows: 1, so no concurrent copies, if Triton lacks a fence."""
+    """Pipeline depth for tiles of 64 rows; 1 (no asynchronous copies) if Triton lacks the fence."""
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     return stages if version >= _FENCES_COPIES else 1
 
 
 @functools.cache
 def tuning(device: torch.device) -> Tuning:
-    """The parameters for a device (on the CPU: for Triton's interpreter)."""
+    """The parameters for a device; for the CPU, those for Triton's interpreter."""
     if device.type == "cpu":
         return _INTERPRETER
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -203,7 +204,7 @@ def pointer_to(address, like_ptr):
     return tl.multiple_of(address.to(tl.pointer_type(like_ptr.dtype.element_ty)), 16)
 
 
-# Products in kernels that keep the accuracy of an fp32 operand on tensor cores.
+# Products on tensor cores that keep the accuracy of an fp32 operand.
 
 
 @triton.jit
@@ -232,7 +233,7 @@ def split_dot(x, w, acc):
 
 @triton.jit
 def dot_split(w, x, acc):
-    """``acc + w x``, as ``split_dot`` with the fp32 operand on the right."""
+    """``acc + w x``: like ``split_dot``, but with the fp32 operand on the right."""
     if w.dtype == tl.float32:
         acc = tl.dot(w, x, acc, input_precision="ieee")
     else:
@@ -255,9 +256,9 @@ def dot_split(w, x, acc):
 @triton.jit
 def is_last(
     counter_ptr,  # int32, zero before the launch
-    arrivals,  # programs that add to it, each once
+    arrivals,  # number of programs that add to the counter, each once
 ):
-    """Whether all other programs have stored their parts."""
+    """Whether this program is the last one, so that all others have stored their parts."""
     tl.debug_barrier()
     last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == arrivals - 1
     if last:
@@ -268,10 +269,11 @@ def is_last(
 # Conversion of packed 4-bit codes to weights in a kernel.
 #
 # On NVIDIA devices the values are looked up in registers: ``prmt`` picks bytes of two words by the
-# low three bits of a code, and the fourth bit chooses between two such picks. Two words hold the
-# low bytes of the values, and two the high bytes, so a weight costs two and a half instructions and
-# no memory access; a gathered load would go through shared memory for each weight. On other devices
-# the values are gathered from a table of the same rounded values, so the bits are the same.
+# low three bits of a code, and the fourth bit chooses between the picks from two pairs of words.
+# Four words hold the low bytes of the values, and four the high bytes, so a weight costs two and a
+# half instructions and no memory access; a gathered load would go through shared memory for each
+# weight. On other devices the values are gathered from a table and rounded alike, so the bits are
+# the same.
 
 
 def _words(weight_format: Format, dtype: torch.dtype) -> list[int]:
@@ -287,8 +289,8 @@ def _words(weight_format: Format, dtype: torch.dtype) -> list[int]:
 def _lookup(weight_format: Format, dtype: torch.dtype) -> str:
     """PTX that turns four bytes (``$4``) into four pairs of neighbouring values (``$0`` to ``$3``).
 
-    ``prmt`` takes one constant. The words beside it are operands (``code_words``), of which Triton
-    passes one copy per byte.
+    ``prmt`` accepts only one constant. The other word of each pair is therefore an operand
+    (``code_words``), of which Triton passes one copy per byte.
     """
     words = [f"0x{word:08x}" for word in _words(weight_format, dtype)]
     words[::2] = ["$5", "$9", "$13", "$17"]
@@ -328,10 +330,10 @@ _OPERANDS = tl.constexpr("=r,=r,=r,=r" + 17 * ",r")
 
 @functools.cache
 def codes_on(device: torch.device, dtype: torch.dtype, weight_format: Format = NF4) -> torch.Tensor:
-    """The table of weights in ``dtype``, copied to each device once.
+    """The table by which kernels decode weights to ``dtype``, copied to each device once.
 
-    If kernels look values up in registers, it has the words of ``code_words``, ``[4]`` int32;
-    otherwise the sixteen values, ``[16]`` fp32.
+    If kernels look values up in registers, the table contains the words of ``code_words``, ``[4]``
+    int32; otherwise the sixteen values, ``[16]`` fp32.
     """
     if tuning(device).inline_ptx and dtype != torch.float32:
         return torch.tensor(_words(weight_format, dtype)[::2]).to(torch.int32).to(device)
@@ -342,8 +344,8 @@ def codes_on(device: torch.device, dtype: torch.dtype, weight_format: Format = N
 def code_words(codes_ptr):
     """The words of the table that are not constants in the code.
 
-    NVIDIA's assembler would keep constant words outside of the general registers, and copy them
-    there before each use. Words from memory stay in general registers.
+    NVIDIA's assembler would keep constant words outside of the general registers, and copy each
+    word to one before each use. Words from memory stay in general registers.
     """
     at = codes_ptr + tl.zeros((1, 1), dtype=tl.int32)
     return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)

@@ -109,10 +109,10 @@ def route_rows(scores: torch.Tensor, per_token: int, *, normalizes: bool) -> Rou
 
 # The products of all experts of a layer in one launch, which decodes 4-bit weights in registers.
 #
-# A program takes up to 16 pairs of one expert and a tile of its output columns, and walks the input
-# features by quantisation block, as ``nf4_matmul`` does. A program finds its pairs from the ends of
-# the experts' pairs, because the host knows only the total number of pairs. Enough programs for the
-# worst case are launched; those without work end at once. Every pair goes through the same
+# A program computes a tile of output columns for up to 16 pairs of one expert, and goes through the
+# input features by quantisation block, as ``nf4_matmul`` does. A program finds its pairs from the
+# ends of the experts' pairs, because the host knows only the total number of pairs. Enough programs
+# for the worst case are launched; those without work end at once. Every pair goes through the same
 # tensor-core instructions in the same order, regardless of the other pairs of its expert.
 
 _TILE = 16
@@ -358,7 +358,7 @@ def add_expert_updates(
     routing: Routing,
     rows: torch.Tensor | None,
 ) -> None:
-    """Add the updates in place, one rounding to the dtype of ``y``.
+    """Add the experts' low-rank updates to ``y`` in place, with one rounding to its dtype.
 
     Args:
         x: ``[num_rows, in_features]`` or ``[num_pairs, in_features]``, fp16, bf16 or fp32; rows may
@@ -366,11 +366,11 @@ def add_expert_updates(
         y: ``[num_pairs, out_features]``, dtype of ``x``; rows may be strided.
         factors: Addresses by slot, ``[num_slots, 2]`` int64, contiguous: of A, ``[num_experts,
             rank, in_features]``, and of B, ``[num_experts, rank, out_features]``. Both have the
-            dtype of ``x``, are contiguous, and begin at multiples of 16 bytes. 0 for a slot
-            without an update.
+            dtype of ``x``, are contiguous, and begin at multiples of 16 bytes. The addresses of a
+            slot without an update are 0.
         rank: The rank of all experts' factors.
-        table: The slot and weight of every row from the first on, slot -1 for rows without an
-            update; rows after its last one have no update.
+        table: The slot and weight of every row from the first on, with slot -1 for rows without an
+            update; rows after the table's last one have no update.
         routing: The pairs.
         rows: The row of ``x`` that each pair reads, ``[num_pairs]`` int64; None if each pair has
             its own.
@@ -428,7 +428,7 @@ def _check(
     check_addresses("factors", factors, 2)
 
 
-# Triton form of ``combine_reference``: the weighted sum of the outputs of a row's experts.
+# Triton form of ``combine_reference``: the weighted sum of the results of a row's experts.
 
 _COLUMNS = 1024
 

@@ -1,17 +1,18 @@
-"""Triton form of ``fusion_gate``: weights of a learned fusion's components.
+"""Triton form of ``fusion_gate_reference``: the weights of a learned fusion's components.
 
-Two launches for all gated adapters of a step. ``gate_shrink`` multiplies rows by queries, ``q = Wq
-x``, in a separate shrink; a program takes a query item of the segment table (a chunk of rows, 16
-vectors of their adapter), one slice and one part of the input features. ``fusion_gate`` scores and
-weighs; one of its programs takes a gate of the table (a chunk of rows, the components of one
-adapter) and one slice.
+There are two launches for all gated adapters of a step. ``gate_shrink`` multiplies rows by queries,
+``q = Wq x``, in a separate shrink: a program processes a query item of the segment table (a chunk
+of rows, 16 vectors of their adapter), one slice and one part of the input features. ``fusion_gate``
+computes the scores and from them the weights: a program processes a gate of the table (a chunk of
+rows, the components of one adapter) and one slice.
 
 Queries and keys are in each adapter's own memory and are found by their addresses, so a step's
-launches do not depend on how adapters differ. A slot's words for a slice, int64::
+launches do not depend on how adapters differ. A slot's words for a slice are int64 (``@`` marks an
+address)::
 
     query@ · keys@ · d_k · 0
 
-A module without a gate has zeros there, and its components have no ranks.
+For a module without a gate these words are zeros, and its components have no ranks.
 """
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -78,7 +79,7 @@ def gate_shrink_kernel(
         position = tl.load(query_item_ptr + _ITEM_POSITION)
         rows = tl.load(rows_ptr + position + m, mask=live, other=0).to(tl.int64)
         own_ptr = words_ptr + (slot * NUM_SLICES + s) * _WORDS
-        # A missing slice has no vectors, so it reads nothing.
+        # A slice without a gate has no vectors, so nothing is read for it.
         left = tl.load(own_ptr + _D_K).to(tl.int32) - first
         held = (r < left)[:, None]
         start = split * split_width
@@ -102,7 +103,7 @@ def gate_shrink_kernel(
 
 @triton.jit
 def _parts(ptr, at, stride, keep, SPLITS: tl.constexpr):
-    """The sum of the parts of a shrink at some positions, in their order."""
+    """The sum of the parts of a shrink at some positions, added in the order of the parts."""
     total = tl.load(ptr + at, mask=keep, other=0.0)
     for split in tl.static_range(1, SPLITS):
         total += tl.load(ptr + split * stride + at, mask=keep, other=0.0)
@@ -216,8 +217,8 @@ def gate_shrink(x: torch.Tensor, words: torch.Tensor, table: SegmentTable) -> to
     Args:
         x: Activations, ``[num_rows, in_features]``, fp16, bf16 or fp32; rows may be strided.
         words: Words of the gates by slot, ``[num_slots, num_slices, WORDS]`` int64, contiguous; see
-            the module. Addresses are multiples of 16; queries are ``[d_k, in_features]``, dtype of
-            ``x``, keys ``(Wk B)ᵀ`` of all components, ``[ranks, d_k]`` fp32.
+            the module docstring. Addresses are multiples of 16. Queries are ``[d_k, in_features]``,
+            dtype of ``x``; keys are ``(Wk B)ᵀ`` of all components, ``[ranks, d_k]`` fp32.
         table: The step's segments, loaded.
 
     Returns:
@@ -253,7 +254,7 @@ def gate_shrink(x: torch.Tensor, words: torch.Tensor, table: SegmentTable) -> to
 def fusion_gate(
     q: torch.Tensor, v: torch.Tensor, words: torch.Tensor, table: SegmentTable, num_rows: int
 ) -> torch.Tensor:
-    """Compute the gates of a step.
+    """Compute the component weights of a step's gates.
 
     Args:
         q: Result of ``gate_shrink`` for the same table.

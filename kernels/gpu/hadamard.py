@@ -84,7 +84,7 @@ def hadamard_shrink(
             be strided.
         factors: Addresses by slot, ``[num_slots, 4]`` int64, contiguous: of w1a ``[out, r]``, w1b
             ``[r, in_features]``, w2a and w2b. All have the dtype of ``x``, are contiguous, and
-            begin at multiples of 16 bytes. 0 for a slot without an update.
+            begin at multiples of 16 bytes. The addresses of a slot without an update are 0.
         rank: The rank of all factors, at most 64.
         table: The rows and their slots.
 

@@ -1,8 +1,8 @@
-"""Triton form of ``kronecker``: ``y += w · vec(w1 · X · w2ᵀ)`` per row, in place.
+"""Kronecker updates: ``y += w · vec(w1 · X · w2ᵀ)`` per row, in place.
 
-A program takes one row and a tile of ``out_k``. It computes ``T = X · w2ᵀ`` for the tile, which
-stays on chip, and multiplies all of ``w1`` by it. ``w1`` is the smaller factor of LoKr, so it is
-read from the cache.
+A program computes one row and a tile of the ``out_k`` axis: it computes ``T = X · w2ᵀ`` for the
+tile, which stays on chip, and multiplies all of ``w1`` by ``T``. ``w1`` is usually the smaller
+factor of LoKr, so most reads of it come from the cache.
 """
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -150,8 +150,8 @@ def kronecker(
         y: Base results of one slice, ``[num_rows, out_l · out_k]``, dtype of ``x``; rows may be
             strided.
         factors: Addresses by slot, ``[num_slots, len(shapes)]`` int64, contiguous. The factors
-            there have the dtype of ``x``, are contiguous, and begin at multiples of 16 bytes. 0 for
-            a slot without an update.
+            have the dtype of ``x``, are contiguous, and begin at multiples of 16 bytes. The
+            addresses of a slot without an update are 0.
         shapes: The shapes of w1, ``[out_l, in_m]``, in_m ≤ 128, and w2, ``[out_k, in_n]``, or the
             factors of w2, ``[out_k, r]`` and ``[r, in_n]``, r ≤ 128.
         table: The rows, their slots and their weights.

@@ -1,8 +1,8 @@
 """Low-rank updates: shrink onto the rank space of a row's adapters, and expand from there.
 
-Shrink is bound by the bytes of A. A program takes one item of the segment table (a chunk of rows
-and 16 ranks of one of its components), one slice and one part of the inputs, so that a decode step
-of a few adapters still fills the device. Expand adds up the parts in their order, without atomics.
+Shrink is bound by reading A. A program processes one item of the segment table (a chunk of rows and
+16 ranks of one of its components), one slice and one part of the inputs, so that a decode step of a
+few adapters still fills the device. Expand adds up the parts in their order, without atomics.
 """
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -52,7 +52,7 @@ def shrink_items(
     NUM_SLICES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute a program's share of a shrink; the arguments are the kernel's."""
+    """Compute a program's share of a shrink; for the other arguments, see the kernel below."""
     num_work = tl.load(table_ptr + _CHUNKS + 2) * NUM_SLICES * SPLITS
     rows_ptr = table_ptr + tl.load(table_ptr + 1)
     items_ptr = table_ptr + tl.load(table_ptr + _CHUNKS + 3)
@@ -72,7 +72,8 @@ def shrink_items(
         v_base = tl.load(item_ptr + 5)
         row_stride = tl.load(item_ptr + 6)
         rank_in_adapter = tl.load(item_ptr + 7)
-        # Ranks of this tile that the adapter has in this slice: 0 for a missing slice.
+        # Number of ranks of this tile that the adapter has in this slice; at most 0 if the adapter
+        # does not change the slice.
         held = tl.load(slice_ranks_ptr + slot * NUM_SLICES + s) - rank_in_adapter
         held = tl.minimum(held, rank_end - rank)
 
@@ -80,7 +81,7 @@ def shrink_items(
         x_rows = x_ptr + rows[:, None] * x_stride
         a_rows = a_ptr + ((rank + r).to(tl.int64) * NUM_SLICES + s)[:, None] * in_features
         start = split * split_width
-        # Skip the loads of a missing slice.
+        # Skip the loads if the adapter has no ranks here.
         end = tl.where(held > 0, tl.minimum(start + split_width, in_features), start)
         acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         for k0 in tl.range(start, end, BLOCK_K, num_stages=STAGES):
@@ -149,7 +150,7 @@ def segmented_shrink(
         a: Packed A of one fused projection, ``[pack_rank, num_slices, in_features]``, dtype of
             ``x``, contiguous.
         slice_ranks: Ranks of each slot's adapter in each slice, ``[num_slots, num_slices]`` int32,
-            contiguous; 0 for a missing slice. Ranks past these are not read.
+            contiguous; 0 for a slice that the adapter does not change. Further ranks are not read.
         table: The step's segments, loaded.
 
     Returns:
@@ -194,7 +195,7 @@ def shrink_options(device: torch.device) -> dict[str, Any]:
         "BLOCK_M": TILE_ROWS,
         "BLOCK_R": RANK_TILE,
         "BLOCK_K": tuning(device).shrink_block_k,
-        # Two warps suffice for two tiles of eight ranks: more warps would repeat their products.
+        # Two warps suffice for two tiles of eight ranks: further warps would repeat their products.
         "num_warps": 2,
         "num_stages": 3,
         "enable_fp_fusion": True,
@@ -215,12 +216,12 @@ def check_shrink(x: torch.Tensor, a: torch.Tensor, slice_ranks: torch.Tensor) ->
         raise ValueError(f"slice_ranks is {slice_ranks.dtype}; torch.int32 is needed")
 
 
-# Triton form of ``segmented_expand``: gain, biases and all updates of a row, in one pass.
+# ``segmented_expand`` applies the gain, the biases and all updates of a row in one pass.
 #
-# All terms are added to the base result in fp32, with one rounding. A program takes a chunk of rows
-# and a tile of columns of one slice, and adds up the parts of shrink's reduction as it reads them.
-# Components are added in the request's order, so the result is deterministic and does not depend on
-# the batch.
+# All terms are added to the base result in fp32, with one rounding. A program processes a chunk of
+# rows and a tile of columns of one slice, and adds up the parts of shrink's reduction as it reads
+# them. Components are added in the request's order, so the result is deterministic and does not
+# depend on the batch.
 
 MAX_SLICES = 3
 
@@ -347,7 +348,7 @@ def _expand_tile(
     NUM_SLICES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Finish one chunk of rows in one tile of columns of one slice."""
+    """Compute the final result of one chunk of rows in one tile of columns of one slice."""
     begin = tl.load(chunk_ptr + 2)
     end = tl.load(chunk_ptr + 3)
     # Without an adapter, only the base bias changes a row.
@@ -414,7 +415,7 @@ def segmented_expand(
     base_bias: torch.Tensor | None = None,
     gates: torch.Tensor | None = None,
 ) -> None:
-    """Finish an adapted projection in place.
+    """Apply gains, biases and low-rank updates to the base's result of a projection, in place.
 
     Semantics, per row with mix ``{(k, w_k)}`` and slice ``s``, all in fp32, one rounding::
 
@@ -431,7 +432,7 @@ def segmented_expand(
         table: The step's segments. Rows outside of all segments, and base rows without a
             ``base_bias``, are neither read nor written.
         gain_delta: ``g − 1`` per slot, ``[num_slots, sum(out_s)]`` fp32, contiguous, or None.
-        bias: Bias difference per slot, same form.
+        bias: The bias that each slot's adapter adds, in the same form, or None.
         base_bias: The base's bias, ``[sum(out_s)]`` contiguous; added to base rows too (they must
             be in the table as runs without components).
         gates: Result of ``fusion_gate``, ``[num_rows, num_slices, max_components]`` fp32, or None.
@@ -514,11 +515,9 @@ def check_expand(
 
 # The base's product and ``segmented_shrink`` in one launch: both read the projection's input.
 #
-# The first programs take the shrink's work list, the others are those of ``nf4_matmul``. The bytes
-# of a shrink, a few hundredths of the weight's bytes, are read during the product, and one launch
-# is saved. The bits are those of the two separate kernels: a shrink's products are the same
-# instructions in the same order with four warps as with two, because the other two warps repeat
-# them.
+# The first programs process the shrink's work list, and the others are those of ``nf4_matmul``. The
+# factors of a shrink, a few hundredths of the weight's bytes, are read during the product, and one
+# launch is saved. The bits are those of the two separate kernels, which use two warps as well.
 
 _BLOCK = tl.constexpr(BLOCK)
 

@@ -1,15 +1,15 @@
 """Products with NF4 weights: ``nf4_matmul`` decodes weights in registers, for 1 to 64 rows.
 
-Reading half a byte per weight bounds the kernels, so a weight must take few instructions. A program
-takes a tile of output columns and walks the input features by quantisation block: one product of
-the block's sixteen-valued codes with up to 64 rows on tensor cores, times the block's absmax in
-fp32. Every row goes through the same tensor-core instruction in the same order, so its bits do not
-depend on how many rows there are.
+The kernels are bound by reading half a byte per weight, so decoding a weight must take few
+instructions. A program computes a tile of output columns and goes through the input features by
+quantisation block: it multiplies the values of the block's codes by up to 64 rows on tensor cores,
+and then the product by the block's absmax in fp32. Every row goes through the same tensor-core
+instructions in the same order, so its bits do not depend on how many rows there are.
 
 If a weight has few columns, the input features are cut into parts at fixed positions that depend
-only on the weight's shape; the program of a tile of columns that finishes last adds the parts in
-their order. For a weight of gates and ups, that program can also compute the activation of the
-gates times the ups, and write only that.
+only on the weight's shape. The last program to finish for a tile of columns adds the parts in their
+order. For a weight of gates and ups, this program can also multiply the activated gates by the ups,
+and write only these products.
 """
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -43,7 +43,8 @@ from turret.kernels.gpu.rope_kv_write import KvWrite, pair_of, rope_kv_write, st
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 
 MAX_ROWS = 64
-# The rows of each form, and the maximum number of registers of a thread (``Tuning.registers``).
+# The variants of the kernels: number of rows, and maximum number of registers of a thread
+# (``Tuning.registers``).
 _FORMS = ((16, 168), (32, 208), (MAX_ROWS, 255))
 # Maximum number of tiles of columns in a weight.
 _MAX_COUNTERS = 1 << 14
@@ -60,8 +61,8 @@ def multiply_columns(
     to_ptr,  # [num_rows, out_features]
     n,  # [BLOCK_N], the columns
     inside,
-    begin,  # quantisation blocks of the columns' inputs
-    end,
+    begin,  # first quantisation block of the inputs
+    end,  # the block after the last one
     num_rows,
     x_stride,
     in_features,
@@ -69,7 +70,7 @@ def multiply_columns(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Store the products of some inputs in some columns."""
+    """Store the products of all rows with some columns, over some blocks of the inputs."""
     first_block = n * (in_features // _BLOCK)
     m = tl.arange(0, ROWS)
     live = m < num_rows
@@ -108,7 +109,7 @@ def store_sums(
     y_ptr, parts_ptr, column, inside, num_rows, width, out_features, SPLITS: tl.constexpr,
     GATED: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile of columns of the result from the parts of all programs."""
+    """Write a tile of columns of the result: the sum of all programs' parts, activated if GATED."""
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     for first in tl.range(0, num_rows, 16, num_stages=1):
         m = first + tl.arange(0, 16)
@@ -124,7 +125,7 @@ def store_sums(
         tl.store(y_ptr + m[:, None] * width + column[None, :], y.to(dtype), mask=keep)
 
 
-# Compile once for all numbers of rows that need the same number of tiles.
+# Without this option, Triton would compile further variants for some numbers of rows and blocks.
 @triton.jit(do_not_specialize=["num_rows", "part_blocks"])
 def nf4_matmul_kernel(
     x_ptr,  # [num_rows, in_features]
@@ -144,7 +145,8 @@ def nf4_matmul_kernel(
     GATED: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # Columns of the result; the columns of the ups follow those of the gates.
+    # The weight's columns for the ups follow those for the gates; both belong to the same columns
+    # of the result.
     tile, width, shift = tl.program_id(0), out_features, 0
     if GATED:
         width = out_features // 2
@@ -160,7 +162,7 @@ def nf4_matmul_kernel(
         n, inside_n, begin, tl.minimum(begin + part_blocks, in_features // _BLOCK), num_rows,
         x_stride, in_features, out_features, ROWS, BLOCK_N,
     )  # fmt: skip
-    # The outer condition is a constant at compile time, so it must stay apart from the inner one.
+    # The outer condition is a compile-time constant, so it must stay separate from the inner one.
     if parts_ptr is not None:  # noqa: SIM102
         if is_last(counters_ptr + tile, 2 * SPLITS if GATED else SPLITS):
             store_sums(
@@ -175,7 +177,7 @@ def counters_on(device: torch.device) -> torch.Tensor:
 
 
 def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix, *, gated: bool = False) -> torch.Tensor:
-    """Multiply by a quantised weight without writing it out.
+    """Multiply by a quantised weight without writing the dequantised weight to memory.
 
     Launches share counters, so they must use one stream.
 
@@ -187,12 +189,12 @@ def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix, *, gated: bool = False) -> to
 
     Returns:
         ``[num_rows, out_features]`` (``gated``: half as many), dtype of ``x``, one rounding from
-        fp32 (and one after the activation). A weight is its value in ``CODE``, rounded to the dtype
-        of ``x``, times the absmax of its block, which is not rounded.
+        fp32 (and one after the activation). A weight is the value of its code in ``CODE``, rounded
+        to the dtype of ``x``, times the absmax of its block, which is not rounded.
 
     Raises:
-        ValueError: A shape, dtype or stride breaks the contract, or there are more than 64 rows
-            (dequantise once and use a library product).
+        ValueError: A shape, dtype or stride breaks the contract, or there are more than 64 rows.
+            For more rows, call ``nf4_dequantize`` and use a library's product.
     """
     if gated and weight.out_features % 2:
         raise ValueError(f"out_features is {weight.out_features}; an even number is needed")
@@ -272,7 +274,7 @@ def check_product(x: torch.Tensor, weight: Nf4Matrix) -> None:
     size = weight.out_features * weight.in_features
     check_contiguous("packed", weight.packed)
     check_length("packed", weight.packed, size // 2)
-    # The kernel indexes with 32 bits: 64-bit indices cost registers.
+    # The kernel uses 32-bit indices, because 64-bit indices need more registers.
     if size // 2 >= 1 << 31:
         raise ValueError(f"packed has {size // 2} bytes, but must have fewer than 2³¹")
     check_contiguous("absmax", weight.absmax)
@@ -281,10 +283,10 @@ def check_product(x: torch.Tensor, weight: Nf4Matrix) -> None:
 
 # The product of queries, keys and values, and ``rope_kv_write`` of it, in one launch.
 #
-# Every program stores its part of the product. The last program of two neighbouring tiles of
-# columns adds up the parts, rotates the heads of both tiles and stores them, so the product itself
-# is never written. Two tiles contain whole heads. The bits are those of the two kernels in
-# sequence.
+# Every program stores its part of the product. The last program to finish for two neighbouring
+# tiles of columns adds up the parts, rotates the heads of both tiles and stores them, so the
+# product itself is never written. Two tiles contain whole heads. The bits are those of the two
+# kernels in sequence.
 
 
 @triton.jit
@@ -292,7 +294,7 @@ def _biased_sum(
     parts_ptr, bias_ptr, m, n, keep, inside, num_rows, out_features, dtype: tl.constexpr,
     SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """The product in some columns: rounded, with the bias added, and rounded again."""
+    """The product in some columns: rounded, then the bias is added, then rounded again."""
     y = sum_of_parts(parts_ptr, m, n, keep, num_rows, out_features, dtype, SPLITS)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
@@ -386,17 +388,16 @@ def nf4_rotate_kernel(
 def nf4_rotate(
     x: torch.Tensor, weight: Nf4Matrix, bias: torch.Tensor | None, write: KvWrite
 ) -> torch.Tensor:
-    """Multiply, rotate the heads, and store keys and values.
+    """Multiply by the weight of queries, keys and values, rotate heads, store keys and values.
 
     Launches share counters with those of ``nf4_matmul``, so all of them must use one stream.
 
     Args:
         x: ``[num_rows, in_features]``, 1 to 64 rows, fp16, bf16 or fp32; rows may be strided.
-        weight: As for ``nf4_matmul``; heads of queries first, then of keys, then
-            of values.
+        weight: As for ``nf4_matmul``; heads of queries first, then of keys, then of values.
         bias: ``[out_features]`` contiguous, or None.
-        write: The write of the same rows; two tiles of columns hold whole heads
-            (``KvWrite.divides``).
+        write: The rotation and the slots of the same rows; two tiles of columns must contain whole
+            heads (``KvWrite.divides``).
 
     Returns:
         Rotated queries, ``[num_rows, num_heads, head_dim]``, dtype of the cache: the bits of
@@ -481,7 +482,7 @@ def nf4_dequantize_kernel(
 
 
 def nf4_dequantize(weight: Nf4Matrix, dtype: torch.dtype) -> torch.Tensor:
-    """Write out a quantised weight.
+    """Dequantise a weight.
 
     Args:
         weight: The weight, its tensors contiguous.
@@ -512,8 +513,9 @@ def nf4_dequantize(weight: Nf4Matrix, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
-# The operation that follows a fused projection ends the base's product if no adapter changes the
-# projection; otherwise it has its own kernel. The bits are the same both ways.
+# If no adapter changes a fused projection, the launch of the base's product also applies the
+# operation that follows, its epilogue. Otherwise the epilogue has its own kernel. The bits are the
+# same both ways.
 
 
 class Epilogue(Protocol):
@@ -524,13 +526,13 @@ class Epilogue(Protocol):
         ...
 
     def ends_product(self, bias: torch.Tensor | None, device: torch.device) -> bool:
-        """Whether ``of_product`` can be called."""
+        """Whether ``of_product`` supports this bias on this device."""
         ...
 
     def of_product(
         self, x: torch.Tensor, first_row: int, weight: Nf4Matrix, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """Apply the operation to the base's product with some rows.
+        """Compute the base's product with some rows, and apply the operation to it.
 
         Args:
             x: The rows, at most 64, ``[rows, in]``.
@@ -542,7 +544,7 @@ class Epilogue(Protocol):
 
 
 class GatedSilu:
-    """The silu of the gates times the ups: ``[rows, out]`` → ``[rows, out / 2]``."""
+    """The epilogue that multiplies silu(gates) by ups: ``[rows, out]`` → ``[rows, out / 2]``."""
 
     def __call__(self, y: torch.Tensor) -> torch.Tensor:
         return silu_mul(y)
@@ -558,7 +560,7 @@ class GatedSilu:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heads:
-    """Rotated queries, ``[rows, heads, head_dim]``; keys and values are stored.
+    """The epilogue that returns rotated queries and stores keys and values.
 
     Attributes:
         write: The rotation of the heads, and the slots of keys and values.

@@ -5,9 +5,9 @@ values are read once for all of them. An *item* is the tokens of such a tile; a 
 range of a sequence's positions; a *record* is an item with the splits that one program computes.
 An item is *spread* if each of its splits has a record of its own (see ``AttentionTable``).
 
-Within a split, the softmax is updated tile by tile. The results of the splits are merged in order,
-in the same program or by the one that finishes an item last. If heads have sinks, the sums begin
-with those.
+Within a split, the softmax is updated tile by tile. The results of an item's splits are merged in
+order, either by the only program of the item or by the one that finishes last. If heads have sinks,
+the merged sums begin with these.
 """
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -40,7 +40,10 @@ _MASKED = tl.constexpr(-1e30)
 
 @triton.jit
 def _merge(best, total, acc, other_best, other_total, other_acc):
-    """Add a later split's softmax state to the running one; compiled alike in all kernels."""
+    """Add a later split's softmax state to the running one.
+
+    The explicit ``fma`` makes every kernel round in the same way.
+    """
     top = tl.maximum(best, other_best)
     mine = tl.exp2(best - top)
     theirs = tl.exp2(other_best - top)
@@ -92,7 +95,7 @@ def _attend_split(
     blocks_ptr,  # block numbers of the sequence
     positions,  # [BLOCK_M], positions of the queries
     first,  # first visible position of the sequence
-    last,  # last position any row sees
+    last,  # last position that any row sees
     start,  # start of the split
     row_elements: tl.constexpr,  # KV_HEADS * HEAD_DIM
     scale,  # multiplied by log2(e), and by 2 / SOFTCAP if there is a cap
@@ -148,7 +151,7 @@ def _finish(
     acc, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PER_HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Store a whole item's result, or a spread item's state; the last program stores the result."""
+    """Store a whole item's result, or a spread item's state; the last program merges the states."""
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     # Load the number of rows again, to free its register during the loop over keys.
@@ -252,10 +255,11 @@ def paged_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attend the new tokens of a step to their sequences.
+    """Compute the attention of a step's new tokens to their sequences.
 
     Args:
-        q: Rotated, ``[num_rows, num_heads, head_dim]``, floats; rows may be strided, heads not.
+        q: Rotated queries, ``[num_rows, num_heads, head_dim]``, fp16, bf16 or fp32; rows may be
+            strided, heads not.
         k_cache: Rotated keys of one layer, ``[num_blocks, block_size, kv_heads, head_dim]``,
             contiguous; the new tokens' keys are already written. ``block_size`` divides 32.
         v_cache: Values, same shape and dtype.

@@ -1,4 +1,4 @@
-"""Triton form of ``residual_rms_norm``: one pass over the residual stream, one program per row."""
+"""Residual addition and RMSNorm in one pass over the residual stream, with a program per row."""
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
@@ -42,7 +42,7 @@ def residual_rms_norm_kernel(
 def residual_rms_norm(
     residual: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """Add in place and normalise.
+    """Add ``update`` to ``residual`` in place, and normalise the sum.
 
     Args:
         residual: ``[num_rows, width]``, fp16, bf16 or fp32, rows may be strided; becomes the sum.

@@ -1,4 +1,4 @@
-"""Triton form of ``rope_kv_write``: one program per row and head, from qkv to the cache."""
+"""Rotates heads and writes keys and values to the cache, with one program per row and head."""
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
@@ -64,7 +64,7 @@ class KvWrite:
         return torch.empty(shape, dtype=self.k_cache.dtype, device=self.k_cache.device)
 
     def rows(self, start: int, stop: int) -> KvWrite:
-        """The same for some rows only."""
+        """The write for some of the rows."""
         return KvWrite(
             cos=self.cos[start:stop],
             sin=self.sin[start:stop],
@@ -96,7 +96,7 @@ class KvWrite:
 
 @triton.jit
 def rotated(first, second, cos, sin):
-    """The rotated features of a pair; compiled alike in all kernels."""
+    """The rotated features of a pair. The explicit ``fma`` makes every kernel round alike."""
     return tl.fma(first, cos, -(second * sin)), tl.fma(second, cos, first * sin)
 
 
@@ -221,7 +221,7 @@ def rope_kv_write(
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
 ) -> torch.Tensor:
-    """Normalise and rotate the heads, and store keys and values.
+    """Normalise the heads if there are norms, rotate them, and store keys and values.
 
     Args:
         qkv: ``[num_rows, (num_heads + 2 · kv_heads) · head_dim]``, fp16, bf16 or fp32; rows may be

@@ -1,9 +1,9 @@
 """Draws a token from every row of logits: greedy, or by temperature, top-k, top-p and min-p.
 
-Each program takes one row, so a row's token depends only on the row. Nothing is sorted: top-k and
-top-p keep all tokens up to some distance from the likeliest, and bisection over the bits of the
-distance finds it exactly, in about 17 passes over a row. Of the tokens at exactly that distance,
-those with the lowest ids are kept.
+Each program processes one row, so a row's token depends only on the row. Nothing is sorted: top-k
+and top-p keep all tokens up to some distance from the likeliest, and bisection over the bits of
+this distance finds it exactly, in about 17 passes over a row. Of the tokens at exactly this
+distance, those with the lowest ids are kept.
 """
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -62,7 +62,7 @@ def _tokens_within(row_ptr, vocab, top, temperature, limit, BLOCK: tl.constexpr)
 
 @triton.jit
 def _keep_likeliest(row_ptr, vocab, top, temperature, top_k, BLOCK: tl.constexpr):
-    """The distance of the ``top_k``-th token, and the number of kept tokens at that distance."""
+    """The distance of the ``top_k``-th likeliest token, and how many tokens at it are kept."""
     low = tl.full((), 0, dtype=tl.int32)
     high = tl.full((), _FARTHEST_BITS, dtype=tl.int32)
     while low < high:
@@ -79,7 +79,11 @@ def _keep_likeliest(row_ptr, vocab, top, temperature, top_k, BLOCK: tl.constexpr
 
 @triton.jit
 def _keep_mass(row_ptr, vocab, top, temperature, top_p, limit, ties, BLOCK: tl.constexpr):
-    """Like ``_keep_likeliest``, for the fewest kept tokens with a share ``top_p`` of their mass."""
+    """The same as ``_keep_likeliest``, for top-p.
+
+    Of the tokens that top-k keeps (up to ``limit``, and ``ties`` at it), the likeliest are kept:
+    the fewest whose mass is at least ``top_p`` of the mass of all.
+    """
     _, nearer, _, _ = _tokens_within(row_ptr, vocab, top, temperature, limit - 1, BLOCK)
     count, mass, _, _ = _tokens_within(row_ptr, vocab, top, temperature, limit, BLOCK)
     weight = tl.exp(-limit.to(tl.float32, bitcast=True))
@@ -114,7 +118,7 @@ def _kept(row_ptr, at, vocab, top, temperature, limit, ties, seen):
 
 @triton.jit
 def _draw(row_ptr, vocab, top, temperature, limit, ties, uniform, winner, BLOCK: tl.constexpr):
-    """The kept token, by id, at which the running mass passes ``uniform`` times the total."""
+    """The first kept token, by id, at which the running mass passes ``uniform`` · total mass."""
     total = tl.full((), 0.0, dtype=tl.float32)
     seen = tl.full((), 0, dtype=tl.int32)
     for start in range(0, vocab, BLOCK):
@@ -188,11 +192,12 @@ def sample_rows_kernel(
 def sample_rows(logits: torch.Tensor, table: torch.Tensor, tokens: torch.Tensor) -> None:
     """Draw a token of every row.
 
-    With ``z`` a row's logits over its temperature and ``p = softmax(z)``: top-k keeps the ``k``
-    likeliest tokens, top-p the fewest of those with a share ``top_p`` of their mass, min-p those up
-    to a given distance from the likeliest. The token is the first, by id, at which the running mass
-    of the kept tokens passes ``uniform`` times their whole mass. At temperature 0, and if all
-    logits are -inf, the likeliest token is drawn; the first one wins a tie.
+    ``z`` is a row's logits divided by its temperature, and ``softmax(z)`` a token's mass. Top-k
+    keeps the ``k`` likeliest tokens. Of these, top-p keeps the fewest likeliest whose mass is at
+    least ``top_p`` of the mass of all, and min-p those up to a given distance in ``z`` from the
+    likeliest. The token is the first, by id, at which the running mass of the kept tokens passes
+    ``uniform`` times their whole mass. At temperature 0, and if all logits are -inf, the likeliest
+    token is drawn; the first one wins a tie.
 
     Args:
         logits: ``[num_rows, vocab]`` fp32; rows may be strided.

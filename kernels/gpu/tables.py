@@ -66,7 +66,7 @@ _MAX_GAP_BYTES = 1 << 16
 
 
 def has_streams(device: torch.device) -> bool:
-    """Whether a device works asynchronously."""
+    """Whether a device runs work asynchronously, on streams."""
     return device.type == "cuda"
 
 
@@ -74,9 +74,9 @@ _CODES = {torch.int32: "i", torch.int64: "q", torch.float32: "f"}
 
 
 def host_tensor(values: Sequence[int] | Sequence[float], dtype: torch.dtype) -> torch.Tensor:
-    """``[len(values)]`` on the host, for int32, int64 and fp32; a step makes many of them.
+    """A tensor of the values on the host, ``[len(values)]`` int32, int64 or fp32.
 
-    ``torch.tensor`` takes several times as long.
+    A step makes many such tensors, and ``torch.tensor`` would take several times as long.
     """
     if not values:
         return torch.empty(0, dtype=dtype)
@@ -94,7 +94,7 @@ def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class _Chunk:
-    """Device memory, and pinned memory of the same layout for each of two steps.
+    """Device memory, and two staging areas of the same layout in pinned memory.
 
     Attributes:
         used: The number of bytes in parts.
@@ -169,13 +169,14 @@ class StagedMemory:
     def begin(self) -> None:
         """Begin a step, after waiting until its staging area has been copied."""
         self._half = 1 - self._half
-        # Waiting releases the GIL just before the launches, even if the event is long over.
+        # Query first: waiting for an event, even for one that is long over, would release the GIL
+        # just before the launches.
         if self._events and not self._events[self._half].query():
             self._events[self._half].synchronize()
         self._is_open = True
 
     def staging_of(self, halves: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The staging area that the open step writes to, one of two."""
+        """The one of two staging areas to which the open step writes."""
         assert self._is_open, "outside a step the device may be reading it"
         return halves[self._half]
 
@@ -219,19 +220,19 @@ class StagedPart:
         self._staging = [staging[where].view(dtype) for staging in chunk.staging]
 
     def load(self, words: Sequence[int]) -> None:
-        """Write to the front of the buffer; the rest becomes undefined.
+        """Write to the front of the buffer; all other elements become undefined.
 
         The copy starts with the step's ``send``, or at once if no step is open.
 
         Raises:
-            ValueError: More elements than the buffer has.
+            ValueError: There are more words than the buffer has elements.
         """
         size = len(words)
         with self._memory.step():
             self.staged(size).copy_(host_tensor(words, self.buffer.dtype))
 
     def staged(self, size: int) -> torch.Tensor:
-        """The front of the open step's staging area, to be written to.
+        """The front of this buffer's staging area in the open step, to which the caller writes.
 
         Raises:
             ValueError: More elements than the buffer has.
@@ -242,7 +243,7 @@ class StagedPart:
         return self._memory.staging_of(self._staging)[:size]
 
 
-# Rows that use tables by slot (Hadamard, Kronecker, experts), in an int32 buffer on the device.
+# Rows that use slot tables (Hadamard, Kronecker, experts), in an int32 buffer on the device.
 #
 # A captured CUDA graph replays with any later step, because kernels read the count from here::
 #
@@ -254,7 +255,7 @@ ROW_TABLE_MULTIPLE = 16
 
 
 class RowTable:
-    """The rows of a step that use tables by slot. Owns its device memory; not thread-safe.
+    """The rows of a step that use slot tables. Owns its device memory; not thread-safe.
 
     Attributes:
         buffer: ``[ROW_HEADER + 3 · capacity]`` int32 on the device; its address never changes.
@@ -274,7 +275,7 @@ class RowTable:
         """Set the step's rows (each at most once), their slots and mix weights.
 
         Raises:
-            ValueError: More rows than the capacity, or the lengths differ.
+            ValueError: There are more rows than the capacity, or the lengths differ.
         """
         if not len(rows) == len(slots) == len(weights) <= self.capacity:
             raise ValueError(
@@ -332,9 +333,10 @@ class SamplingTable:
 
 # Segment metadata on the device: which rows of a step use which adapters.
 #
-# All tables are in one int32 buffer; a header contains the positions of its sub-tables. So a step
-# copies only the bytes that it uses, kernels take one pointer, and a captured CUDA graph replays
-# with any later step: kernels loop over the number of work units in the header.
+# All tables are in one int32 buffer, whose header contains the positions of the sub-tables (``@``
+# marks a position). A step therefore copies only the bytes that it uses, and kernels need one
+# pointer. A captured CUDA graph replays with any later step, because kernels loop over the number
+# of work units in the header.
 #
 # A *segment* is all rows that share a mix, in any order and wherever they are in the step (rows are
 # gathered through ``rows``): decode requests of one adapter are one segment and read its weights
@@ -426,12 +428,12 @@ class SegmentTable:
         """Allocate for the largest step.
 
         Args:
-            max_rows: Rows of a step.
-            max_row_rank: Sum of the ranks of one row's mix.
-            max_components: Components of one row's mix.
+            max_rows: The maximum number of rows of a step.
+            max_row_rank: The maximum sum of the ranks of one row's mix.
+            max_components: The maximum number of components of one row's mix.
             device: The device of the kernels.
-            max_gates: Gated adapters of one row's mix.
-            max_row_query: The sum of ``GatedMembers.query_length`` over one row's mix.
+            max_gates: The maximum number of gated adapters of one row's mix.
+            max_row_query: The maximum sum of ``GatedMembers.query_length`` over one row's mix.
             memory: The memory that holds the table; None for memory of its own.
         """
         self.max_rows = max_rows
@@ -565,19 +567,20 @@ class SegmentTable:
 #
 # The queries of a sequence are cut into *items* of at most ``tile_rows`` query rows (new tokens
 # times the query heads of a KV head). A sequence's keys are cut into *splits* at fixed positions,
-# multiples of ``SPLIT``, in every batch. A record is an item with a run of splits. An item is
-# either spread (one split per record, so that a long context fills the device) or whole (all splits
-# in one record, without intermediate results in memory). Both merge splits in the same order, so
-# the bits are the same, and each item can be either, independently of the rest of the step.
-# Sequences are spread as far as there is scratch memory: those with the fewest items first, because
-# they would leave most of the device idle, and among these the longest. Their records come first::
+# multiples of ``split``, in every batch. A *record* is an item with a run of splits. An item is
+# either *spread* (one split per record, so that a long context fills the device) or *whole* (all
+# splits in one record, without intermediate results in memory). Both kinds merge splits in the same
+# order, so the bits are the same, and each item can be of either kind, whatever the other items
+# are. Sequences are spread as far as there is scratch memory: those with the fewest items first,
+# because they would leave most of the device idle, and among these the longest. The records of
+# spread items precede all others::
 #
 #     header   num_records · records@ · 0 · 0
 #     record   row · tokens · position · blocks@ · padding · split_begin · split_end
-#              · first record of the item · its records
+#              · first record of the item · number of the item's records
 #
 # Block numbers are in a separate buffer, which outlives the step (``BlockTables``); ``blocks@`` is
-# the position of the sequence's first one.
+# the position of the sequence's first block number there.
 
 ATTENTION_HEADER = 4
 ATTENTION_RECORD = 9
@@ -600,7 +603,7 @@ class AttentionTable:
             it determines the order of a row's sums.
         tile_rows: Query rows per item: 16, or 32 if a KV head has more queries than that. The same
             in all steps of a model, because it determines how the warps share a sum over keys.
-        kv_heads: KV heads.
+        kv_heads: The number of KV heads.
         queries_per_head: Query heads per KV head.
         window: Sliding window in tokens, or None.
     """
@@ -621,7 +624,8 @@ class AttentionTable:
         """Allocate for the largest step.
 
         Args:
-            max_records: The number of items of a step, in addition to ``spread_records``.
+            max_records: The maximum number of records of a step: of whole items, plus
+                ``spread_records``.
             blocks: Block numbers on the device, which the caller keeps up to date; or, for
                 ``load``, the number of block numbers for which the table itself has room.
             kv_heads: See the class.
@@ -654,7 +658,7 @@ class AttentionTable:
         self.counters = torch.zeros(counters, dtype=torch.int32, device=device)
 
     def load(self, spans: Sequence[SequenceSpan]) -> None:
-        """Describe a step, block numbers included, and start copying that to the device.
+        """Describe a step, block numbers included, and start copying the description to the device.
 
         Raises:
             ValueError: The step exceeds a capacity given at construction.
