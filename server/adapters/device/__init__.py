@@ -232,7 +232,7 @@ class AdapterMemoryError(Exception):
         self.key = key
 
 
-# Called with every adapter that enters or leaves a store.
+# A function that is called with every adapter that enters or leaves a store.
 OnMoved = Callable[[Any], None]
 
 
@@ -323,7 +323,7 @@ class AdapterStep(Protocol):
         ...
 
     def attend(self, layer: int, q: torch.Tensor, attended: torch.Tensor) -> None:
-        """Add the attention to keys outside the rows' sequences, in place.
+        """Add the attention to adapters' constant keys, which no sequence contains, in place.
 
         Args:
             layer: Layer number.

@@ -1,9 +1,9 @@
 """Low-rank updates side by side in wide matrices; gains and biases in tables.
 
-Together they are the *pack*. An adapter's *place* in it is a range of ranks, the same in every
-matrix, and a *slot*, which is its index in every table. Slot 0 belongs to no adapter, and stays
-neutral. Matrices and tables are made once, as large as their budget, and never move, because
-captured steps contain their addresses.
+The matrices and tables are the *pack*. An adapter's *place* in the pack is a range of ranks, the
+same in every matrix, and a *slot*, which is its index in every table. Slot 0 belongs to no adapter,
+and stays neutral. Matrices and tables are made once, as large as their budget, and never move,
+because captured steps contain their addresses.
 """
 
 from __future__ import annotations
@@ -436,7 +436,7 @@ class GpuStepGates:
         Args:
             layer: Layer number.
             projection: Fused projection.
-            x: Its input.
+            x: The projection's input.
             v: The rank activations from the step's shrink.
             table: The step's segments.
         """

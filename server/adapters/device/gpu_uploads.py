@@ -327,7 +327,7 @@ class Uploads:
         self._leaving: list[tuple[torch.cuda.Event | None, torch.Tensor]] = []
 
     def is_near(self, key: str, operators: AdapterOperators) -> bool:
-        """Whether a step need not wait for an adapter's copy. If the copy is missing, starts it.
+        """Whether a step need not wait for an adapter's copy; starts the copy if it is missing.
 
         The caller asks repeatedly while other requests run. The answer is False for at most a
         second.

@@ -46,7 +46,7 @@ class _Module:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """The operators of one adapter that are stored here."""
+    """The operators of one adapter that ``Reference`` applies."""
 
     modules: dict[_Place, list[_Module]] = field(default_factory=dict)
     experts: dict[_Place, ExpertLowRank] = field(default_factory=dict)
@@ -181,7 +181,7 @@ class StepReference:
                 y.index_copy_(0, numbers, total.to(y.dtype))
 
     def attend(self, layer: int, q: torch.Tensor, attended: torch.Tensor) -> None:
-        """Add the attention to keys outside the rows' sequences, in place; see ``AdapterStep``."""
+        """Add the attention to adapters' constant keys, in place; see ``AdapterStep``."""
         for group in self.groups:
             found = [(held.attention.get(layer), weight) for held, weight, _ in group.members]
             for constants, weight in found:

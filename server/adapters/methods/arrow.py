@@ -7,8 +7,8 @@ which ``B_e A_e`` responds most. Prototypes need no training::
 
 General knowledge subtraction (GenKnowSub, ACL 2025, short paper 54) first subtracts the mean ``A``
 and the mean ``B`` of general LoRAs from those of every expert. The experts and the general LoRAs
-are registered adapters; the config identifies them by digest, like that of a learned fusion. PEFT's
-file of a router holds factors that its forward pass never reads.
+are registered adapters, which the config identifies by digest, as in a learned fusion. A router's
+file from PEFT also contains factors that PEFT's forward pass never reads.
 """
 
 from __future__ import annotations

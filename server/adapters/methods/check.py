@@ -61,7 +61,7 @@ def check_files(
     """Rejects an adapter that cannot be served, as far as its config and header show.
 
     Args:
-        directory: The adapter's directory, with its two files.
+        directory: The adapter's directory, with the config and the tensors.
         path: The adapter's name in messages.
         base: The known facts about the base, or None.
         base_name: The base's name as served; None if adapters of any base are accepted.

@@ -1,7 +1,7 @@
 """DoRA (arXiv 2402.09353): ``y = g ⊙ (W x + s·B A x) + b`` with ``g = m / ‖W + s·B A‖_row``.
 
 The operators are a gain ``g`` on the bias-free base result, and a low-rank update whose ``B`` is
-scaled by ``s·g``. ``W`` is the weight as served. The norms depend on it, so they are always
+scaled by ``s·g``. ``W`` is the weight as served. The norms depend on ``W``, so they are always
 computed at load.
 """
 

@@ -10,7 +10,7 @@ from turret.server.adapters.methods.kit import *
 
 
 def _rank(m: Module) -> int:
-    """The module's rank. PEFT 0.21 reads rank_pattern only on a 4-bit base, and else uses r."""
+    """The module's rank. Unless the base is in 4 bits, PEFT 0.21 uses r, not rank_pattern."""
     return m.config["r"] if m.extent("hira_A", 0) == m.config["r"] else m.rank
 
 

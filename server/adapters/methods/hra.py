@@ -1,9 +1,10 @@
-"""HRA (arXiv 2405.17484): ``y = W R x``, ``R = Π (I − 2 u_i u_iᵀ)``; ``apply_GS``: ``I − 2 U Uᵀ``.
+"""HRA (arXiv 2405.17484): ``y = W R x``, where ``R`` is a product of reflections.
 
-``R − I`` has rank ``r``. If the columns of ``V`` are the unit reflection vectors, it is ``P Vᵀ``
-(the compact WY form), so ``ΔW = W P Vᵀ``. Training starts from pairs of equal reflections, for
-which ``P Vᵀ`` is a small difference of large factors. With ``V = Q T`` (QR), the factors are ``Qᵀ``
-and ``W (P Tᵀ)``. These are as small as the update itself, so rounding them loses nothing.
+``R = Π (I − 2 u_i u_iᵀ)``, or ``I − 2 U Uᵀ`` with ``apply_GS``. ``R − I`` has rank ``r``. If the
+columns of ``V`` are the unit reflection vectors, ``R − I`` is ``P Vᵀ`` (the compact WY form), so
+``ΔW = W P Vᵀ``. Training starts from pairs of equal reflections, for which ``P Vᵀ`` is a small
+difference of large factors. The served factors are therefore ``Qᵀ`` and ``W (P Tᵀ)``, where
+``V = Q T`` (QR). Their product has no such cancellation, so rounding them loses nothing.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _reflections(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _orthonormal(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same factors for ``R = I − 2 U Uᵀ``, with ``U`` orthonormalised by Gram-Schmidt."""
+    """Like ``_reflections``, for ``R = I − 2 U Uᵀ``, with ``U`` orthonormalised by Gram-Schmidt."""
     done: list[torch.Tensor] = []
     for column in u.unbind(dim=1):
         for other in done:

@@ -37,7 +37,8 @@ def _check(adapter: Reading) -> None:
         found = list(m.tensors[_VECTOR].shape)
         wanted = [1, m.inputs] if name in is_feedforward else [m.outputs, 1]
         if found != wanted:
-            # The vector has the size of the other side, so config and tensor contradict each other.
+            # The vector has the size of the module's other side, so config and tensor contradict
+            # each other.
             m.fault(_VECTOR, say("WRONG_SHAPE", shape=found, expected=wanted))
 
 

@@ -4,7 +4,7 @@ A method is one file that assigns ``METHOD``. Its declaration names the values o
 config keys that it reads (each with a check), the keys that it ignores (each with the reason) and
 the tensors with their shapes. The declaration determines which adapters are served, every
 rejection, the check of a header before the weights are read, and the tables in docs/adapters.md.
-Its function ``operators`` turns the tensors of a module into operators.
+A declaration's function ``operators`` turns the tensors of a module into operators.
 
 ``torch`` is imported here at its first use, so that the declarations do not need it.
 """

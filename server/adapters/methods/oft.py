@@ -10,7 +10,8 @@ A file has one of three layouts:
 - The same layout with ``block_share``: one block for all inputs.
 - PEFT 0.14 and 0.15: ``oft_r``, whose skew part is ``Q``, and ``oft_s``, a gain.
 
-Before 0.14, PEFT rotated outputs. Files from those versions have no ``oft_block_size``.
+Before 0.14, PEFT rotated outputs. Files from those versions are rejected, because they have no
+``oft_block_size``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The declaration of methods that learn positions before the prompt.
+"""Declarations for methods that learn positions before the prompt.
 
 Their files contain ``prompt_embeddings`` with one row per virtual token. A row is an embedding
 (``SoftTokens``), or keys and values (``KeysAndValues``).
@@ -32,7 +32,7 @@ from turret.server.words import say
 _SIZES: Rules = {
     "num_virtual_tokens": Used(fault_of_rank),
     "token_dim": Used(fault_of_rank),
-    # PEFT uses two submodules for an encoder and a decoder.
+    # PEFT uses two submodules for a model with encoder and decoder, which turret does not serve.
     "num_transformer_submodules": Used(fault_of_choice(1, None)),
 }
 # Keys of PEFT's configs for a text with whose embeddings training starts.

@@ -24,7 +24,8 @@ _BASES = Dim(lambda m: -(-_LEAST.of(m) // m.rank), is_served=True)
 
 def _check(adapter: Reading) -> None:
     if adapter.rank > max(_MOST.of(adapter), _SMALL_RANK):
-        # The bases would be larger than any weight, although a file without them stays small.
+        # The bases would be larger than any weight. A file without them is small at any rank, so it
+        # could make the server allocate too much memory.
         most = max(_MOST.of(adapter), _SMALL_RANK)
         adapter.fault("r", say("NOT_IN_RANGE", least=1, most=most, value=adapter.rank))
     for role in _COPIES:

@@ -26,7 +26,8 @@ def _shape(m: Module) -> Shape:
         raise Misfit(say("NOT_DIVISIBLE", size=out, what="outputs", by=group))
     sizes = {"road_1": out // 2, "road_2": out, "road_4": 2 * out}
     size = sizes[m.config["variant"]]
-    # A size that another variant would have is a wrong config, not another base.
+    # If the size fits another variant, the config is wrong; otherwise, the adapter is for another
+    # base.
     is_other = any(m.extent(role, 0) in sizes.values() for role in (_THETA, _ALPHA))
     return (Dim(lambda _: size, is_served=not is_other),)
 
