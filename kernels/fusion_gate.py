@@ -99,7 +99,7 @@ def given_gate_reference(
 
 
 def _largest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Whether each of ``[rows, K]`` scores is among its row's ``count`` largest; the first wins."""
+    """A mask of each row's ``count`` largest scores, ``[rows, K]``; the first ones win ties."""
     order = torch.arange(scores.shape[1], device=scores.device)
     mine, other = scores[:, :, None], scores[:, None, :]
     is_before = (other > mine) | ((other == mine) & (order[None, :] < order[:, None]))
@@ -127,7 +127,7 @@ def _padded(values: torch.Tensor, row_multiple: int = 1) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _members(rank_indptr: tuple[int, ...], ranks: int, device: torch.device) -> torch.Tensor:
-    """1 where a rank (column) belongs to a component (row), both padded."""
+    """A matrix with 1 where a rank (column) belongs to a component (row); both are padded."""
     members = torch.zeros(len(rank_indptr) - 1, ranks, device=device)
     for k, (start, end) in enumerate(itertools.pairwise(rank_indptr)):
         members[k, start:end] = 1.0

@@ -11,7 +11,7 @@ import torch
 from turret.kernels import cpu as native
 from turret.kernels.cpu import functions, has_kernels, num_threads
 
-# Token masks: they restrict rows of logits to the tokens that may come next.
+# Token masks restrict rows of logits to the tokens that may come next.
 
 
 def apply_token_mask(logits: torch.Tensor, rows: torch.Tensor, words: torch.Tensor) -> None:

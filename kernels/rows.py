@@ -225,7 +225,7 @@ def row_linear_transposed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor
     return row_linear(x.to(weight.dtype), weight.T.contiguous()).float()
 
 
-# Elements of the fp32 terms of a piece of ``ordered_product``: 4 MiB stay in the cache.
+# Elements of a piece of ``ordered_product``'s fp32 terms: 4 MiB, which stay in the cache.
 _PIECE_ELEMENTS = 1 << 20
 
 
@@ -538,7 +538,7 @@ def row_clamped_swiglu(gate_up: torch.Tensor, alpha: float, limit: float) -> tor
 def residual_rms_norm_reference(
     residual: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """Add in place and normalise; the oracle of the Triton kernel.
+    """Add ``update`` in place and normalise the sum; the oracle of the Triton kernel.
 
     Args:
         residual: ``[num_rows, width]``, fp16, bf16 or fp32; becomes the sum.
@@ -555,7 +555,7 @@ def residual_rms_norm_reference(
 
 
 def row_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm by torch.
+    """RMSNorm of each row, computed by torch.
 
     Args:
         x: ``[num_rows, width]``, fp16, bf16 or fp32.

@@ -1,4 +1,4 @@
-"""Triton form of ``paged_attention``: decode and chunked prefill over KV blocks.
+"""Triton form of ``paged_attention_reference``: decode and chunked prefill over KV blocks.
 
 Query heads that share a KV head, and neighbouring tokens of a chunk, are rows of one tile: keys and
 values are read once for all of them. An *item* is the tokens of such a tile; a *split* is a fixed
@@ -32,7 +32,7 @@ from turret.kernels.gpu.tables import ATTENTION_RECORD, AttentionTable
 # Keys per tile, by query rows of a tile; more do not fit in registers.
 _TILES = {16: 64, 32: 32}
 MAX_BLOCK = 32
-# Without this limit, NVIDIA's assembler would spill two registers rather than use more than 168.
+# Without this option, NVIDIA's assembler would spill two registers rather than use more than 168.
 _LIMITS = {True: {"maxnreg": 255}, False: {}}
 _RECORD = tl.constexpr(ATTENTION_RECORD)
 _MASKED = tl.constexpr(-1e30)

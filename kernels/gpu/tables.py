@@ -98,7 +98,7 @@ class _Chunk:
 
     Attributes:
         used: The number of bytes in parts.
-        loaded: The range of the bytes that the current step has written.
+        loaded: The ranges of bytes that the current step has written.
     """
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
@@ -235,7 +235,7 @@ class StagedPart:
         """The front of this buffer's staging area in the open step, to which the caller writes.
 
         Raises:
-            ValueError: More elements than the buffer has.
+            ValueError: ``size`` exceeds the number of the buffer's elements.
         """
         if size > self.buffer.numel():
             raise ValueError(f"the step needs {size} words; {self.buffer.numel()} are allocated")
