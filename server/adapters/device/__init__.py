@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 # The kernels that replace an operator's ``add``.
 #
 # Add a kernel only if a measurement justifies it. ``bench/results/history.md`` has the measurements
-# of the CPU path; there are none yet of pairs and of dense updates alone. On the GPU path nothing
-# has been measured, so there are kernels for the operators that most checkpoints consist of. All
-# other operators use ``add``, for the rows of one mix at a time (``reference.py``). On the GPU
-# path, a step that needs ``add`` is not captured.
+# of the CPU path, except for pairs and dense updates, which have not been measured separately. On
+# the GPU path nothing has been measured, so there are kernels for the operators that most
+# checkpoints consist of. All other operators use ``add``, for the rows of one mix at a time
+# (``reference.py``). On the GPU path, a step that needs ``add`` is not captured.
 
 
 class Kernel(NamedTuple):

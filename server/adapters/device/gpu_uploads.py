@@ -318,8 +318,8 @@ class Uploads:
         self._clock = clock
         self._ring = ring
         self._submit = submit
-        # A step copies an adapter that was not announced on the step's own thread, so copies need a
-        # lock.
+        # An adapter that was not announced is copied on the thread of the step that needs it, so
+        # copies need a lock.
         self._lock = threading.Lock()
         self._stream = torch.cuda.Stream(device) if has_streams(device) else None
         self._staged: dict[str, _Staged] = {}

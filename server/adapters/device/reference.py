@@ -65,7 +65,7 @@ class _SameMix:
     Attributes:
         rows: The rows' numbers, ``[n]`` int64, or a run of rows.
         members: Adapters, their mix weights, and the rows' scalings from a first pass or None.
-        is_decode: On the gpu path, whether all of the rows decode or none does; see
+        is_decode: On the gpu path, True if all of the rows decode and False if none does; see
             ``server/models/weights/nf4_gpu.py``. None on other paths.
     """
 
