@@ -147,7 +147,7 @@ def _keeps_rows(compute: Compute, rows: torch.Tensor, sizes: Sizes, largest: int
     """Whether rows have the same bits, in any number and at any position, as when alone."""
     total = rows.shape[0]
     alone = torch.cat([in_sizes(compute, rows[i : i + 1].clone(), sizes) for i in range(total)])
-    # Try calls of every size up to the largest, and some that need padding.
+    # Try powers of two of rows, up to the largest call, and some numbers that need padding.
     for count in (*(1 << k for k in range(largest.bit_length())), 3, 7):
         for first in {0, 1, count // 2}:
             places = (torch.arange(count) + first) % total
