@@ -5,7 +5,7 @@
  * holds all KV heads of its positions side by side. All heads of a single row therefore go through the blocks
  * together, so that memory is read in order, and the next block is prefetched meanwhile. Consecutive rows of a
  * prompt are computed together, so that keys and values are converted once for all of them; each row's sums
- * have the same order as for a single row. attention_tiles.h has another order for processors with AMX.
+ * have the same order as for a single row. On processors with AMX, attention_tiles.h adds in another order.
  */
 #include "entries.h"
 #include "elements.h"
@@ -19,7 +19,7 @@
 #define MOST_QUERIES 48 /* query heads of several rows that share a KV head, at most */
 #define FEWEST 6       /* with fewer queries, transposing keys takes longer than it saves */
 
-/* Positions of a block for one KV head; `next` is the same head of the next block. */
+/* Positions of a block for one KV head. `next` is the address that is read after this slice, to prefetch it. */
 typedef struct {
     const element *at, *next;
     int64_t stride, count;
@@ -171,7 +171,7 @@ INLINE int64_t low_of(const Plan *plan, const Span *span, int64_t number) {
     return plan->window && low > span->num_padding ? low : span->num_padding;
 }
 
-/* The part of the block that holds position t, up to `end`, for KV head `kv`, in keys or values. */
+/* Keys or values (`cache`) of KV head `kv` from position t to the end of its block, or to `end` if that is earlier. */
 INLINE Slice slice_of(const Heads *h, const Span *span, const element *cache, int64_t t, int64_t end,
                       int64_t kv) {
     int64_t size = h->block_size, stride = h->kv_heads * h->head_dim;
@@ -187,7 +187,7 @@ INLINE void attend(const Plan *plan, const Heads *h, const Chunk *chunk, float *
     int64_t end = span->num_context + chunk->number + 1, low = low_of(plan, span, chunk->number);
     int64_t count = end - low, first = chunk->kv_low * group;
     int64_t heads = (chunk->kv_high - chunk->kv_low) * group;
-    /* Pad by a whole vector: vectors are stored from any position on. */
+    /* Pad by one more vector, because `score` stores whole vectors from any position on. */
     int64_t scores_stride = (count + LANES - 1) / LANES * LANES + LANES;
     float *q = scratch, *acc = q + heads * dim, *scores = acc + heads * dim;
     int64_t place = ((span->first_row + chunk->number) * h->heads + first) * dim;

@@ -4,9 +4,10 @@
 
 #include <stdint.h>
 
+/* The new rows of one sequence. They see its positions from num_padding on. */
 typedef struct {
     int64_t first_row, num_new, num_context, num_padding;
-    const int64_t *blocks;
+    const int64_t *blocks; /* numbers of the sequence's KV blocks */
 } Span;
 
 typedef struct {

@@ -5,8 +5,8 @@
  * sum has every sixteenth key. Keys that a query does not see have weight 0, which adds nothing to its sums.
  * A row therefore has the same bits alone and in a batch.
  *
- * Queries and weights are each represented as the sum of two bf16 numbers, which is exact to 2^-17. Queries
- * take two products. For weights, the pair (high, low) is multiplied by the pair (value, value).
+ * Queries and weights are each represented as the sum of two bf16 numbers, which is exact to 2^-17. The two parts of
+ * a query are multiplied separately. For weights, the pair (high, low) is multiplied by the pair (value, value).
  */
 #define QUERIES TILE_ROWS
 #define KEYS TILE_ROWS /* of one tile */
@@ -39,7 +39,7 @@ INLINE int tiles_attend(const Heads *h) {
 /* Number of rows that are computed together. */
 INLINE int64_t rows_of_pack(int64_t group) { return group < QUERIES ? QUERIES / group : 1; }
 
-/* The address of a tile's keys or values. */
+/* The address of the keys or values (`cache`) of position t. */
 INLINE const bf16 *keys_at(const Pack *p, const void *cache, int64_t t) {
     const Heads *h = p->h;
     int64_t place = p->span->blocks[t / h->block_size] * h->block_size + t % h->block_size;

@@ -34,8 +34,8 @@ INLINE void dot4(const bf16 *x, const bf16 *a, int64_t n, float *out) {
 
 #define DOT_SIDE (WIDTH == 16 ? 4 : 2) /* rows of `a` whose sums with four vectors are in registers at once */
 
-/* dot4 for four vectors x, with the same bits; reads `a` once for all of them, or once for each of the registers
- * that hold sixteen lanes. */
+/* dot4 for four vectors x, with the same bits. Goes through `a` once for all of them or, if sixteen lanes need
+ * several registers, once per register. */
 INLINE void dot_tile(const bf16 *x, int64_t x_stride, const bf16 *a, int64_t n, float *out,
                      int64_t out_stride) {
     f32x16 sums[4][4];

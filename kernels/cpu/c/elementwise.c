@@ -5,8 +5,8 @@
 
 #include <math.h>
 
-/* hidden += delta (rounded to its type), then out = rms_norm(hidden) * weight, for [rows, width].
- * delta may be null. RMSNorm: arXiv 1910.07467. */
+/* For one row: hidden += delta, rounded to the type of hidden; then out = rms_norm(hidden) * weight. delta may be
+ * null. RMSNorm: arXiv 1910.07467. */
 KERNEL static void norm_row(element *hidden, const element *delta, const float *weight, float eps,
                             element *out, int64_t width) {
     f32x16 squares = {0};

@@ -212,7 +212,7 @@ INLINE void softmax_gradient(const Attention *a, int64_t head, float *scores, fl
     }
 }
 
-/* One sequence's memory for one KV head. Positions are padded to whole vectors. */
+/* One sequence's memory for one KV head. Positions are padded to whole vectors. `of_x` is the gradient of x. */
 typedef struct {
     float *keys, *of_keys, *of_values;    /* [positions, dim] */
     float *transposed_keys, *transposed_values; /* [dim, positions] */

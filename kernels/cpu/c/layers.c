@@ -68,11 +68,11 @@ typedef struct {
     const Rope *ropes;
     const Plan *const *plans;          /* by window */
     const Step *adapters;              /* or null */
-    const Place *places;               /* [layers, PROJECTIONS], with adapters */
+    const Place *places;               /* [layers, PROJECTIONS], if there are adapters */
     const Inputs *inputs;              /* [PROJECTIONS], or null */
     const ExpertStep *expert_adapters; /* or null */
     int64_t *chosen;                   /* [rows, per_token]: the experts of each row, by descending weight */
-    int64_t *pair_places;              /* [rows, per_token]: where each pair stands when they are sorted by expert */
+    int64_t *pair_places;              /* [rows, per_token]: index of each pair when the pairs are sorted by expert */
     int64_t *pair_rows, *pair_experts; /* [pairs]: the row and the expert of each sorted pair */
     int64_t *ends;                     /* [experts]: where the sorted pairs of each expert end */
     float *weights;     /* [rows, per_token + experts]: the weights of `chosen`, then scratch memory */
@@ -308,8 +308,8 @@ static void project_experts(const Model *m, const Pass *p, int64_t layer, int pr
     }
 }
 
-/* Sums the results of a row's experts in the order of their weights. The width is a multiple of LANES, because the
- * number of an expert's inputs is one. */
+/* Sums the weighted results of a row's experts in the order of the weights. The width is a multiple of LANES, because
+ * the number of an expert's inputs is such a multiple. */
 KERNEL static void combine_row(const void *job, int64_t thread, int64_t row) {
     const Model *m = ((const Mixture *)job)->model;
     const Pass *p = ((const Mixture *)job)->pass;

@@ -9,7 +9,7 @@
  *     nf4_pairs.h      with VDPBF16PS, but without tiles
  *     nf4_vectors.h    without instructions for bf16
  *
- * With pairs and several rows, computing takes longer than reading the weight. The kernel uses that time to
+ * Without tiles, computing several rows takes longer than reading the weight. The kernel uses that time to
  * prefetch the adapters that are read next (ahead.h). With tiles, or with few rows, the memory is busy anyway.
  */
 #include "adapters/ahead.h"
@@ -26,8 +26,8 @@
 #define NAME(name) turret_nf4_##name
 #define BLOCK 64
 
-/* Lists at most `most` of the cache lines that a thread prefetches during one product, and returns how many.
- * Only tests call this function: prefetching the wrong memory would change no result. */
+/* Lists the ranges of cache lines that a thread prefetches during one product, at most `most`, and returns their
+ * number. Only tests call this function: prefetching the wrong memory would change no result. */
 EXPORT int64_t turret_ahead(const Step *step, int64_t module, int64_t rows, int64_t part,
                             int64_t parts, Lines *lines, int64_t most) {
     Walk walk = begin_ahead(step, module, part, parts);

@@ -28,7 +28,7 @@ INLINE void begin_products(int64_t rows) {
 }
 INLINE void end_products(void) { tiles_end(); }
 
-/* Looks up a block's weights and prefetches the lines. */
+/* Looks up a block's weights and prefetches `lines`. */
 INLINE void look_up_block(const uint8_t *packed, Lines lines, Weights weights) {
     const __m512i values = _mm512_loadu_si512(VALUES);
     for (int half = 0; half < HALVES; half++, packed += TILE_ROWS * TILE_OUT) {

@@ -1,5 +1,5 @@
 /* Finds which outputs of a bf16 weight may be the largest of a row, from an 8-bit copy of the weight, which
- * has half of the bytes.
+ * has half as many bytes.
  *
  * A weight is approximated by its output's scale times a code of at most 127. The errors of an output's weights
  * change the output by at most |x| |errors| (Cauchy and Schwarz), about 0.01 of |x| |w|. If an output is below
@@ -20,7 +20,7 @@
 #define PIECE 8  /* tiles of one piece of work */
 #define GROUP 8  /* rows whose sums stay in registers */
 #define TOP 127  /* the largest code */
-#define STEPS 32767
+#define STEPS 32767 /* the largest integer that represents a number of a row */
 #define FLOAT_ERROR 0x1p-22 /* relative error of a number after two or three roundings */
 #define TOO_SMALL 1e-30f /* smaller weights count as 0 */
 
@@ -216,7 +216,8 @@ KERNEL static void sum_piece(const void *job, int64_t thread, int64_t piece) {
     }
 }
 
-/* The value that an output's upper bound must reach. Neither value includes the error `always`. */
+/* The value that an output's upper bound must reach. Upper and lower bounds do not include the error `always`, so it
+ * is subtracted here, once for each of the two. */
 static float threshold(const Job *j, int64_t pieces, int64_t row, double slack) {
     float best = -INFINITY;
     for (int64_t p = 0; p < pieces; p++) best = fmaxf(best, j->least[p * j->num_rows + row]);

@@ -14,8 +14,8 @@
 #include <omp.h>
 #include <stdatomic.h>
 
-/* A thread's share, [next, end). `next` combines the job's number and the next piece's, so that a late thread
- * cannot claim pieces of a job that it does not know. */
+/* A thread's share of the pieces, [next, end). `next` combines the numbers of the job and of the next piece, so that
+ * a late thread cannot claim pieces of a job that it does not know. */
 typedef struct {
     _Alignas(64) _Atomic uint64_t next;
     _Atomic uint64_t end;
@@ -83,7 +83,7 @@ static void in_pieces_openmp(Work *work, const void *job, int64_t pieces, int64_
 #define SPIN_BESIDE 30000
 /* A pause of this many nanoseconds in a loop that never waits means that the system suspended the thread. */
 #define PUT_ASIDE 400000
-/* How long the processors count as shared after such a pause. */
+/* Nanoseconds for which the processors count as shared after such a pause. */
 #define STAYS_SHARED 200000000
 /* Nanoseconds for which the caller spins while the last pieces are computed, before it takes over a piece or
  * sleeps. */
@@ -95,16 +95,16 @@ static void in_pieces_openmp(Work *work, const void *job, int64_t pieces, int64_
  *
  * The caller takes a piece from a worker that the system has suspended, and computes it again. The worker must
  * not go on with the piece when it runs again: the memory that it would write may have another use by then. So
- * the caller sends it a signal, whose handler leaves the piece. When a suspended thread runs again, it handles its
- * signals before it does anything else. If the worker is already running again, the system call membarrier
- * interrupts it, so that it handles the signal before the caller begins the piece. */
+ * the caller sends the worker a signal, whose handler abandons the piece. When a suspended thread runs again, it
+ * handles its signals before it does anything else. If the worker is already running again, the system call
+ * membarrier interrupts it, so that it handles the signal before the caller begins the piece. */
 typedef struct {
-    _Alignas(64) _Atomic uint64_t held; /* like Share.next: the piece and its job; NOTHING or TAKEN */
+    _Alignas(64) _Atomic uint64_t held; /* the piece and its job, as in Share.next; or NOTHING; or TAKEN */
     _Atomic int64_t done; /* pieces of this job that are finished but not reported */
     volatile sig_atomic_t can_leave;
     sigjmp_buf before;
     pid_t id;
-    clockid_t clock; /* shows the processor time that it has used */
+    clockid_t clock; /* shows the processor time that the worker has used */
 } Worker;
 
 #define NOTHING 0
@@ -176,8 +176,8 @@ static int is_shared(void) {
     return until && now() < until;
 }
 
-/* Moves this thread off the caller's processor. If it was woken there while the other processors were busy, it
- * would stay: the system sees two threads with half a processor each, and no reason to move one. */
+/* Moves this thread off the caller's processor. If the thread was woken there while the other processors were busy,
+ * it would stay there: the system sees two threads with half a processor each, and no reason to move one. */
 static void leave(int cpu) {
     cpu_set_t others;
     /* The process's first thread has the current set of allowed processors, even if that has changed. */
@@ -248,7 +248,8 @@ static int is_suspended(const Worker *worker) {
  *    other pieces.
  * 6. The caller computes the piece.
  *
- * Returns how many pieces are now done: those, and the ones that these workers had finished but not reported. */
+ * Returns how many pieces are now done: those that it took over, and those that these workers had finished but not
+ * reported. */
 static int64_t take_over(uint64_t number, int64_t threads, Work *work, const void *job) {
     int64_t taken = 0;
     for (int64_t thread = 1; thread < threads; thread++) {
@@ -284,7 +285,7 @@ static void *serve(void *argument) {
     own = &team.worker[thread];
     own->id = (pid_t)syscall(SYS_gettid);
     pthread_getcpuclockid(pthread_self(), &own->clock);
-    /* Accept only leave_signal and the signals of faults, so that leave_piece never leaves another handler. */
+    /* Accept only leave_signal and the signals of faults, so that leave_piece never jumps out of another handler. */
     static const int taken[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, SIGSYS};
     sigset_t blocked;
     sigfillset(&blocked);

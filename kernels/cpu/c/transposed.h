@@ -1,9 +1,9 @@
 /* dX = dY W: the gradient of x in y = W x, summed in fp32.
  *
  * A piece of work is a panel of 32 inputs. The weights of some outputs are written into the cache as numbers, once for
- * all rows. Both factors are rounded to bf16. With instructions for bf16, outputs are added in pairs, and the sums of even
- * inputs are stored before those of odd inputs until the last outputs are added. The order of a sum does not depend
- * on the number of rows. The including file defines Source and write_weights.
+ * all rows. dY is rounded to bf16. With instructions for bf16, the weights are rounded to bf16, too. Outputs are then
+ * added in pairs, and the sums of even inputs are stored before those of odd inputs until the last outputs are added.
+ * The order of a sum does not depend on the number of rows. The including file defines Source and write_weights.
  */
 #ifndef TURRET_TRANSPOSED_H
 #define TURRET_TRANSPOSED_H
@@ -191,7 +191,7 @@ static void multiply_transposed_panel(const void *job, int64_t thread, int64_t p
     }
 }
 
-/* grad: [rows, out] fp32, or bf16 if it is rounded. dx: [rows, in], where in is a multiple of PANEL. scratch: room for
+/* grad: [rows, out] fp32, or bf16 if `is_rounded`. dx: [rows, in], where in is a multiple of PANEL. scratch: room for
  * [rows, out rounded up to a multiple of 32] bf16. */
 INLINE void multiply_transposed(const Source *source, const void *grad, int64_t is_rounded, int64_t rows, float *dx,
                                 int64_t out_features, int64_t in_features, int64_t num_threads, bf16 *scratch) {

@@ -160,7 +160,8 @@ INLINE float sum_lanes(f32x16 v) {
 #define PICK(a, b, ...) __builtin_shuffle(a, b, (__typeof__(a < b)){__VA_ARGS__})
 #endif
 
-/* FIRST_* and SECOND_* take every other group of lanes of a and b: one lane, two, four or eight. */
+/* FIRST_* interleaves the first, third, .. groups of lanes of a and b, and SECOND_* the second, fourth, .. groups. A
+ * group has one, two, four or eight lanes. */
 #if WIDTH == 16
 #define FIRST_LANES(a, b) PICK(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30)
 #define SECOND_LANES(a, b) PICK(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31)
@@ -241,8 +242,8 @@ INLINE f32x16 max_vec(f32x16 a, f32x16 b) {
 #endif
 }
 
-/* e^x, relative error under 2 ulp for x in [-87, 88]; smaller x give 0, larger ones e^88. Cody and
- * Waite's reduction to |r| <= ln(2)/2, then a polynomial of degree 6. */
+/* e^x with a relative error under 2 ulp for x in [-87, 88]; smaller x give 0, larger ones e^88, and NaN e^-87. Cody
+ * and Waite's reduction to |r| <= ln(2)/2, then a polynomial of degree 6. */
 INLINE f32x16 exp_vec(f32x16 x) {
     i32x16 tiny = are_less(x, splat(-87.0f));
     x = -max_vec(-max_vec(x, splat(-87.0f)), splat(-88.0f));

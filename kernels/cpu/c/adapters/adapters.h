@@ -1,8 +1,8 @@
 /* The adapters of a step's rows, which kernels/cpu/row_adapters.py lays out, and the operators.
  *
  * Every operator has two halves. Shrink reads the input and writes activations to scratch memory. Expand
- * computes some columns of the update from them, and adds these to fp32 sums. The order of each sum depends
- * only on its own adapter.
+ * computes some columns of the update from these activations, and adds the columns to fp32 sums. The order of each
+ * sum depends only on its own adapter.
  */
 #ifndef TURRET_ADAPTERS_H
 #define TURRET_ADAPTERS_H
@@ -57,16 +57,17 @@ typedef struct {
     int64_t rows, columns, size, width, parts;
 } Circulant;
 
-/* S x, computed by groups of LANES outputs and blocks of 64 inputs; no scratch (sparse.c). `outputs` assigns the
- * outputs of each COLUMNS to groups: the first LANES entries are the first group, and so on. Slot s of a step
- * belongs to output s % LANES of its group. Memory past the end of values and places must be readable. */
+/* S x, computed by groups of LANES outputs and blocks of 64 inputs; no scratch (sparse.c). A unit is COLUMNS
+ * outputs. `outputs` lists each unit's outputs by group: the first LANES entries are the first group, and so on.
+ * Slot s of a step belongs to output s % LANES of its group. Memory past the end of values and places must be
+ * readable. */
 typedef struct {
     const bf16 *values;     /* values of the slots that have an entry, step by step */
     const uint8_t *places;  /* position of an entry's input in its block */
     const uint32_t *masks;  /* [steps]: which of 2 LANES slots have an entry */
     const uint16_t *skips;  /* [steps]: number of blocks since the previous step, or since block 0 */
     const int32_t *starts;  /* [groups + 1, 2]: steps, entries */
-    const uint8_t *outputs; /* [out]: position among their COLUMNS */
+    const uint8_t *outputs; /* [out]: position in the unit */
     int64_t mean;           /* average number of entries of an output */
 } Sparse;
 
@@ -131,9 +132,9 @@ typedef struct {
 
 /* Which inputs of one projection adapters change, for a step's rows. */
 typedef struct {
-    const int64_t *changes; /* [rows, 3]: the first of the row's components that change it, and the end of
-                             * these (equal if none does); whether each slice has its own change, or
-                             * the first slice's holds for all */
+    const int64_t *changes; /* [rows, 3]: first and end of the range of components that change the row's
+                             * input (equal if none does), and whether each slice has its own change;
+                             * otherwise, the first slice's change holds for all slices */
     int64_t count; /* number of changed inputs: one, one per slice, or none */
 } Inputs;
 
@@ -195,7 +196,7 @@ typedef struct {
     const bf16 *x;
     float *v, *acc;
     int64_t count, x_stride, v_stride;
-    const bf16 *next; /* low-rank only: rows that are read after this factor, or null */
+    const bf16 *next; /* low-rank only: weights that are read after this factor's, or null */
     int64_t next_stride;
 } Rows;
 
@@ -213,8 +214,8 @@ void pieces_shrink(const bf16 *x, const ModuleSize *size, int64_t rank, float w,
 /* acc[:, 0:count] += (B v)[low:low + count], for at most AT_ONCE rows and COLUMNS columns. The other operators'
  * expand functions add w times their result. */
 void low_rank_expand(const Module *m, const Rows *rows, const ModuleSize *size, int64_t low, int64_t count);
-/* Prepare the tiles, and release them. Call these functions before a piece's first low-rank shrink or expand, and
- * after its last one. */
+/* low_rank_begin must be called before a piece's first low-rank shrink or expand, and low_rank_end, which releases
+ * the tiles, after the last one. */
 void low_rank_begin(void);
 void low_rank_end(void);
 

@@ -72,7 +72,8 @@ INLINE int64_t all_ranks(const Step *step, int64_t module) {
     return ranks;
 }
 
-/* Prefetches the fields of an adapter's next entry, because the product would wait for them. */
+/* Prefetches the fields that find_lines will read of an adapter's next module, because the product would wait for
+ * them. */
 INLINE void ask_for_entry(const Module *m) {
     __builtin_prefetch(&m->a);
     __builtin_prefetch(&m->rank);

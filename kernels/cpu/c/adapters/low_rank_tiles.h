@@ -35,7 +35,7 @@ INLINE void shape_tiles(int64_t form) {
     tile_form = form;
 }
 
-/* A piece that was left (team.h) has not reached low_rank_end, and its tiles may have been reset since. */
+/* A piece that was abandoned (team.h) has not reached low_rank_end, and its tiles may have been reset since. */
 void low_rank_begin(void) { tile_form = 0; }
 
 void low_rank_end(void) {
