@@ -58,7 +58,7 @@ function openLoad(replaced = "") {
   byId("load-dialog").showModal();
 }
 
-/** A refusal with the dialog's names for the fields. */
+/** An error message with the dialog's labels in place of the API's field names. */
 const labelled = (message) => message.replace("lora_name: ", "Name: ").replace("lora_path: ", "Directory: ");
 
 /** Run a dialog's action when its form is submitted; if that fails, the dialog stays open and shows the reason. */

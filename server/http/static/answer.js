@@ -29,7 +29,7 @@ export class Answer {
     this.text.addEventListener("click", (event) => this.point(event.target));
   }
 
-  /** Show a first step; an empty text hides it. */
+  /** Show what must be done first; an empty text hides the advice. */
   advise(text) {
     tell(this.advice, text);
   }

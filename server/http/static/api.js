@@ -7,7 +7,7 @@ export const token = {
   set: (text) => (text ? sessionStorage.setItem(KEY, text) : sessionStorage.removeItem(KEY)),
 };
 
-/** An error of the server; `status` is 0 if it did not answer. */
+/** An error from the server; `status` is 0 if the server did not answer. */
 export class Refused extends Error {
   constructor(status, message, code) {
     super(message);

@@ -1,4 +1,4 @@
-// Packs files into an uncompressed tar archive, as the server takes uploads.
+// Packs files into an uncompressed tar archive, the format in which the server accepts uploads.
 
 const BLOCK = 512;
 // The fields of a header (POSIX ustar): offset, and text.

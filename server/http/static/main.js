@@ -98,7 +98,7 @@ function openToken() {
 function showRoles(state) {
   const has = state.roles.join(", ");
   say(byId("token-roles"), token.get() ? `This token has the roles ${has}.` : `Without a token you have the roles ${has}.`);
-  // Without a token, only a server without a token file answers.
+  // Without a token, only a server without a token file answers, and then the button has no use.
   byId("token-open").hidden = !token.get();
 }
 
