@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def line_that_hides_extras() -> str:
     """A line of Python that hides the packages of the extras for users.
 
-    The tests' environment has all extras, so only this detects a hidden dependency on one.
+    The tests' environment has all extras, so a hidden dependency on one shows only with this line.
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]

@@ -15,7 +15,7 @@ def loaded_by(*arguments: str) -> tuple[int, set[str]]:
 
 
 def loaded_and_said_by(*arguments: str) -> tuple[int, set[str], str]:
-    """Like :func:`loaded_by`, also with the standard error."""
+    """The exit code of a command, its imported modules, and its standard error."""
     code = (
         "import sys\nfrom turret.server.cli import main\n"
         "try: code = main(sys.argv[1:])\nexcept SystemExit as end: code = end.code\n"

@@ -75,7 +75,7 @@ class Capture:
         return (lambda: None), outputs
 
     def forget(self) -> None:
-        """Nothing is kept."""
+        """Do nothing, because no capture is kept."""
 
 
 @contextlib.contextmanager
@@ -121,7 +121,7 @@ def lora(key: str, *projections: str) -> Resident:
 
 
 def vocabulary(key: str, head: Callable[[int, int], ModuleOperators] | None = None) -> Resident:
-    """A LoRA with its own rows for some tokens, and another change of the head."""
+    """A LoRA with its own rows for some tokens, and optionally another change of the head."""
     rows = VocabularyRows(torch.arange(3), torch.zeros(3, HIDDEN).half())
     operators = replace(
         everywhere(ARCH, low_rank),
@@ -193,7 +193,7 @@ class Decoding:
         self.advance()
 
     def advance(self) -> None:
-        """Draw a token for each sequence."""
+        """Append a token to each sequence, and the blocks that it needs."""
         for row, sequence in enumerate(self.sequences):
             sequence.num_computed = len(sequence.tokens)
             sequence.tokens.append(1)

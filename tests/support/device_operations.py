@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 META = torch.device("meta")
-# Operations that only describe or reserve memory; the tests' fixture fills fresh memory.
+# Operations that only describe or reserve memory. ``fill_`` is among them, because a fixture of the
+# tests fills fresh memory.
 NO_LAUNCH = {
     *("view", "_unsafe_view", "reshape", "slice", "select", "split", "split_with_sizes", "unbind"),
     *("detach", "alias", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze"),

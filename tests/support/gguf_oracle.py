@@ -28,7 +28,7 @@ def transformers_state(file: Path) -> dict[str, torch.Tensor]:
 
 
 def near(found: Any, expected: Any) -> bool:
-    """Whether two values are equal, except that floats are rounded to fp32."""
+    """Whether two values are equal, where floats may differ by a rounding to fp32."""
     if isinstance(found, Rope):
         scales = found.scaling == pytest.approx(expected.scaling, rel=1e-6)
         pairs = (found.inv_freq, expected.inv_freq), (found.long_inv_freq, expected.long_inv_freq)

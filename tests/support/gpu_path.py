@@ -56,7 +56,7 @@ class CountedWrites(TorchDispatchMode):
 
 
 class FakeCapture:
-    """Replays captured work, including Python objects, so that only device buffers may differ.
+    """Replays run the captured body again, with the same Python objects and device buffers.
 
     As with a CUDA graph, a step that reads a host value at its launch would repeat the value of the
     captured step. ``counted_steps.Capture`` counts launches instead.
@@ -87,7 +87,7 @@ class FakeCapture:
         return replay, outputs
 
     def forget(self) -> None:
-        """Nothing is kept."""
+        """Do nothing, because no capture is kept."""
 
 
 class OneStepTables:

@@ -1,4 +1,4 @@
-"""Triton's interpreter with products that are summed in fp64 and rounded once, and less overhead.
+"""Makes Triton's interpreter sum products in fp64, round them once, and work with less overhead.
 
 NumPy's BLAS does not guarantee the order of sums: on some processors, an element's bits depend on
 its column, so two kernels with different tiles would differ, unlike on tensor cores.
@@ -24,7 +24,7 @@ def adapt_interpreter() -> None:
     if interpreter is None:
         return
     _sum_products_in_fp64(interpreter)
-    # The interpreter checks for integer overflows, but ignores the result outside of debugging.
+    # Skip the checks for integer overflows, whose results are ignored outside of debugging.
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     _search_language_once(interpreter)

@@ -112,7 +112,7 @@ def oracle_of(model: Any, root: Path, name: str | None) -> Any:
 def check_effect(
     oracle: Any, model: Any, prompt: list[int], what: str, least: float = 0.05
 ) -> None:
-    """An adapter without effect would pass every comparison."""
+    """Check that an adapter has an effect; without one, it would pass every comparison."""
     change = oracle_logprobs(oracle, prompt) - oracle_logprobs(model, prompt)
     assert change.abs().max() > least, what
 

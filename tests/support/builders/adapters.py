@@ -290,7 +290,7 @@ def refusal_of(root: Path, path: str = "a") -> AdapterCheckpointError:
 
 
 def refused_fields(root: Path, path: str = "a") -> set[str]:
-    """The fields that the error names."""
+    """The fields that the error of ``refusal_of`` names."""
     return set(fields_of(refusal_of(root, path)))
 
 

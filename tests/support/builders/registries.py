@@ -145,7 +145,7 @@ def resident(registry: AdapterRegistry) -> str:
 
 
 def in_thread(call: Callable[[], object]) -> tuple[threading.Thread, list[object]]:
-    """Runs ``call``; the list receives its result or its error."""
+    """Run ``call`` in a thread; the list receives its result or its error."""
     results: list[object] = []
 
     def run() -> None:

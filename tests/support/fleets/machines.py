@@ -19,7 +19,7 @@ class Machine:
     Attributes:
         namespace: The namespace of its network.
         ip: The address, which this process can reach.
-        port: The port of the switch.
+        port: The machine's port of the switch.
     """
 
     namespace: str

@@ -17,7 +17,7 @@ ALIASES = ("x", "y")
 class Caller:
     """A caller that waits for the outcome of a proposal.
 
-    ``place`` is that of the name's registration in its history when the proposal was accepted.
+    ``place`` is the index of the newest entry in the name's history when the proposal was accepted.
     """
 
     proposal: m.Proposal

@@ -16,8 +16,9 @@ from google.protobuf.message_factory import GetMessageClass
 from turret.v1 import tinker_pb2
 
 FOLDER = ROOT / "tests" / "fuzz"
-# "message": by method. "http": a body by path. "training": the calls of each session.
-# "bodies": a path and pieces; a pair [piece, n] stands for many copies of the piece (``recipe``).
+# The keys: "message" has the messages of a call by method, "http" a body by path, "training" the
+# calls of each session, and "bodies" a path with pieces for each body. There, a pair [piece, n]
+# stands for 2^n copies of the piece (``recipe``).
 VALID = json.loads((FOLDER / "valid.json").read_text(encoding="utf-8"))
 
 

@@ -2,9 +2,9 @@
 
 cd tests/support && python -m fuzz.guided SECONDS FINDINGS
 
-It starts from the committed corpus. An input that causes a failure is written to FINDINGS, together
-with the failure. Copy it to ``tests/fuzz/corpus/<target>/`` in the commit of the fix, so that it is
-always tried. The exit code is 1 if there is a finding.
+Fuzzing starts from the committed corpus. An input that causes a failure is written to FINDINGS,
+together with the failure. Copy it to ``tests/fuzz/corpus/<target>/`` in the commit of the fix, so
+that it is always tried. The exit code is 1 if there is a finding.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def at_random(seconds: float, findings: Path) -> int:
 
 
 def guided(seconds: float, findings: Path) -> int:
-    """The same with libFuzzer, which ends the process; a leading byte selects the target."""
+    """Like ``at_random``, with libFuzzer, which ends the process; a leading byte selects a target."""
     atheris: Any = importlib.import_module("atheris")
 
     with atheris.instrument_imports(include=["turret.server"], enable_loader_override=False):

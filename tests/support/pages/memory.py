@@ -16,7 +16,7 @@ _RANKS = (8, 16, 64)
 def _shape(
     model_type: str, hidden: int, inner: int, layers: int, heads: int, vocabulary: int, tied: bool
 ) -> dict[str, Any]:
-    """The part of a published config.json that determines the memory; eight KV heads, or four."""
+    """The part of a published config.json that determines the memory; Qwen2 has four KV heads."""
     return {
         "model_type": model_type,
         "hidden_size": hidden,

@@ -1,4 +1,4 @@
-"""Rates of ``make bench``'s newest rows."""
+"""Decode rates from the newest results of ``make bench``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHOWN = {
 
 
 def newest_rates() -> dict[str, float]:
-    """Decode tokens/s of the bundled model by scenario, of the last whole run."""
+    """Decode tokens/s of the bundled model by scenario, from the newest row of each."""
     rates: dict[str, float] = {}
     for line in RESULTS.read_text().splitlines():
         row = json.loads(line)

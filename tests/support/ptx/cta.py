@@ -72,7 +72,7 @@ class Cta:
         """Check that the program may end.
 
         Raises:
-            Fault: An operation is still in progress, or was not waited for.
+            Fault: A copy is still in progress, or was not waited for.
         """
         self.shared.finish()
 

@@ -1,4 +1,4 @@
-"""Shared memory of a CTA, byte by byte: writes, with their warp and barrier."""
+"""The shared memory of a CTA, with the last accesses to each byte by warp and barrier."""
 
 from __future__ import annotations
 
@@ -143,9 +143,10 @@ class SharedMemory:
         self._reads.clear()
 
     def _check_writable(self, rows: _Rows, at: np.ndarray, mine: np.ndarray) -> np.ndarray:
-        """Check that no other warp has accessed the bytes in this epoch.
+        """Check that no other warp has read the bytes in this epoch, and no product reads them.
 
-        Returns where one wrote.
+        Returns:
+            For each byte, whether another warp wrote it in this epoch.
         """
         if (self._operands or self._products) and rows.busy[at].any():
             raise Fault("a tensor core may still read what is written")
@@ -228,7 +229,7 @@ class SharedMemory:
                 self._rows[2].busy[at] -= 1
 
     def finish(self) -> None:
-        """Check that no operation is running when the program ends.
+        """Check that no copy is running when the program ends.
 
         Raises:
             Fault: A copy was never waited for.

@@ -22,7 +22,10 @@ _ROW, _PAIR = _LANE // 4, _LANE % 4
 def load_matrices(
     shared: SharedMemory, address: np.ndarray, count: int, transposed: bool
 ) -> list[Value]:
-    """``ldmatrix``: ``count`` matrices of 8 rows of 16 bytes per warp; lanes 8i … provide rows."""
+    """``ldmatrix``: ``count`` matrices of 8 rows of 16 bytes per warp.
+
+    Lanes 8 i to 8 i + 7 provide the addresses of the rows of matrix i.
+    """
     warps = address.size // 32
     data = shared.read(_row_addresses(address, count), 16, _row_warps(warps, count))
     matrices = data.view(u2).reshape(warps, count, 8, 8)

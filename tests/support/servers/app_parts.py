@@ -26,7 +26,7 @@ GRACE = LifecycleConfig(grace_seconds=7)
 
 
 class Parts:
-    """The result of the fake build, and an event that holds the build."""
+    """The result of the fake build, and an event for which the build waits."""
 
     def __init__(self) -> None:
         self.engine, self.registry = FakeEngine(), FakeRegistry()

@@ -13,7 +13,7 @@ _PIECE = 256
 class BreakingProxy:
     """Forwards TCP connections and resets each after some bytes from the server.
 
-    With ``is_silent``, it keeps them open instead but forwards nothing more.
+    With ``is_silent``, the proxy keeps connections open instead, but forwards nothing more.
 
     Attributes:
         address: The address of the proxy.

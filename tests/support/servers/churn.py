@@ -169,7 +169,7 @@ class Churn:
         return "OK"
 
     def _draw(self) -> tuple[Shape, Mix]:
-        """Mixes with more members use fewer shapes, so that all requests can be repeated."""
+        """Draw a request. Larger mixes use fewer shapes, so that all requests can be repeated."""
         source = self._random
         count = source.choice((0, 1, 1, 1, 1, 2, 2, 3))
         names = source.sample(self._names, count)

@@ -36,7 +36,7 @@ class Collector:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables for a server that exports to it, soon after each span."""
+        """The variables for a server that exports to this collector, soon after each span."""
         return {
             "OTEL_EXPORTER_OTLP_PROTOCOL": self.protocol,
             "OTEL_EXPORTER_OTLP_ENDPOINT": self.endpoint,

@@ -340,7 +340,7 @@ class FakeRegistry:
         del self.records[name]
 
     def find(self, ref: AdapterRef) -> None:
-        """Finds nothing, so that calls are counted under the names in their requests."""
+        """Find nothing, so that calls are counted under the names in their requests."""
 
     def aliases(self) -> list[Alias]:
         return list(self.by_alias.values())
@@ -469,7 +469,7 @@ class Fakes:
         backend: Backend | None = None,
         **settings: Any,
     ) -> Fakes:
-        """Makes fakes for all parts that the caller does not pass; a given backend keeps its own.
+        """Make fakes for all parts that the caller does not pass; a given backend keeps its own.
 
         ``settings`` are those of ``Services``.
         """

@@ -1,7 +1,7 @@
 """A program that trains, saves and samples with the client ``tinker``.
 
-It runs in a process of its own, where another version of the client may be installed. It prints
-what it found as JSON.
+The program runs in a process of its own, where another version of the client may be installed. It
+prints the received results as JSON.
 
 Usage: tinker_client.py BASE_URL MODEL
 """

@@ -1,7 +1,7 @@
 """DPO with a custom loss, and reinforcement learning, with the client ``tinker``.
 
-It runs in a process of its own, where another version of the client may be installed. It prints
-the curves as JSON.
+The program runs in a process of its own, where another version of the client may be installed. It
+prints the curves as JSON.
 
 Usage: tinker_loops.py BASE_URL MODEL TOKENIZER dpo|rl STEPS
 """

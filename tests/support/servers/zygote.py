@@ -170,7 +170,7 @@ def _serve(flags: list[str], environment: dict[str, str], folder: str, log: str)
 
 
 def main() -> None:
-    # The children use these modules. transformers imports its own when they are first used.
+    # The children use these modules. transformers would import its modules only at their first use.
     for module in _MODULES:
         importlib.import_module(module)
     # Nothing waits for the children, so the system must reap them.

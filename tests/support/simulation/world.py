@@ -359,7 +359,7 @@ class World:
             assert self.pool._references[block] == owners
 
     def _check_references(self) -> None:
-        """Every count belongs to a request that has not ended."""
+        """Check that every count belongs to a request that has not ended."""
         in_flight: Counter[Adapter] = Counter()
         for mix in self.open_mixes:
             in_flight.update(adapter for adapter, _ in mix.members)
@@ -375,7 +375,7 @@ class World:
         assert self.table._mixes == self.open_mixes
 
     def _check_blocked(self) -> None:
-        """The next mix does not wait long while one that was served more holds more places."""
+        """Check that the next mix waits only briefly while a mix with more places was served more."""
         line, running = self.scheduler.waiting, self.scheduler.running
         first = None if self.scheduler.is_draining else line.peek(self.loop.is_ready)
         richer = first is not None and any(
@@ -391,7 +391,7 @@ class World:
         assert self.clock.now - since <= MOST_BLOCKED_SECONDS, "starved"
 
     def finish(self) -> None:
-        """Without new requests, every request ends, and all resources are returned."""
+        """Check that without new requests, every request ends and all resources are returned."""
         for name in NAMES:
             registration = self.table.get(name)
             if registration is not None and registration.current.pinned:

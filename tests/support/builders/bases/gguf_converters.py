@@ -28,7 +28,7 @@ class Converter:
 
     Attributes:
         arch: The architecture in the ``gguf`` package.
-        own: Keys in addition to the common ones.
+        own: Returns the keys in addition to the common ones.
         tensors: Returns the tensors under the checkpoint's names, with their rows in the file's
             order.
         factors: Returns the tensors of rotary factors.
@@ -195,7 +195,7 @@ def _multipliers(config: Config) -> dict[str, Any]:
 
 
 def _granite4(config: Config) -> dict[str, Any]:
-    """The keys of llama.cpp's converter for models with Mamba layers, which it uses here, too."""
+    """The keys of a model with Mamba layers; llama.cpp uses that converter without them, too."""
     kv_heads = [config["num_key_value_heads"]] * config["num_hidden_layers"]
     return {
         **_multipliers(config),
@@ -312,5 +312,5 @@ CONVERTERS: dict[str, Converter] = {
 
 
 def converter_of(config: Config) -> Converter:
-    """The converter of a ``model_type``."""
+    """The converter of the config's ``model_type``."""
     return CONVERTERS[config["model_type"]]

@@ -91,7 +91,7 @@ def add_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 def _add_tensor(writer: gguf.GGUFWriter, name: str, values: np.ndarray, kind: Kind) -> None:
     is_router = name.endswith("ffn_gate_inp.weight")
-    # A row per expert, or a vector of heads or norms.
+    # The biases of experts have a row per expert.
     is_vector = values.ndim == 1 or name.endswith(".bias")
     if is_vector or is_router or kind == Kind.F32:
         writer.add_tensor(name, np.ascontiguousarray(values))

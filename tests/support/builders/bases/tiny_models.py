@@ -140,7 +140,7 @@ def served_weights(model: Path | None, dtype: torch.dtype) -> dict[str, torch.Te
 
 
 def load_oracle(model: Path | None, weights: dict[str, torch.Tensor]) -> Any:
-    """The fp32 model of a directory (or the embedded one) with the served weights."""
+    """The fp32 model of a directory (None: the bundled model) with the served weights."""
     if model is None:
         config = AutoConfig.from_pretrained(resolve_model(None, default_cache_dir()).files)
         oracle = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
@@ -155,7 +155,7 @@ def load_oracle(model: Path | None, weights: dict[str, torch.Tensor]) -> Any:
         for name, parameter in oracle.named_parameters()
         if parameter.ndim > 1
         and ".layers." in (own := text_name(name) or "")
-        # Matrices of all experts.
+        # The biases of a layer's experts form a matrix, too.
         and not name.endswith("_bias")
     }
     assert matrices.keys() == weights.keys(), matrices.keys() ^ weights.keys()

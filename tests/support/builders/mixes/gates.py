@@ -102,7 +102,7 @@ def in_float64(
     y: Tensor,
     scalings: Mapping[str, Tensor],
 ) -> Tensor:
-    """The changes of rows that share a mix, ``[rows, WIDTH]``; only gated adapters contribute.
+    """``y`` plus the changes of rows that share a mix, ``[rows, WIDTH]``; only gates contribute.
 
     ``scalings`` has the results of first passes for these rows.
     """
