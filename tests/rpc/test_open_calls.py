@@ -7,8 +7,9 @@ import contextlib
 import gc
 import resource
 import threading
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,6 +17,7 @@ import pytest
 from grpc import StatusCode as Code
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from servers import raw_grpc
+from servers.certificates import LOCAL, certify
 from servers.http_harness import http_harness
 from servers.rpc_harness import Harness, bearer, eventually, failure_of, harness, silent, tokens_of
 
@@ -23,6 +25,7 @@ from turret.server import rpc
 from turret.server.api import access
 from turret.server.api.access import MOST_CONNECTIONS, Shares, most_connections
 from turret.server.api.admin import SlowCalls
+from turret.server.config import SecurityConfig
 from turret.server.errors import QueueFullError
 from turret.server.http import connection
 from turret.v1 import inference_pb2
@@ -32,6 +35,25 @@ MOST = 4
 
 def guarded() -> AbstractAsyncContextManager[Harness]:
     return harness(tokens=tokens_of("alice", "bob"), shares=Shares(separates_tokens=True))
+
+
+def begun_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Awaitable[None]]:
+    """Returns a function that waits until servers have begun this many calls from now on."""
+    begun, limits = list[str](), rpc._limits
+
+    def noted(method: str, tenant: bytes) -> Any:
+        begun.append(method)
+        return limits(method, tenant)
+
+    monkeypatch.setattr(rpc, "_limits", noted)
+
+    async def wait(count: int) -> None:
+        async def is_so() -> bool:
+            return len(begun) >= count
+
+        await eventually(is_so)
+
+    return wait
 
 
 async def get_model(server: Harness, token: str) -> None:
@@ -196,6 +218,29 @@ async def test_messages_wait_only_for_those_of_the_same_token(
         await asyncio.wait_for(waiting, 10)
 
 
+async def test_a_message_waits_for_those_of_all_tokens_to_its_service(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two tokens have taken all places of a service, and each has fewer than it may have."""
+    monkeypatch.setattr(rpc, "MOST_ARRIVING", 4)
+    have_begun = begun_calls(monkeypatch)
+    async with guarded() as server:
+        method = server.channel.stream_unary("/turret.v1.Inference/Tokenize")
+        tokens = ("alice", "alice", "bob", "bob")
+        open_calls = [method(silent(), metadata=bearer(token)) for token in tokens]
+        await have_begun(len(tokens))
+        waiting = asyncio.ensure_future(get_model(server, "bob"))
+        await have_begun(len(tokens) + 1)
+        health: Any = health_pb2_grpc.HealthStub(server.channel)  # type: ignore[arg-type]
+        for _ in range(5):
+            await health.Check(health_pb2.HealthCheckRequest())
+        assert not waiting.done()
+        open_calls[0].cancel()
+        await asyncio.wait_for(waiting, 10)
+        for call in open_calls:
+            call.cancel()
+
+
 async def test_calls_that_need_no_token_are_limited(
     monkeypatch: pytest.MonkeyPatch, server: Harness
 ) -> None:
@@ -214,29 +259,34 @@ async def test_calls_that_need_no_token_are_limited(
     watches[1].cancel()
 
 
+@pytest.mark.parametrize(
+    ("most", "held", "refused", "accepted"),
+    [
+        # Two calls of each token, and more of all together.
+        ((100, 2), ("alice", "alice"), ("alice",), ("bob",)),
+        ((3, 2), ("alice", "alice", "bob"), ("alice", "bob"), ()),
+    ],
+)
 async def test_calls_of_one_token_do_not_block_other_tokens(
     monkeypatch: pytest.MonkeyPatch,
+    most: tuple[int, int],
+    held: tuple[str, ...],
+    refused: tuple[str, ...],
+    accepted: tuple[str, ...],
 ) -> None:
-    monkeypatch.setattr(rpc, "MOST_CALLS_PER_TOKEN", 2)
+    monkeypatch.setattr(rpc, "MOST_CALLS", most[0])
+    monkeypatch.setattr(rpc, "MOST_CALLS_PER_TOKEN", most[1])
     monkeypatch.setattr(rpc, "MOST_OPEN_CALLS", 2)
-    arrived, limits = list[str](), rpc._limits
-
-    def noted(method: str, tenant: bytes) -> Any:
-        arrived.append(method)
-        return limits(method, tenant)
-
-    monkeypatch.setattr(rpc, "_limits", noted)
+    have_begun = begun_calls(monkeypatch)
     async with guarded() as server:
         method = server.channel.stream_unary("/turret.v1.Inference/Tokenize")
-        open_calls = [method(silent(), metadata=bearer("alice")) for _ in range(2)]
-
-        async def is_full() -> bool:
-            return len(arrived) == 2
-
-        await eventually(is_full)
-        failure = await failure_of(get_model(server, "alice"))
-        assert failure.code is Code.RESOURCE_EXHAUSTED
-        await get_model(server, "bob")
+        open_calls = [method(silent(), metadata=bearer(token)) for token in held]
+        await have_begun(len(held))
+        for token in refused:
+            failure = await failure_of(get_model(server, token))
+            assert failure.code is Code.RESOURCE_EXHAUSTED
+        for token in accepted:
+            await get_model(server, token)
         health: Any = health_pb2_grpc.HealthStub(server.channel)  # type: ignore[arg-type]
         await health.Check(health_pb2.HealthCheckRequest())
         for call in open_calls:
@@ -272,12 +322,33 @@ async def test_calls_reset_at_once_delay_others_by_a_bounded_number(
         assert len(taken) <= most + 2
 
 
-async def test_a_connection_without_calls_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {**dict(rpc._OPTIONS), "grpc.max_connection_idle_ms": 100}
+def shorten(monkeypatch: pytest.MonkeyPatch, option: str, factor: int) -> None:
+    """Divide a time limit among gRPC's options for servers that start later."""
+    options: dict[str, Any] = dict(rpc._OPTIONS)
+    # Fails if the server does not set the limit.
+    options[option] //= factor
     monkeypatch.setattr(rpc, "_OPTIONS", tuple(options.items()))
+
+
+async def test_a_connection_without_calls_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten(monkeypatch, "grpc.max_connection_idle_ms", 3000)
     async with harness() as server:
         # Well before the server notices by its own pings that nobody answers.
         await asyncio.to_thread(raw_grpc.wait_until_closed, server.rpc.address, 30.0)
+
+
+async def test_a_handshake_that_never_ends_is_timed_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten(monkeypatch, "grpc.server_handshake_timeout_ms", 100)
+    certify(tmp_path, "own", LOCAL)
+    security = SecurityConfig(tls_cert=tmp_path / "own.crt", tls_key=tmp_path / "own.key")
+    async with harness(security=security) as server:
+        host, _, port = server.rpc.address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        # gRPC's own limit is two minutes.
+        assert await asyncio.wait_for(reader.read(), 60) == b""
+        writer.close()
 
 
 async def test_nothing_is_logged_if_a_call_fails_after_its_caller_has_gone(
