@@ -7,7 +7,6 @@ import functools
 import socket
 import ssl
 from asyncio import constants, sslproto
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -34,8 +33,8 @@ LINGER_BYTES = MAX_BODY_BYTES
 # Limit on the bytes of chunk framing in a request. A body in chunks of a few bytes takes many
 # times its size on the wire, and each chunk takes time. Handlers limit the bodies themselves.
 MAX_FRAMING_BYTES = 4 << 20
-# The parser gets at most this much at once (10,000 chunks of one byte), so that other connections
-# get a turn.
+# A connection receives at most this much at once (10,000 chunks of one byte), so that others get a
+# turn before the parser continues; asyncio's default is 256 KiB.
 _PIECE_BYTES = 64 << 10
 # Time limit for the TLS handshake, from the connection on; asyncio's default is a minute.
 HANDSHAKE_SECONDS = 10.0
@@ -64,7 +63,6 @@ class Connection(HttpToolsProtocol):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._pieces: deque[bytes] = deque()
         # Bytes received so far of the current head, or of the framing of the body after it.
         self._num_bytes = 0
         self._is_in_head = True
@@ -115,6 +113,8 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        # With TLS, asyncio passes on no more than its buffer (see ``tls_context``).
+        transport.max_size = _PIECE_BYTES
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -123,24 +123,6 @@ class Connection(HttpToolsProtocol):
             if self._num_dropped > LINGER_BYTES:
                 self.transport.abort()
             return
-        if not self._pieces and len(data) <= _PIECE_BYTES:
-            self._feed(data)
-            return
-        if not self._pieces:
-            self.loop.call_soon(self._feed_next)
-        pieces = (data[at : at + _PIECE_BYTES] for at in range(0, len(data), _PIECE_BYTES))
-        self._pieces.extend(pieces)
-
-    def _feed_next(self) -> None:
-        drops = self._is_full or self._linger_timer is not None
-        if not self._pieces or self.transport.is_closing() or drops:
-            self._pieces.clear()
-            return
-        self._feed(self._pieces.popleft())
-        if self._pieces:
-            self.loop.call_soon(self._feed_next)
-
-    def _feed(self, data: bytes) -> None:
         self._num_bytes += len(data)
         super().data_received(data)
         if self.transport.is_closing() or self._is_full:
@@ -196,7 +178,6 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_head()
-        self._pieces.clear()
         if self._linger_timer is not None:
             self._linger_timer.cancel()
         # uvicorn ends only the request that was sent last.
