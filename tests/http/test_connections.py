@@ -23,7 +23,8 @@ from servers.rpc_harness import tokens_of
 
 from turret.server.api.access import MessageMemory, Shares, TokenTable
 from turret.server.config import SecurityConfig
-from turret.server.http import connection, models
+from turret.server.http import connection, endpoint, models
+from turret.server.http import server as http_server
 from turret.server.http.connection import MAX_HEAD_BYTES, MAX_HEADERS, MAX_SENT_AHEAD, Connection
 
 PROMPT = {"model": "base", "prompt": "a"}
@@ -114,6 +115,26 @@ async def test_only_request_headers_have_a_time_limit(
     await asyncio.sleep(0.5)
     assert not asking.done()
     asking.cancel()
+
+
+async def test_an_idle_connection_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "KEEP_ALIVE_SECONDS", 0.2)
+    async with http_harness() as server:
+        reader, writer = await server.opened()
+        writer.write(ASK)
+        await asyncio.wait_for(reader.readuntil(b"}"), 10)
+        assert await asyncio.wait_for(reader.read(), 10) == b""
+        writer.close()
+
+
+async def test_a_body_that_never_ends_is_timed_out(
+    monkeypatch: pytest.MonkeyPatch, http: HttpHarness
+) -> None:
+    monkeypatch.setattr(endpoint, "BODY_SECONDS", 0.2)
+    reader, writer = await http.opened()
+    writer.write(posted(COMPLETIONS, PROMPT)[:-1])
+    assert b" 408 " in await asyncio.wait_for(reader.readline(), 10)
+    writer.close()
 
 
 async def status_of(address: str, roots: Path) -> int:
