@@ -136,8 +136,14 @@ def test_answers_for_one_token_leave_a_quarter_of_the_memory_for_others() -> Non
     calls = [call_of(b"alice"), call_of(b"alice"), call_of(b"bob")]
     # Alice's requests and her answers share one limit.
     memory.hold(25, b"alice")
-    for call, num_bytes in zip(calls, (20, 30, 25), strict=True):
-        keep(backend, call, num_bytes)
+    keep(backend, calls[0], 20)
+    keep(backend, calls[1], 30)
+    # A quarter is free, but not for her.
+    late = call_of(b"alice")
+    with pytest.raises(BudgetExceededError):
+        keep(backend, late, 1)
+    late.finish(Code.OK)
+    keep(backend, calls[2], 25)
     assert (memory.held, memory.held_of(b"alice"), memory.held_of(b"bob")) == (100, 75, 25)
     with pytest.raises(BudgetExceededError):
         keep(backend, calls[0], 1)
