@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from turret.server.adapters.adapter import (
@@ -253,7 +254,7 @@ class AdapterLoader:
         compute_on_this_thread()
         # Keep one base for the whole lowering, even if it is replaced meanwhile.
         base = self.base
-        method, lowered = self._lowered(checkpoint, base, self._read_component)
+        method, lowered = self._lowered(checkpoint, base, partial(self._read_component, base))
         if not self._allowed.other_base:
             check_same_base(checkpoint, base)
         if self._allowed.strict_base and (difference := base_difference(checkpoint, base)):
@@ -286,12 +287,12 @@ class AdapterLoader:
             findings.add("chat_template" if origin == REQUEST else origin, why)
             findings.raise_if_any()
 
-    def _read_component(self, ref: ComponentRef) -> Component:
+    def _read_component(self, base: BaseModel, ref: ComponentRef) -> Component:
         checkpoint = self._read_same(ref.name, self._find_source(ref), ref.digest)
         if COMPONENTS_KEY in checkpoint.config:
             text = say("NESTED_COMPONENT", component=ref.name)
             raise AdapterCheckpointError(text, violations=[(COMPONENTS_KEY, text)])
-        method, lowered = self._lowered(checkpoint, self.base, find_no_component)
+        method, lowered = self._lowered(checkpoint, base, find_no_component)
         return Component(ref, method, lowered.operators, lowered.ranks, lowered.scalings)
 
     def reload(self, name: str, source: Source, digest: str) -> LoadedAdapter:
@@ -305,7 +306,7 @@ class AdapterLoader:
     def reread(self, name: str, source: Source, digest: str, base: BaseModel) -> Lowered:
         """Like ``reload``, for a base of a dtype other than the served one."""
         checkpoint = self._read_same(name, source, digest)
-        return self._lowered(checkpoint, base, self._read_component)[1]
+        return self._lowered(checkpoint, base, partial(self._read_component, base))[1]
 
     def _lowered(
         self, checkpoint: AdapterCheckpoint, base: BaseModel, find_component: FindComponent

@@ -10,6 +10,7 @@ import pytest
 import torch
 from builders.adapters import base_of
 from builders.methods import make_config, save_adapter
+from builders.mixes.fusions import save_fusion
 from builders.registries import Gate, Waiter, refs, until
 from method_oracle import twin
 
@@ -39,6 +40,8 @@ VARIANTS = {
 }
 DEPENDENT = {"dora", "ia3", "lora with biases", "adalora with biases", "vera with biases"}
 DEPENDENT |= {"osf", "frod", "bat"}
+# Of these components, only KaSA depends on the base.
+FUSIONS = {"plain-fusion": ("lora", "vera"), "kasa-fusion": ("lora", "kasa")}
 
 
 def make_base(generation: int) -> BaseModel:
@@ -66,6 +69,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for variant, (method, changes) in VARIANTS.items():
         config = make_config(method, **changes)
         save_adapter(twin(ARCHITECTURE).model, config, folder / variant)
+    save_adapter(twin(ARCHITECTURE).model, make_config("kasa"), folder / "kasa")
+    for name, components in FUSIONS.items():
+        save_fusion(twin(ARCHITECTURE).model, folder, name, components, ["q_proj", "v_proj"])
     return folder
 
 
@@ -99,6 +105,35 @@ def test_a_method_declares_whether_its_operators_depend_on_the_base(
     differs = any(not torch.equal(a, b) for a, b in zip(one, other, strict=True))
     assert [each.base_generation for each in loaded] == ([1, 2] if differs else [None, None])
     assert differs == (variant in DEPENDENT)
+
+
+def test_components_are_lowered_for_the_same_base_as_their_fusion(root: Path) -> None:
+    """The served base changes between the reading of the fusion and that of its components."""
+
+    def find_source(ref: ComponentRef) -> Source:
+        if changes:
+            loader.base = make_base(2)
+        return Source(ref.name)
+
+    loader = AdapterLoader(root, make_base(1), 1 << 30, 64, find_source=find_source)
+    checkpoint = loader.read(Source("kasa-fusion"))
+    changes = False
+    expected = loader.lower(checkpoint)
+    changes = True
+    found = loader.lower(checkpoint)
+    assert loader.base.generation == 2
+    for one, other in zip(tensors_of(found), tensors_of(expected), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_components_of_a_fusion_are_reread_in_the_wanted_dtype(root: Path) -> None:
+    base = make_base(1)
+    served = dataclasses.replace(base, dtype=torch.bfloat16)
+    loader = AdapterLoader(root, served, 1 << 30, 64, find_source=lambda ref: Source(ref.name))
+    digest = loader.read(Source("plain-fusion")).digest
+    lowered = loader.reread("plain-fusion", Source("plain-fusion"), digest, base)
+    found = [t for module in lowered.operators.modules.values() for t in module.tensors()]
+    assert {tensor.dtype for tensor in found} == {torch.float32}
 
 
 @pytest.fixture
