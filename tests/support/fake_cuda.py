@@ -1,7 +1,7 @@
 """CUDA's order of events without a GPU: streams that are as late as possible, and graphs.
 
-Like torch, the fake has 32 streams per priority and assigns them in turn. A capturing stream rejects
-waits in both directions, and work of other threads; such a call invalidates the capture.
+Like torch, the fake has 32 streams per priority and assigns them in turn. A capturing stream
+rejects waits in both directions, and work of other threads; such a call invalidates the capture.
 
 A stream runs nothing until something waits for it. So a buffer that is overwritten before the wait
 for its copy, or read too early, always has wrong values here. Copies with ``non_blocking=True`` are

@@ -58,7 +58,7 @@ def at_random(seconds: float, findings: Path) -> int:
 
 
 def guided(seconds: float, findings: Path) -> int:
-    """Like ``at_random``, with libFuzzer, which ends the process; a leading byte selects a target."""
+    """Like ``at_random``, by libFuzzer, which ends the process; the first byte selects a target."""
     atheris: Any = importlib.import_module("atheris")
 
     with atheris.instrument_imports(include=["turret.server"], enable_loader_override=False):

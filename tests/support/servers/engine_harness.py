@@ -238,7 +238,7 @@ class EngineHarness:
         return list(await asyncio.gather(*(self.run(request) for request in requests)))
 
     def leave_blocks(self, count: int) -> None:
-        """Reduce the KV cache to this number of blocks; ``--kv-cache-bytes`` cannot ask for so few."""
+        """Reduce the KV cache to so many blocks; ``--kv-cache-bytes`` cannot ask for so few."""
         blocks = self.engine._loop._scheduler.blocks
         blocks.num_blocks = count
         for block in list(blocks._free)[count - 1 :]:

@@ -87,8 +87,8 @@ class FakeInference(inference_pb2_grpc.InferenceServicer):
         self.time_remaining: float | None = None
         # The error of every call, if any.
         self.refusal: errors.TurretError | None = None
-        # Set once the call of the newest stream has ended. A call with the prompt FOREVER never ends
-        # by itself.
+        # Set once the call of the newest stream has ended. A call with the prompt FOREVER never
+        # ends by itself.
         self.stream_ended = threading.Event()
 
     def _accept(self, request, context: grpc.ServicerContext) -> None:

@@ -375,7 +375,7 @@ class World:
         assert self.table._mixes == self.open_mixes
 
     def _check_blocked(self) -> None:
-        """Check that the next mix waits only briefly while a mix with more places was served more."""
+        """Check that the next mix waits briefly while a mix with more places was served more."""
         line, running = self.scheduler.waiting, self.scheduler.running
         first = None if self.scheduler.is_draining else line.peek(self.loop.is_ready)
         richer = first is not None and any(
