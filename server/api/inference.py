@@ -458,42 +458,7 @@ def _distinct(finishes: Iterable[Finish]) -> list[AdapterUse]:
     return [places[key] for key in sorted(places)]
 
 
-# The method Classify: labels for each input.
-
-
-async def classify(
-    message: inference_pb2.ClassifyRequest, backend: Backend, call: Call
-) -> inference_pb2.ClassifyResponse:
-    """Answer a message; arguments and errors are those of ``pooled``."""
-    count = len(message.inputs)
-
-    def convert(output: Output) -> inference_pb2.Classification:
-        head, logits = output.head, output.pooled
-        assert head is not None
-        assert logits is not None
-        # This cannot be checked earlier, because the adapter may be replaced until the engine holds
-        # it.
-        if count > (most := MAX_LABEL_SCORES // len(logits)):
-            raise InvalidRequestError.of(
-                "inputs",
-                say(
-                    "TOO_MANY_NUMBERS",
-                    most=most,
-                    found=count,
-                    numbers=len(logits),
-                    most_numbers=MAX_LABEL_SCORES,
-                ),
-            )
-        return _classification(head, logits)
-
-    classifications, fields = await pooled(
-        message,
-        backend,
-        call,
-        pooling_of=lambda _: Pooling(classifies=True),
-        convert=convert,
-    )
-    return inference_pb2.ClassifyResponse(classifications=classifications, **fields)
+# The methods Classify and Embed: labels or a vector for each input.
 
 
 def _classification(head: Head, logits: array[float]) -> inference_pb2.Classification:
@@ -524,9 +489,6 @@ def _sigmoid(logit: float) -> float:
     if logit >= 0:
         return 1 / (1 + math.exp(-logit))
     return math.exp(logit) / (1 + math.exp(logit))
-
-
-# The method Embed: a vector for each input.
 
 
 _Embed = inference_pb2.EmbedRequest
@@ -565,21 +527,6 @@ def _pooling_of(
         most_numbers=MAX_EMBEDDING_NUMBERS,
     )
     return Pooling(**values)
-
-
-async def embed(
-    message: inference_pb2.EmbedRequest, backend: Backend, call: Call
-) -> inference_pb2.EmbedResponse:
-    """Answer a message; arguments and errors are those of ``pooled``."""
-    hidden_size = backend.model_info.hidden_size
-    embeddings, fields = await pooled(
-        message,
-        backend,
-        call,
-        pooling_of=lambda violations: _pooling_of(message, hidden_size, violations),
-        convert=_vector,
-    )
-    return inference_pb2.EmbedResponse(embeddings=embeddings, **fields)
 
 
 def _vector(output: Output) -> inference_pb2.Embedding:
@@ -701,7 +648,16 @@ class Inference:
             DeadlineExceededError: The deadline passed first.
             QueueFullError: The party has reached its limit of requests.
         """
-        return await embed(message, self._gate.enter(), call)
+        backend = self._gate.enter()
+        hidden_size = backend.model_info.hidden_size
+        embeddings, fields = await pooled(
+            message,
+            backend,
+            call,
+            pooling_of=lambda violations: _pooling_of(message, hidden_size, violations),
+            convert=_vector,
+        )
+        return inference_pb2.EmbedResponse(embeddings=embeddings, **fields)
 
     async def embed_stream(
         self, message: inference_pb2.EmbedRequest, call: Call
@@ -718,7 +674,29 @@ class Inference:
         self, message: inference_pb2.ClassifyRequest, call: Call
     ) -> inference_pb2.ClassifyResponse:
         """Labels for each input; errors are those of ``embed``."""
-        return await classify(message, self._gate.enter(), call)
+        count = len(message.inputs)
+
+        def convert(output: Output) -> inference_pb2.Classification:
+            head, logits = output.head, output.pooled
+            assert head is not None
+            assert logits is not None
+            # This cannot be checked earlier, because the adapter may be replaced until the engine
+            # holds it.
+            most = MAX_LABEL_SCORES // len(logits)
+            if count > most:
+                numbers = {"numbers": len(logits), "most_numbers": MAX_LABEL_SCORES}
+                why = say("TOO_MANY_NUMBERS", most=most, found=count, **numbers)
+                raise InvalidRequestError.of("inputs", why)
+            return _classification(head, logits)
+
+        classifications, fields = await pooled(
+            message,
+            self._gate.enter(),
+            call,
+            pooling_of=lambda _: Pooling(classifies=True),
+            convert=convert,
+        )
+        return inference_pb2.ClassifyResponse(classifications=classifications, **fields)
 
     async def tokenize(
         self, message: inference_pb2.TokenizeRequest, call: Call
