@@ -56,18 +56,6 @@ from turret.server.adapters.operators.sparse import Sparse
 from turret.server.adapters.operators.vectors import Bias, Gain, InputGain
 
 
-@dataclass(frozen=True, slots=True)
-class CpuStepExperts:
-    """A step's rows whose adapters change experts."""
-
-    adapters: ExpertAdapters
-
-    def apply(self, pairs: ExpertPairs) -> None:
-        """Add the updates of one layer's projection, in place; see ``AdapterStep``."""
-        update = _number(pairs.layer, pairs.projection)
-        self.adapters.adapt(update, pairs.x, pairs.y, pairs.routing, pairs.rows)
-
-
 def _number(layer: int, projection: str) -> int:
     """The number of a projection of experts among the updates of an ``ExpertTable``."""
     return layer * len(EXPERT_PROJECTIONS) + EXPERT_PROJECTIONS.index(projection)
@@ -94,7 +82,7 @@ class CpuExpertUpdates(Part):
     def remove(self, key: str) -> None:
         self._tables.pop(key, None)
 
-    def bind(self, members: StepMembers) -> CpuStepExperts | None:
+    def bind(self, members: StepMembers) -> ExpertAdapters | None:
         """The step's rows, or None if no row's adapter changes experts."""
         if not self._tables:
             return None
@@ -104,7 +92,7 @@ class CpuExpertUpdates(Part):
             if chosen:
                 rows += [[] for _ in range(start - len(rows))]
                 rows += [chosen] * (end - start)
-        return CpuStepExperts(ExpertAdapters(rows)) if rows else None
+        return ExpertAdapters(rows) if rows else None
 
 
 _INPUT_CHANGES = {InputGain, InputBlocks}
@@ -641,7 +629,7 @@ class CpuStep:
     updates: frozenset[str]
     inputs: StepInputs
     base_rows: slice
-    experts: CpuStepExperts | None
+    experts: ExpertAdapters | None
     others: StepReference | None
 
     @property
@@ -663,7 +651,8 @@ class CpuStep:
 
     def apply_experts(self, pairs: ExpertPairs) -> None:
         if self.experts is not None:
-            self.experts.apply(pairs)
+            update = _number(pairs.layer, pairs.projection)
+            self.experts.adapt(update, pairs.x, pairs.y, pairs.routing, pairs.rows)
 
     def project(
         self,

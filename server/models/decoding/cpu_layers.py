@@ -257,7 +257,7 @@ class CpuLayers:
             made.ends, made.weights = ends.data_ptr(), weights.data_ptr()
         if adapters is not None:
             if adapters.experts is not None:
-                made.expert_adapters = adapters.experts.adapters.address
+                made.expert_adapters = adapters.experts.address
             low, high, _ = adapters.base_rows.indices(rows)
             made.base_low, made.base_high = low, high
             made.adapters = adapters.rows.address
