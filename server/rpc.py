@@ -33,6 +33,8 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from turret.server import log
 from turret.server.api.access import (
+    ADAPTERS,
+    INFERENCE,
     SERVICE_ROLES,
     TRAINING,
     Party,
@@ -63,7 +65,6 @@ from turret.v1 import (
     adapters_pb2_grpc,
     inference_pb2,
     inference_pb2_grpc,
-    training_pb2,
     training_pb2_grpc,
 )
 
@@ -584,10 +585,6 @@ def _behaviour(handler: Any) -> Callable[..., Any]:
 
 # The server, with its options and credentials.
 
-INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
-ADAPTERS_SERVICE = adapters_pb2.DESCRIPTOR.services_by_name["Adapters"].full_name
-TRAINING_SERVICE = training_pb2.DESCRIPTOR.services_by_name["Training"].full_name
-
 # Do not limit responses, because clients choose how much they ask for and have their own limits.
 _UNLIMITED = -1
 
@@ -687,9 +684,9 @@ class RpcServer:
         self._options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", most))
         # Without --training, the server has no Training service.
         self._tenants = services.tenants
-        own = () if self._tenants is None else (TRAINING_SERVICE,)
-        self._main = (INFERENCE_SERVICE, *own)
-        self.health = HealthServicer((*self._main, ADAPTERS_SERVICE))
+        own = () if self._tenants is None else (TRAINING,)
+        self._main = (INFERENCE, *own)
+        self.health = HealthServicer((*self._main, ADAPTERS))
         self._listen = listen
         self._security = security
         self._interceptor = CallInterceptor(services)
@@ -717,22 +714,22 @@ class RpcServer:
         if self._tenants is not None:
             self._tenants.start()
         if self._listen.admin_address is None:
-            await self._serve(self._listen.address, (*self._main, ADAPTERS_SERVICE))
+            await self._serve(self._listen.address, (*self._main, ADAPTERS))
             return
         await self._serve(self._listen.address, self._main)
         try:
-            await self._serve(self._listen.admin_address, (ADAPTERS_SERVICE,))
+            await self._serve(self._listen.admin_address, (ADAPTERS,))
         except OSError:
             await self.stop(0)
             raise
 
     async def _serve(self, address: str, services: tuple[str, ...]) -> None:
         server = grpc.aio.server(interceptors=[self._interceptor], options=self._options)
-        if INFERENCE_SERVICE in services:
+        if INFERENCE in services:
             inference_pb2_grpc.add_InferenceServicer_to_server(self._inference, server)
-        if ADAPTERS_SERVICE in services:
+        if ADAPTERS in services:
             adapters_pb2_grpc.add_AdaptersServicer_to_server(self._adapters, server)
-        if TRAINING_SERVICE in services:
+        if TRAINING in services:
             training_pb2_grpc.add_TrainingServicer_to_server(self._training, server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         _add_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
