@@ -156,6 +156,8 @@ class HostMemory:
 
 
 PATIENCE_SECONDS = 1.0
+# Maximum number of adapters that are read at once.
+_LOAD_THREADS = 2
 _log = logging.getLogger(__name__)
 
 Reload = Callable[[str, Source, str], LoadedAdapter]
@@ -200,7 +202,6 @@ class Leases:
             lock.
         lock: The registry's lock, re-entrant; every method takes it.
         metrics: Receives residency, bytes, loads and evictions.
-        load_threads: The maximum number of reads at a time.
     """
 
     def __init__(
@@ -210,7 +211,6 @@ class Leases:
         *,
         lock: threading.RLock,
         metrics: Metrics,
-        load_threads: int = 2,
     ) -> None:
         self._memory = HostMemory(host_bytes, metrics)
         self._reload = reload
@@ -219,7 +219,7 @@ class Leases:
         self._loads: dict[str, _Load] = {}
         self._leases: dict[Mix, _Lease] = {}
         self._line: deque[_Lease] = deque()
-        self._executor = ThreadPoolExecutor(load_threads, thread_name_prefix="adapter-load")
+        self._executor = ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="adapter-load")
         self._is_closed = False
 
     @property

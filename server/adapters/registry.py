@@ -303,9 +303,6 @@ class AdapterRegistry:
         max_rank: Highest rank that an adapter may have.
         metrics: The metrics of the server; None for new ones.
         state: Keeps registrations and uploads across restarts. None keeps neither.
-        on_unloaded: Called with the key of a generation that is gone (unloaded, or replaced and no
-            longer in use), so that copies of its operators can be freed. May be set later.
-        load_threads: Maximum number of adapters that are read in the background at once.
         allowed: Exceptions to what is rejected by default.
         hub: Finds adapters whose paths begin with ``hub:``; None rejects such paths.
         remotes: Fetches adapters whose paths begin with ``s3://`` or ``oci://``, which are then
@@ -318,6 +315,8 @@ class AdapterRegistry:
         on_force_unload: Listeners, called with the uuid of an adapter whose requests must end now.
             The requests still have to release their mixes. Code that acquires mixes adds a
             listener.
+        on_unloaded: Called with the key of a generation that is gone (unloaded, or replaced and no
+            longer in use), so that copies of its operators can be freed.
         tokenizers: The adapters' own tokenizers and chat templates.
     """
 
@@ -330,8 +329,6 @@ class AdapterRegistry:
         metrics: Metrics | None = None,
         *,
         state: NoStateDir | None = None,
-        on_unloaded: Callable[[str], None] | None = None,
-        load_threads: int = 2,
         allowed: Allowed = NOTHING_SPECIAL,
         hub: AdapterHub | None = None,
         remotes: RemoteAdapters | None = None,
@@ -353,9 +350,7 @@ class AdapterRegistry:
         )
         self._lock = lock = threading.RLock()
         self._metrics = metrics or Metrics()
-        self._leases = leases = Leases(
-            host_bytes, loader.reload, lock=lock, metrics=self._metrics, load_threads=load_threads
-        )
+        self._leases = leases = Leases(host_bytes, loader.reload, lock=lock, metrics=self._metrics)
         self._table = table = NameTable(
             lock,
             leases,
@@ -370,7 +365,7 @@ class AdapterRegistry:
             lock, table, names, kept, end_users=self._end_users, on_gone=self._notify_gone
         )
         self.on_force_unload: list[Callable[[str], None]] = []
-        self.on_unloaded = on_unloaded
+        self.on_unloaded: Callable[[str], None] = lambda key: None
         # Removes files on a separate thread, because the last user of a generation may be the
         # engine thread.
         self._janitor = ThreadPoolExecutor(1, thread_name_prefix="adapter-files")
@@ -833,8 +828,7 @@ class AdapterRegistry:
                 self._janitor.submit(self._state.discard, adapter.source)
 
     def _notify_gone(self, adapter: Adapter) -> None:
-        if self.on_unloaded is not None:
-            self.on_unloaded(adapter.key)
+        self.on_unloaded(adapter.key)
 
     def find(self, ref: AdapterRef) -> Adapter | None:
         """The generation that a reference names now, without holding it; None if there is none."""
