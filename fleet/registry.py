@@ -365,10 +365,11 @@ class FleetRegistry:
         if proposal.replaces is not None:
             before = self._registered(name)
             _check_same(before, proposal.replaces)
-        elif before is not None:
-            _check_free(before, facts)
         if before is not None and before.facts.content == facts.content:
             return self._confirm(before, proposal)
+        if before is not None and proposal.replaces is None:
+            taken = say("ADAPTER_EXISTS", adapter=name, digest=before.facts.digest)
+            raise AdapterExistsError(taken)
         self._check_components(name, facts)
         if before is None:
             saved = SavedRegistration(
@@ -680,13 +681,6 @@ def _check_same(saved: SavedRegistration, expected: tuple[str, int]) -> None:
         found = {"adapter": saved.name, "generation": saved.generation}
         raise AdapterGenerationError(say("ADAPTER_LOADED_AGAIN", **found))
     _check_generation(saved, expected[1])
-
-
-def _check_free(saved: SavedRegistration, facts: AdapterFacts) -> None:
-    """Raises if the name refers to other weights."""
-    if saved.facts.content != facts.content:
-        taken = say("ADAPTER_EXISTS", adapter=saved.name, digest=saved.facts.digest)
-        raise AdapterExistsError(taken)
 
 
 def _is_kept(saved: SavedRegistration, member: p.MergeMember) -> bool:
