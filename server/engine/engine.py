@@ -118,7 +118,7 @@ class Engine:
             allow_merged_twice=allow_merged_twice,
         )
         adapters.on_force_unload.append(lambda uuid: loop.post(lambda: loop.force_unload(uuid)))
-        adapters.on_unloaded = lambda key: loop.post(lambda: loop.forget_adapter(key))
+        adapters.on_unloaded = lambda key: loop.post(lambda: runner.forget_adapter(key))
         self._draining = False
         self._thread: threading.Thread | None = None
         self._event_loop: asyncio.AbstractEventLoop | None = None

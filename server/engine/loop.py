@@ -307,10 +307,6 @@ class EngineLoop:
                 self._fail(answer, AdapterUnloadedError(say("ADAPTER_UNLOADED", uuid=uuid)))
         self._flush()
 
-    def forget_adapter(self, key: str) -> None:
-        """Free the device memory of an adapter that was unloaded or replaced."""
-        self._runner.forget_adapter(key)
-
     def change_base(self, change: BaseChange) -> None:
         """Change the base weights once no request runs. Waiting requests stay in the queue."""
         if self._stopping or self.is_dead:
@@ -421,7 +417,7 @@ class EngineLoop:
             return
         self._scheduler.change_base(base.generation)
         for key in base.stale:
-            self.forget_adapter(key)
+            self._runner.forget_adapter(key)
         self._merged = base.merged
         for answer in list(self._answers.values()):
             self._guard(answer, lambda answer=answer: self._check_not_merged(answer.sequence))

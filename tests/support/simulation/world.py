@@ -142,7 +142,7 @@ class World:
 
     def _gone(self, adapter: Adapter) -> None:
         assert adapter.in_flight == adapter.holds == 0, f"{adapter} is gone, and in use"
-        self.loop.post(lambda: self.loop.forget_adapter(adapter.key))
+        self.loop.post(lambda: self.runner.forget_adapter(adapter.key))
 
     def _deliver(self, outbox: Outbox) -> None:
         for stream, item in outbox:
