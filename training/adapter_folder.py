@@ -1,4 +1,7 @@
-"""Writes an adapter in PEFT's layout, deterministically: the same weights give the same bytes."""
+"""Reads and writes an adapter in PEFT's layout.
+
+Files are written deterministically: the same weights give the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,25 @@ import torch
 from safetensors.torch import save
 
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
+from turret.server.adapters.checkpoint import AdapterCheckpoint
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.training.words import RunError, say
+
+_MAX_ELEMENTS = 1 << 40
+
+
+def read_adapter(folder: Path, shown: str | None = None) -> AdapterCheckpoint:
+    """Read the two files of a directory.
+
+    Args:
+        folder: The directory.
+        shown: Its name in errors; None for the last part of its path.
+    """
+    folder = folder.resolve()
+    return read_checkpoint(
+        AdapterRoot(folder.parent), folder.name, max_elements=_MAX_ELEMENTS, shown=shown
+    )
 
 
 def write_adapter(

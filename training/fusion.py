@@ -12,19 +12,16 @@ from bitsandbytes.functional import dequantize_4bit
 from torch import nn
 
 from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
-from turret.server.adapters.checkpoint import PEFT_PREFIX, AdapterCheckpoint
-from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
-from turret.server.adapters.checkpoint.reader import read_checkpoint
+from turret.server.adapters.checkpoint import PEFT_PREFIX
 from turret.server.adapters.component import Component, ComponentRef
 from turret.server.adapters.lowering import check_fusable, update_of
 from turret.server.adapters.methods.learned_fusion import METHOD as LEARNED_FUSION
 from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.low_rank import LowRank
+from turret.training.adapter_folder import read_adapter
 from turret.training.batches import IGNORED, TrainingBatch
 from turret.training.loss import LossFunction
 from turret.training.settings.checks import component_directories
-
-_MAX_ELEMENTS = 1 << 32
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
@@ -44,7 +41,7 @@ def component_digests(entries: Sequence[str]) -> dict[str, str]:
 
 def adapter_digest(directory: Path) -> str:
     """The digest of an adapter's files, which a server reports for them."""
-    return _read(directory).digest
+    return read_adapter(directory).digest
 
 
 def read_components(directories: Mapping[str, Path], model: nn.Module) -> list[Component]:
@@ -60,17 +57,12 @@ def read_components(directories: Mapping[str, Path], model: nn.Module) -> list[C
     base = _describe(model)
     components = []
     for name, directory in directories.items():
-        checkpoint = _read(directory)
+        checkpoint = read_adapter(directory)
         method, lowered = lower_checkpoint(checkpoint, base)
         ref = ComponentRef(name, checkpoint.digest)
         components.append(Component(ref, method, lowered.operators, lowered.ranks))
     check_fusable(components, ", ".join(directories))
     return components
-
-
-def _read(directory: Path) -> AdapterCheckpoint:
-    resolved = directory.resolve()
-    return read_checkpoint(AdapterRoot(resolved.parent), resolved.name, max_elements=_MAX_ELEMENTS)
 
 
 def _describe(model: Any) -> BaseModel:

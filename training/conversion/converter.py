@@ -29,10 +29,10 @@ from turret.server.models.sources.model_directory import (
     scale_block,
     weight_files,
 )
-from turret.training.adapter_folder import new_folder, write_adapter
+from turret.training.adapter_folder import new_folder, read_adapter, write_adapter
 from turret.training.conversion import MadeLora
 from turret.training.conversion.kinds import CONVERTED, XLORA, ConvertibleKind, check_plain_base
-from turret.training.conversion.xlora import read_folder, split_xlora
+from turret.training.conversion.xlora import split_xlora
 from turret.training.words import say
 from turret.words import counted
 
@@ -70,7 +70,7 @@ def convert(
         InvalidRequestError: The base cannot be read.
         RunError: The base was not used in training, or a part of an X-LoRA is missing or wrong.
     """
-    checkpoint = read_folder(adapter, str(adapter))
+    checkpoint = read_adapter(adapter, str(adapter))
     kind = str(checkpoint.config["peft_type"])
     if kind == XLORA:
         with new_folder(output) as build:

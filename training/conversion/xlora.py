@@ -17,25 +17,14 @@ import torch
 
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
 from turret.server.adapters.checkpoint import PEFT_PREFIX, AdapterCheckpoint
-from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
-from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.component import COMPONENTS_KEY
-from turret.training.adapter_folder import write_adapter
+from turret.training.adapter_folder import read_adapter, write_adapter
 from turret.training.words import RunError, say
 
 # Name of the classifier's folder, a sibling of the LoRAs' folders.
 ROUTER = "xlora"
 _CLASSIFIER = "base_model.internal_xlora_classifier.layers"
 _LORA_PREFIX = "base_model.lora_model.model."
-_MOST_ELEMENTS = 1 << 40
-
-
-def read_folder(place: Path, shown: str) -> AdapterCheckpoint:
-    """Read the two files of an adapter's directory."""
-    place = place.resolve()
-    return read_checkpoint(
-        AdapterRoot(place.parent), place.name, max_elements=_MOST_ELEMENTS, shown=shown
-    )
 
 
 def split_xlora(
@@ -61,7 +50,7 @@ def split_xlora(
     if loras and len(loras) != len(paths):
         raise RunError(say("LORA_COUNT", expected=len(paths), found=len(loras)))
     folders = {
-        number: read_folder(adapter / str(number), f"{adapter}/{number}")
+        number: read_adapter(adapter / str(number), f"{adapter}/{number}")
         for number in range(len(paths))
         if (adapter / str(number)).is_dir()
     }
@@ -71,7 +60,7 @@ def split_xlora(
         original = _original(number, folders.get(number), given, path, config)
         _write_lora(build / str(number), folders.get(number), original)
     components = [
-        {"name": str(number), "digest": read_folder(build / str(number), str(number)).digest}
+        {"name": str(number), "digest": read_adapter(build / str(number), str(number)).digest}
         for number in range(len(paths))
     ]
     places = {str(number): f"../{number}" for number in range(len(paths))}
@@ -148,7 +137,7 @@ def _original(
 
 def _check_same(number: int, saved: AdapterCheckpoint, original: Path) -> None:
     """Check that the saved tensors of a LoRA are those of the original."""
-    whole = read_folder(original, str(original)).tensors
+    whole = read_adapter(original, str(original)).tensors
     for name, tensor in saved.tensors.items():
         if _is_lora(name):
             other = whole.get(name.removeprefix(_LORA_PREFIX))
