@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from turret.server.adapters.adapter import PROVENANCE_FILE
-from turret.server.adapters.checkpoint import PEFT_PREFIX
-from turret.server.adapters.fuser import lora_config
+from turret.server.adapters.fuser import lora_of
+from turret.server.adapters.operators.low_rank import LoraModule
 from turret.server.models.model_source import StoredTensors
 from turret.server.models.sources.check import find_gguf
 from turret.server.models.sources.gguf_file import open_gguf
@@ -32,7 +32,6 @@ from turret.training.words import RunError, say
 
 _ROW_TOKENS = 512
 _MAX_TOKENS = 16 * _ROW_TOKENS
-_B = ".lora_B.weight"
 # Inputs that the text hardly uses count as much as this share of the mean.
 _LEAST = 0.01
 
@@ -76,7 +75,7 @@ def repair(
     modules = {n: m for n, m in model.named_modules() if isinstance(m, FrozenNf4Linear)}
     modules = {name: module for name, module in modules.items() if ".experts." not in name}
     scales = _input_scales(model, modules, base.tokenizer(text).input_ids)
-    tensors: dict[str, torch.Tensor] = {}
+    loras: dict[str, LoraModule] = {}
     squares = torch.zeros(3, dtype=torch.float64)
     for name, weight in _stored(base):
         module = name.removesuffix(".weight")
@@ -87,25 +86,19 @@ def repair(
         weight = weight.to(torch.bfloat16).float() * scale
         residual = weight - modules[module].dequantize(torch.float32) * scale
         left, values, right = _largest(residual, rank)
-        path = f"{PEFT_PREFIX}{module}"
-        tensors[f"{path}.lora_A.weight"] = (right * values.sqrt()).T / scale
-        tensors[f"{path}{_B}"] = left * values.sqrt()
+        a, b = (right * values.sqrt()).T / scale, left * values.sqrt()
+        loras[module] = LoraModule(a, b, None)
         before = residual.square().sum()
         # At full rank, the remaining error is 0, and rounding may make it negative.
         after = (before - values.square().sum()).clamp_min(0)
         squares += torch.stack((weight.square().sum(), before, after)).double()
-    ranks = {
-        key.removeprefix(PEFT_PREFIX).removesuffix(_B): value.shape[1]
-        for key, value in tensors.items()
-        if key.endswith(_B)
-    }
     with new_folder(output) as build:
-        config = lora_config(ranks, served_base(base), base.source.name, has_bias=False)
+        config, tensors = lora_of(loras, served_base(base), base.source.name)
         write_adapter(build, config, tensors, torch.float16)
         facts = json.dumps({"base": describe_base(base.source)}, indent=2, sort_keys=True)
         (build / PROVENANCE_FILE).write_text(f"{facts}\n", encoding="utf-8")
     whole, before, after = squares.tolist()
-    return Repair(len(ranks), (before / whole) ** 0.5, (after / whole) ** 0.5)
+    return Repair(len(loras), (before / whole) ** 0.5, (after / whole) ** 0.5)
 
 
 def _largest(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

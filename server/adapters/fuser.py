@@ -43,6 +43,7 @@ from turret.server.adapters.methods import METHODS
 from turret.server.adapters.module_fuser import Contribution, FusedModule, ModuleFuser, ratio
 from turret.server.adapters.name_table import name_taken
 from turret.server.adapters.operators.adapter_operators import beyond_low_rank, beyond_updates
+from turret.server.adapters.operators.low_rank import LoraModule
 from turret.server.adapters.operators.vectors import Bias
 from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StagedUpload, UploadedFile
@@ -67,10 +68,10 @@ from turret.server.words import say
 METHOD = "lora"
 
 
-def fused_files(
-    modules: Mapping[str, FusedModule], base: BaseModel, base_model: str
-) -> AdapterFiles:
-    """The files of a fusion's result.
+def lora_of(
+    modules: Mapping[str, LoraModule], base: BaseModel, base_model: str
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The config and the tensors of a LoRA, with PEFT's keys and names.
 
     Args:
         modules: The result's modules by path, not empty.
@@ -86,7 +87,7 @@ def fused_files(
         if has_bias:
             bias = torch.zeros(len(module.b)) if module.bias is None else module.bias
             tensors[f"{PEFT_PREFIX}{name}.lora_B.bias"] = bias
-    return AdapterFiles(lora_config(ranks, base, base_model, has_bias), tensors)
+    return _lora_config(ranks, base, base_model, has_bias), tensors
 
 
 class AdapterFiles:
@@ -148,7 +149,7 @@ def _leaf(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def lora_config(
+def _lora_config(
     ranks: Mapping[str, int], base: BaseModel, base_model: str, has_bias: bool
 ) -> dict[str, Any]:
     """The config of a LoRA with these ranks. Alpha equals the rank, so nothing is scaled.
@@ -376,7 +377,7 @@ class Fuser:
             finally:
                 self._registry.release(mix)
             named = [member.lowered.base_model for member in members if member.lowered.base_model]
-            files = fused_files(modules, base, named[0] if named else base.name)
+            files = AdapterFiles(*lora_of(modules, base, named[0] if named else base.name))
             return _result(self._install(job, files, _template(mix)), modules)
         finally:
             self._end(job)

@@ -22,7 +22,7 @@ from turret.server.adapters.operators.adapter_operators import (
     has_update,
     is_low_rank,
 )
-from turret.server.adapters.operators.low_rank import LowRank
+from turret.server.adapters.operators.low_rank import LoraModule, LowRank
 from turret.server.errors import BudgetExceededError, InvalidRequestError
 from turret.server.words import say
 
@@ -208,26 +208,16 @@ class Contribution:
 
 
 @dataclass(frozen=True, slots=True)
-class FusedModule:
-    """A module of the result.
+class FusedModule(LoraModule):
+    """A module of the result, with ``bias = Σ w_k bias_k``.
 
     Attributes:
-        a: ``[rank, in_features]``, fp32, contiguous.
-        b: ``[out_features, rank]``, fp32, contiguous.
-        bias: ``Σ w_k bias_k``, ``[out_features]``, fp32, or None.
         error: Frobenius norm of ``b @ a − Σ w_k ΔW_k``.
         reference: The Frobenius norm of ``Σ w_k ΔW_k``.
     """
 
-    a: torch.Tensor
-    b: torch.Tensor
-    bias: torch.Tensor | None
     error: float
     reference: float
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
 
 
 class ModuleFuser:

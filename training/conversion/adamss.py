@@ -23,7 +23,8 @@ from turret.server.adapters.methods.kit import (
     optionally,
     torch,
 )
-from turret.training.conversion import MadeLora, peft_generator
+from turret.server.adapters.operators.low_rank import LoraModule
+from turret.training.conversion import peft_generator
 from turret.training.words import RunError, say
 
 _DOWN = "adamss_newB"
@@ -88,7 +89,7 @@ def _check(m: Module) -> None:
         m.misfit(say("WRONG_COUNT", found=m.outputs, what="outputs", expected=total))
 
 
-def convert(m: Module) -> MadeLora:
+def convert(m: Module) -> LoraModule:
     """Convert the update of one module.
 
     Raises:
@@ -123,8 +124,8 @@ def convert(m: Module) -> MadeLora:
     if len(down) < starts[-1]:
         a, b = down, inner @ torch.cat(downs)
     if bias is None:
-        return MadeLora(a.float(), b.float(), None)
-    return MadeLora(a[:, :-1].float().contiguous(), b.float(), (b @ a[:, -1]).float())
+        return LoraModule(a.float(), b.float(), None)
+    return LoraModule(a[:, :-1].float().contiguous(), b.float(), (b @ a[:, -1]).float())
 
 
 def _left_vectors(weight: torch.Tensor, down: torch.Tensor, seed: int, path: str) -> torch.Tensor:

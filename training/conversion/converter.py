@@ -16,7 +16,8 @@ from turret.server.adapters.checkpoint import (
     AdapterCheckpoint,
     Findings,
 )
-from turret.server.adapters.fuser import lora_config
+from turret.server.adapters.fuser import lora_of
+from turret.server.adapters.operators.low_rank import LoraModule
 from turret.server.adapters.operators.vocabulary import EMBEDDING, HEAD
 from turret.server.adapters.peft_format.refusals import base_name_warning
 from turret.server.basics.work import OnProgress
@@ -30,7 +31,6 @@ from turret.server.models.sources.model_directory import (
     weight_files,
 )
 from turret.training.adapter_folder import new_folder, read_adapter, write_adapter
-from turret.training.conversion import MadeLora
 from turret.training.conversion.kinds import CONVERTED, XLORA, ConvertibleKind, check_plain_base
 from turret.training.conversion.xlora import split_xlora
 from turret.training.words import say
@@ -98,7 +98,7 @@ def convert(
 
 def _convert_all(
     checkpoint: AdapterCheckpoint, kind: ConvertibleKind, base: BaseModel, progress: OnProgress
-) -> tuple[dict[str, MadeLora], dict[str, torch.Tensor]]:
+) -> tuple[dict[str, LoraModule], dict[str, torch.Tensor]]:
     """The LoRAs of the modules, and the tensors of modules that are saved as a whole."""
     config = dict(checkpoint.config)
     names = config.pop("modules_to_save", None) or []
@@ -130,22 +130,14 @@ def _is_saved(module: str, names: list[Any]) -> bool:
 
 def _write(
     folder: Path,
-    made: Mapping[str, MadeLora],
+    made: Mapping[str, LoraModule],
     saved: Mapping[str, torch.Tensor],
     config: Mapping[str, Any],
     base: BaseModel,
 ) -> None:
-    has_bias = any(one.bias is not None for one in made.values())
-    tensors = {f"{PEFT_PREFIX}{name}": tensor.float() for name, tensor in saved.items()}
-    for name, one in made.items():
-        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = one.a
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = one.b
-        if has_bias:
-            bias = torch.zeros(len(one.b)) if one.bias is None else one.bias
-            tensors[f"{PEFT_PREFIX}{name}.lora_B.bias"] = bias
     named = str(config.get("base_model_name_or_path") or base.name)
-    ranks = {name: one.rank for name, one in made.items()}
-    lora = lora_config(ranks, base, named, has_bias)
+    lora, tensors = lora_of(made, base, named)
+    tensors |= {f"{PEFT_PREFIX}{name}": tensor.float() for name, tensor in saved.items()}
     for key in ("task_type", "modules_to_save"):
         if config.get(key) is not None:
             lora[key] = config[key]

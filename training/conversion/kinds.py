@@ -12,6 +12,7 @@ from turret.server.adapters.adapter import CONFIG_FILE, MAX_CONFIG_BYTES
 from turret.server.adapters.checkpoint.reader import parse_config
 from turret.server.adapters.methods import xlora
 from turret.server.adapters.methods.kit import LinearFormat, Module
+from turret.server.adapters.operators.low_rank import LoraModule
 from turret.server.errors import InvalidRequestError
 from turret.server.models.sources.gguf_header import SUFFIX
 from turret.server.models.sources.model_directory import (
@@ -20,7 +21,7 @@ from turret.server.models.sources.model_directory import (
     is_4bit,
     weight_files,
 )
-from turret.training.conversion import MadeLora, adamss, psoft
+from turret.training.conversion import adamss, psoft
 from turret.training.words import RunError, say
 
 
@@ -29,7 +30,7 @@ class ConvertibleKind:
     """A type of adapter that can be converted to a LoRA."""
 
     format_of: Callable[[Mapping[str, Any]], LinearFormat]
-    convert: Callable[[Module], MadeLora]
+    convert: Callable[[Module], LoraModule]
     note: str = ""
 
 

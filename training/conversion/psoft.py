@@ -24,7 +24,8 @@ from turret.server.adapters.methods.kit import (
     torch,
     when,
 )
-from turret.training.conversion import MadeLora, peft_generator
+from turret.server.adapters.operators.low_rank import LoraModule
+from turret.training.conversion import peft_generator
 
 _TURN, _OUT, _IN = "psoft_R.weight", "psoft_R.vector_b", "psoft_R.vector_a"
 # Maximum number of iterations, and of terms of a series, in a config.
@@ -48,7 +49,7 @@ def _said(m: Module, name: str) -> Any:
     return m.config.get(name, DEFAULTS[name])
 
 
-def convert(m: Module) -> MadeLora:
+def convert(m: Module) -> LoraModule:
     """Convert the update of one module, including the scaling."""
     config, rank = {**DEFAULTS, **m.config}, m.config["r"]
     left, values, right = _svd(m.weight(), rank, config)
@@ -60,7 +61,7 @@ def convert(m: Module) -> MadeLora:
         a, b = root[:, None] * right, left * root
     turn = rotation(m.tensors, rank, config) - torch.eye(rank, dtype=torch.float64)
     wide = b.cpu().to(torch.float64) @ turn * m.scaling
-    return MadeLora(a.cpu().float(), wide.float(), None)
+    return LoraModule(a.cpu().float(), wide.float(), None)
 
 
 def _svd(

@@ -45,6 +45,25 @@ def piece_sums(rank: int, in_features: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class LoraModule:
+    """The LoRA of one module in the form of PEFT's files: ``y += b (a x) + bias``.
+
+    Attributes:
+        a: ``[rank, in_features]`` fp32.
+        b: ``[out_features, rank]`` fp32.
+        bias: ``[out_features]`` fp32, or None.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    bias: torch.Tensor | None
+
+    @property
+    def rank(self) -> int:
+        return len(self.a)
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertLowRank(Operator):
     """``Δ(x) = b_eᵀ (a_e x)`` for each expert ``e``'s rows, in one fused projection of a layer.
 
