@@ -10,7 +10,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from turret.server.models.describe import ModelInfo
 
 
+_T = TypeVar("_T")
 # The maximum number of sequences in a request.
 MAX_DATUMS = 1024
 MAX_SETTINGS = 16
@@ -183,9 +184,8 @@ class Training:
         try:
             model = sessions.add_model(session, 0, config, {})
 
-            async def create() -> Result:
+            async def create() -> None:
                 model.learner = await training.create(config, owner)
-                return Result(b"")
 
             with _renamed(lambda field: f"config.{field}"):
                 await self._command(model, create)
@@ -221,7 +221,7 @@ class Training:
         sent = message.SerializeToString()
         del message
 
-        async def run() -> Result:
+        async def run() -> training_pb2.ForwardBackwardResponse:
             asked = await tenants.read(tenant, lambda: _read_pass(sent, info))
             losses = await training.pass_over(
                 model.learner_number,
@@ -230,10 +230,9 @@ class Training:
                 asked.settings,
                 is_forward_only=asked.is_forward_only,
             )
-            return Result(await tenants.read(tenant, lambda: _losses(losses).SerializeToString()))
+            return await tenants.read(tenant, lambda: _losses(losses))
 
-        body = await self._command(model, run, len(sent))
-        return training_pb2.ForwardBackwardResponse.FromString(body)
+        return await self._command(model, run, len(sent))
 
     async def optim_step(
         self, message: training_pb2.OptimStepRequest, call: Call
@@ -242,12 +241,11 @@ class Training:
         model, adam = self._model(message.model_id, call), _adam(message)
         training = self._tenants.sessions.training()
 
-        async def run() -> Result:
+        async def run() -> training_pb2.OptimStepResponse:
             metrics = await training.step(model.learner_number, adam)
-            response = training_pb2.OptimStepResponse(grad_norm=metrics["grad_norm"])
-            return Result(response.SerializeToString())
+            return training_pb2.OptimStepResponse(grad_norm=metrics["grad_norm"])
 
-        return training_pb2.OptimStepResponse.FromString(await self._command(model, run))
+        return await self._command(model, run)
 
     async def save_checkpoint(
         self, message: training_pb2.SaveCheckpointRequest, call: Call
@@ -256,13 +254,11 @@ class Training:
         model, name = self._model(message.model_id, call), _short(message.name, "name")
         overwrite = message.overwrite
 
-        async def run() -> Result:
-            saved = await self._tenants.save(model, "weights", name, overwrite=overwrite)
-            return Result(_checkpoint(saved).SerializeToString())
+        async def run() -> Checkpoint:
+            return await self._tenants.save(model, "weights", name, overwrite=overwrite)
 
         with _renamed(lambda field: "name" if field == "path" else field):
-            body = await self._command(model, run)
-        return training_pb2.Checkpoint.FromString(body)
+            return _checkpoint(await self._command(model, run))
 
     async def load_checkpoint(
         self, message: training_pb2.LoadCheckpointRequest, call: Call
@@ -271,9 +267,8 @@ class Training:
         model, path = self._model(message.model_id, call), _short(message.path, "path")
         with_optimizer = message.optimizer
 
-        async def run() -> Result:
-            await self._tenants.load(model, path, with_optimizer=with_optimizer)
-            return Result(b"")
+        async def run() -> Checkpoint:
+            return await self._tenants.load(model, path, with_optimizer=with_optimizer)
 
         await self._command(model, run)
         return _model(model)
@@ -318,22 +313,19 @@ class Training:
         """Register a model's weights for sampling."""
         model = self._model(message.model_id, call)
 
-        async def run() -> Result:
+        async def run() -> training_pb2.PublishModelResponse:
             generation = (await self._tenants.publish(model)).generation
-            response = training_pb2.PublishModelResponse(
-                adapter=model.inflight, generation=generation
-            )
-            return Result(response.SerializeToString())
+            return training_pb2.PublishModelResponse(adapter=model.inflight, generation=generation)
 
-        return training_pb2.PublishModelResponse.FromString(await self._command(model, run))
+        return await self._command(model, run)
 
     def _model(self, model_id: str, call: Call) -> TenantModel:
         owner = self._tenants.owner(call.party)
         return self._tenants.sessions.model(owner, model_id, is_numbered=False)
 
     async def _command(
-        self, model: TenantModel, run: Callable[[], Awaitable[Result]], size: int = 0
-    ) -> bytes:
+        self, model: TenantModel, run: Callable[[], Awaitable[_T]], size: int = 0
+    ) -> _T:
         """The result of a command, which runs to its end even if the caller is cancelled.
 
         Args:
@@ -343,14 +335,19 @@ class Training:
             size: See ``CommandLog.add``.
         """
         futures, session = self._tenants.futures, self._tenants.sessions.of(model)
-        number = model.log.next_number
-        future = model.log.add(number, model.owner, f"{model.model_id}:{number}", run, size)
-        while (result := await future.wait(_LOOK_SECONDS)) is None:
+        number, found = model.log.next_number, list[_T]()
+
+        async def work() -> Result:
+            found.append(await run())
+            return Result(b"")
+
+        future = model.log.add(number, model.owner, f"{model.model_id}:{number}", work, size)
+        while await future.wait(_LOOK_SECONDS) is None:
             session.seen = time.monotonic()
         futures.forget(future)
         if future.error is not None:
             raise future.error
-        return result.body
+        return found[0]
 
 
 @contextlib.contextmanager
