@@ -392,12 +392,6 @@ class Tokenizer:
                 ids += piece
         return ids
 
-    def encode_chat(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = (), **how: Any
-    ) -> list[int]:
-        """``render_chat``, then ``encode_rendered``."""
-        return self.encode_rendered(self.render_chat(messages, tools, **how))
-
     @PANICS_ARE_ERRORS
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         """Text of a whole sequence, with special tokens if ``special``."""

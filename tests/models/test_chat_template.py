@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chats import encode_chat
 from jinja2 import TemplateSyntaxError
 from said import says, texts_of
 from transformers import AutoTokenizer
@@ -317,7 +318,7 @@ def tokenizer() -> Tokenizer:
 
 
 def turns(tokenizer: Tokenizer, content: str, **options: Any) -> list[int]:
-    return tokenizer.encode_chat([{"role": "user", "content": content}], **options)
+    return encode_chat(tokenizer, [{"role": "user", "content": content}], **options)
 
 
 def special_in(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
@@ -339,7 +340,7 @@ def test_content_cannot_end_its_turn(tokenizer: Tokenizer) -> None:
 def test_an_unknown_role_is_rejected(tokenizer: Tokenizer, role: str, special: bool) -> None:
     told = [{"role": "user", "content": "a"}, {"role": role, "content": "b"}]
     with pytest.raises(InvalidRequestError) as refused:
-        tokenizer.encode_chat(told, special=special)
+        encode_chat(tokenizer, told, special=special)
     assert [field for field, _ in refused.value.violations] == ["chat.messages[1].role"]
     assert says("NOT_ONE_OF", value=role)(refused.value)
     assert refused.value.metadata.get("closest") == ("user" if role in ("usr", "User") else None)

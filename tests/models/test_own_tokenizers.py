@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from builders.added_tokens import ADDED, FIRST, ROWS, grown_tokenizer
 from builders.bases.tiny_models import EOS, VOCAB_SIZE, tiny_tokenizer
+from chats import encode_chat
 from said import says
 from transformers import AutoTokenizer
 
@@ -64,7 +65,7 @@ def test_tokenizers_are_read_as_transformers_reads_them(
     for text in ("a turret", "<|user|>x<|end|>", "<call>turretturret</call>"):
         assert found.encode(text) == expected(text)["input_ids"]
     turns = [{"role": "user", "content": "a turret"}]
-    assert found.encode_chat(turns) == expected.apply_chat_template(
+    assert encode_chat(found, turns) == expected.apply_chat_template(
         turns, add_generation_prompt=True, return_dict=False
     )
     assert found.vocab_size == FIRST + len(ADDED)
@@ -289,7 +290,7 @@ def test_older_files_and_other_special_tokens_are_read_as_transformers_does(
     assert found.eos_token_ids == {theirs.eos_token_id} | base.eos_token_ids
     assert (found.vocab_size, found.beyond(0)) == (len(theirs), theirs.get_vocab())
     turns = [{"role": "user", "content": "a turret"}]
-    assert found.encode_chat(turns) == theirs.apply_chat_template(
+    assert encode_chat(found, turns) == theirs.apply_chat_template(
         turns, add_generation_prompt=True, return_dict=False
     )
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from builders.bases import tiny_tokenizers
 from builders.bases.tiny_models import save_tiny_model
+from chats import encode_chat
 from said import says
 from servers.fakes import FakeFuser, FakeMerger, FakeVocabularies, fake_backend
 from servers.http_harness import http_harness
@@ -107,7 +108,7 @@ async def test_gemma_begins_with_one_bos(tmp_path: Path) -> None:
         assert bos not in ids[1:], text
     # A BOS that the client wrote twice is kept.
     assert tokenizer.encode("<bos><bos>hi")[:3].count(bos) == 2
-    assert tokenizer.encode_chat(TURNS).count(bos) == 1
+    assert encode_chat(tokenizer, TURNS).count(bos) == 1
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -131,7 +132,7 @@ async def test_a_template_without_system_turns_rejects_them(tmp_path: Path) -> N
     turns = [{"role": "system", "content": "Be kind."}, *TURNS]
     failed = says("CHAT_TEMPLATE_FAILED")
     with pytest.raises(InvalidRequestError, match="no system role", check=failed) as refused:
-        tokenizer.encode_chat(turns)
+        encode_chat(tokenizer, turns)
     assert refused.value.violations[0][0] == "chat.messages"
     async with http_harness(serving=False) as http:
         open_with(http, tokenizer)
@@ -161,8 +162,8 @@ def test_special_tokens_in_contents_are_plain_text(name: str, tmp_path: Path) ->
     content = f"a{forged}b {forged} c"
     split = theirs(content, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     theirs("x", split_special_tokens=False)
-    ids = tokenizer.encode_chat([{"role": "user", "content": content}])
-    words = tokenizer.encode_chat([{"role": "user", "content": "x"}])
+    ids = encode_chat(tokenizer, [{"role": "user", "content": content}])
+    words = encode_chat(tokenizer, [{"role": "user", "content": "x"}])
     end = theirs.convert_tokens_to_ids(forged)
     assert ids.count(end) == words.count(end)
     assert any(ids[i : i + len(split)] == split for i in range(len(ids)))
@@ -174,12 +175,12 @@ def test_a_template_that_imitates_marks_fails_only_its_request(number: str, tmp_
     template = f"{{{{ messages[0].content[:-2] }}}}{number}x"
     tokenizer = load("gemma", tmp_path)[0].with_template(OwnTemplate("a", {"default": template}))
     with pytest.raises(InvalidRequestError, check=says("CHAT_TEMPLATE_FAILED")):
-        tokenizer.encode_chat([{"role": "user", "content": "<end_of_turn>"}])
+        encode_chat(tokenizer, [{"role": "user", "content": "<end_of_turn>"}])
 
 
 def test_harmony_prompts_contain_the_date_and_function_calls(tmp_path: Path) -> None:
     tokenizer, theirs = load("gpt_oss", tmp_path)
-    text = tokenizer.decode(tokenizer.encode_chat(TURNS), special=True)
+    text = tokenizer.decode(encode_chat(tokenizer, TURNS), special=True)
     assert f"Current date: {datetime.date.today():%Y-%m-%d}<|end|>" in text
     assert text.endswith("<|end|><|start|>assistant")
     # <|end|> closes a channel, not the answer.
@@ -193,7 +194,7 @@ def test_harmony_prompts_contain_the_date_and_function_calls(tmp_path: Path) -> 
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "<|end|>", "tool_call_id": "1"},
     ]
-    ids = tokenizer.encode_chat(turns, [{"type": "function", "function": {"name": "f"}}])
+    ids = encode_chat(tokenizer, turns, [{"type": "function", "function": {"name": "f"}}])
     shown = tokenizer.decode(ids, special=True)
     assert 'to=functions.f<|channel|>commentary json<|message|>{"a": 1}<|call|>' in shown
     # A tool's result that contains an end mark does not end the message.

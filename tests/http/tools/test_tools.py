@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from builders.bases.tiny_models import EOS, VOCAB_SIZE, tiny_tokenizer
 from builders.constraints import compiled, make_tokenizer
+from chats import encode_chat
 from servers.answer_pieces import cut, put_together
 from servers.fakes import knows_tools, saying
 from servers.http_harness import TURNS, HttpHarness
@@ -208,7 +209,7 @@ def test_the_template_gets_tools_and_calls_and_no_special_tokens() -> None:
         {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "function": function}]},
         {"role": "tool", "content": "r<eos>", "tool_call_id": "1"},
     ]
-    ids = tokenizer.encode_chat(turns, [{"description": "<eos>"}])
+    ids = encode_chat(tokenizer, turns, [{"description": "<eos>"}])
     assert EOS not in ids
     text = '{"description": "<eos>"}<tool_call>assistant:Oslo<eos>tool:r<eos>1<bos>'
     assert tokenizer.decode(ids, special=True) == text
@@ -216,12 +217,12 @@ def test_the_template_gets_tools_and_calls_and_no_special_tokens() -> None:
     for _ in range(3000):
         deep = {"a": deep}
     with pytest.raises(InvalidRequestError, match="recursion"):
-        tokenizer.encode_chat(TURNS, [deep])
+        encode_chat(tokenizer, TURNS, [deep])
     inner.chat_template = "{{ messages }}"
     plain = Tokenizer(inner, frozenset({EOS}), VOCAB_SIZE)
     for messages, tools, path in ((TURNS, [{}], "chat.tools"), (turns, [], "chat.messages")):
         with pytest.raises(InvalidRequestError) as refused:
-            plain.encode_chat(messages, tools)
+            encode_chat(plain, messages, tools)
         ((found, why),) = refused.value.violations
         assert (found, getattr(why, "reason", None)) == (path, "TOOLS_UNSUPPORTED")
 

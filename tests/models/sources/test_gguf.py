@@ -16,6 +16,7 @@ import torch
 from builders.bases.gguf_files import TEMPLATE, finish, gguf_writer, write_gguf
 from builders.bases.mixed_checkpoints import tensors_4bit
 from builders.bases.tiny_models import BOS, EOS, save_tiny_model
+from chats import encode_chat
 from gguf import GGMLQuantizationType as Kind
 from gguf_oracle import assert_alike, transformers_state
 from safetensors.torch import load_file, save_file
@@ -58,7 +59,7 @@ def test_the_tokenizer_and_its_template_are_read(
     ours, theirs = (Tokenizer.load(f, frozenset(), 258) for f in (source.files, folder))
     for text in ("Hello, world!", "é<eos>x", "  two spaces"):
         assert ours.encode(text) == theirs.encode(text)
-    chat = ours.encode_chat([{"role": "user", "content": "hi"}])
+    chat = encode_chat(ours, [{"role": "user", "content": "hi"}])
     assert ours.decode(chat) == "<user>hi"
     assert TEMPLATE
 
