@@ -124,7 +124,7 @@ def test_samples_are_answers_of_the_base_and_of_the_adapter(run: RunFolder):
 
 
 def test_a_truncated_answer_is_marked(run: RunFolder, tmp_path: Path):
-    """An answer is cut a little past the right answer's length."""
+    """The page marks an answer that was cut, and explains the mark."""
     samples = [json.loads(line) for line in run.samples.read_text().splitlines()]
     # With random weights, no text ends; the file stores the answer unchanged.
     assert all("before" in sample["cut"] for sample in samples)
@@ -135,7 +135,7 @@ def test_a_truncated_answer_is_marked(run: RunFolder, tmp_path: Path):
     (tmp_path / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     text = render_report(RunFolder(tmp_path))
     assert answers(text) == ["r", "b…", "a"]
-    assert "was cut, a little past" in text
+    assert "… marks" in text
     (tmp_path / "samples.jsonl").write_text(json.dumps(sample | {"cut": []}) + "\n")
     text = render_report(RunFolder(tmp_path))
     assert answers(text) == ["r", "b", "a"]
